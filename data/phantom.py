@@ -1,0 +1,596 @@
+"""Digital phantoms: synthetic subjects with known anatomy and known physics, written in the layout of a real data set.
+
+    python -m data.phantom brats data/brats [--subjects 24] [--size 64] [--slices 12] [--seed 0]
+
+Two halves that never mix. *Anatomy* (`head_anatomy`) says how much of which tissue lies in every voxel of a subject,
+and how this subject's tissues differ from the textbook. *Physics* (`render`) turns an anatomy into an image under any
+`Protocol`. The same subject can therefore be imaged under any number of protocols in memory, and every image has a
+truth to compare with. `acquire` adds what a real scanner adds: coil shading, Rician noise and an arbitrary scale.
+
+World coordinates are mm in the NIfTI sense: x to the patient's right, y to the front, z to the top; the anterior
+commissure is near 0. All randomness derives from (seed, subject, purpose): a subject does not depend on how many
+others are made, nor on the image size. The same arguments give identical bytes on one installation; another numpy or
+zlib may differ in a last bit.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import map_coordinates
+
+from data.volumes import DataError
+
+VERSION = 1  # raise it when the same arguments would give other images
+
+
+# ---- 1. Tissues and signal equations --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tissue:
+    """pd: proton density relative to water. t1, t2: ms at (1.5 T, 3 T). gd: mM of contrast agent after one dose."""
+    pd: float
+    t1: tuple[float, float]
+    t2: tuple[float, float]
+    gd: float = 0.0
+
+
+# Sources. PD of csf, gm, wm: BrainWeb (Kwan et al. 1999, IEEE TMI 18:1085). T1 of gm, wm and deep (mean of putamen
+# and caudate): Wright et al. 2008, MAGMA 21:121 (MPRAGE). T2 of gm, wm and T1 of blood: Stanisz et al. 2005, MRM
+# 54:507. T1 of csf: Rooney et al. 2007, MRM 57:308. All others, and every gd, are our round numbers, chosen so that
+# each tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins carry deoxygenated blood
+# and lose signal by flow; oedema and tumour lie between grey matter and water.
+TISSUES = {
+    "csf":       Tissue(1.00, (4330, 4330), (2000, 2000)),
+    "gm":        Tissue(0.86, (1197, 1607), (95, 99), gd=0.015),
+    "wm":        Tissue(0.77, (646, 838), (72, 69), gd=0.008),
+    "deep":      Tissue(0.83, (1095, 1360), (88, 82), gd=0.012),
+    "pallidum":  Tissue(0.79, (850, 1050), (72, 58), gd=0.012),
+    "vein":      Tissue(0.75, (1441, 1932), (110, 50), gd=0.60),
+    "gliosis":   Tissue(0.86, (950, 1200), (120, 120)),
+    "oedema":    Tissue(0.92, (1300, 1700), (135, 135)),
+    "enhancing": Tissue(0.90, (1250, 1600), (120, 120), gd=0.35),
+    "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), gd=0.02),
+}
+CODE = {name: number for number, name in enumerate(TISSUES, 1)}  # in label arrays; 0 is outside the body
+LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}     # the numbers of BraTS; gliosis of age is no tumour
+
+# Relaxivity r1 of gadoterate in plasma, 1/(mM s) at (1.5 T, 3 T): Szomolanyi et al. 2019, Invest Radiol 54:559.
+RELAXIVITY = (3.32, 3.00)
+
+# Field inhomogeneity inside a voxel, 1/(s T), so that 1/T2* = 1/T2 + R2' B0: close to Peters et al. 2007, MRI 25:748
+# (T2* of grey and white matter 84 and 66 ms at 1.5 T, 66 and 53 ms at 3 T).
+R2_PRIME = 1.4
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One MR sequence. sequence: "se" spin echo, "ir" inversion recovery, "gre" spoiled gradient echo. Times in ms,
+    flip in degrees, field in tesla; dose 1 = a standard injection of contrast agent, 0 = none. `ti` only matters to
+    "ir", `flip` only to "gre"."""
+    sequence: str
+    tr: float
+    te: float
+    ti: float = 0.0
+    flip: float = 90.0
+    field: float = 3.0
+    dose: float = 0.0
+
+
+def spin_echo(pd, t1, t2, tr, te):
+    """S = PD (1 - exp(-TR/T1)) exp(-TE/T2). Times in ms."""
+    return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
+
+
+def inversion_recovery(pd, t1, t2, tr, te, ti):
+    """S = PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2), negative before the null. Times in ms. Images show |S|,
+    see `render`."""
+    return pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
+
+
+def spoiled_gradient_echo(pd, t1, t2_star, tr, te, flip):
+    """S = PD sin a (1 - E1) / (1 - E1 cos a) exp(-TE/T2*), E1 = exp(-TR/T1). Times in ms, flip angle a in degrees."""
+    angle = np.deg2rad(flip)
+    e1 = np.exp(-tr / t1)
+    return pd * np.sin(angle) * (1 - e1) / (1 - e1 * np.cos(angle)) * np.exp(-te / t2_star)
+
+
+def with_gadolinium(t1, concentration, relaxivity):
+    """1/T1' = 1/T1 + r1 C. T1 in ms, C in mM, r1 in 1/(mM s)."""
+    return 1 / (1 / t1 + relaxivity * concentration / 1000)
+
+
+def null_time(t1, tr):
+    """The inversion time (ms) at which a tissue of this T1 gives no signal in `inversion_recovery`."""
+    return t1 * np.log(2 / (1 + np.exp(-tr / t1)))
+
+
+def at_field(pair, field):
+    """A power law through the values at 1.5 T and 3 T (Rooney et al. 2007 find T1 to follow one)."""
+    low, high = pair
+    return low * (high / low) ** np.log2(field / 1.5)
+
+
+def signal(pd, t1, t2, concentration, protocol):
+    """Signal of one tissue under a protocol. pd, t1 (ms), t2 (ms) may be arrays; concentration in mM at dose 1.
+
+    Raises ValueError for a sequence name that is not one of Protocol's three."""
+    t1 = with_gadolinium(t1, protocol.dose * concentration, at_field(RELAXIVITY, protocol.field))
+    if protocol.sequence == "se":
+        return spin_echo(pd, t1, t2, protocol.tr, protocol.te)
+    if protocol.sequence == "ir":
+        return inversion_recovery(pd, t1, t2, protocol.tr, protocol.te, protocol.ti)
+    if protocol.sequence == "gre":
+        t2_star = 1 / (1 / t2 + R2_PRIME * protocol.field / 1000)
+        return spoiled_gradient_echo(pd, t1, t2_star, protocol.tr, protocol.te, protocol.flip)
+    raise ValueError(f"Protocol: unknown sequence {protocol.sequence!r}; use 'se', 'ir' or 'gre'")
+
+
+# ---- 2. Grids, random fields, shapes --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Grid:
+    """A voxel grid along the world axes. shape: (X, Y, Z). step: mm from voxel to voxel, negative where the index
+    runs against the world axis. first: world coordinates (mm) of the centre of voxel (0, 0, 0)."""
+    shape: tuple[int, int, int]
+    step: tuple[float, float, float]
+    first: tuple[float, float, float]
+
+    def affine(self):
+        """(4, 4): voxel index to world mm."""
+        affine = np.diag([*self.step, 1.0])
+        affine[:3, 3] = self.first
+        return affine
+
+    def axes(self, oversample=1):
+        """World coordinates along x, y, z as three 1-D arrays; `oversample` points per voxel in x and y, at equal
+        distances."""
+        axes = []
+        for n, step, first, points in zip(self.shape, self.step, self.first, (oversample, oversample, 1)):
+            inside = (np.arange(points) + 0.5) / points - 0.5
+            axes.append(first + step * (np.arange(n)[:, None] + inside).ravel())
+        return tuple(axes)
+
+
+def head_grid(size, slices):
+    """192 x 192 x 75 mm around the cerebrum: `size` pixels a side, `slices` slices; index order left, posterior,
+    superior as in BraTS."""
+    pixel, gap = 192 / size, 75 / slices
+    return Grid((size, size, slices), (-pixel, -pixel, gap), (96 - pixel / 2, 80 - pixel / 2, -10 + gap / 2))
+
+
+def rng_for(seed, subject, purpose):
+    """A random generator that depends on these three and nothing else."""
+    return np.random.default_rng([seed, subject, *purpose.encode()])
+
+
+def smooth_field(rng, lattice, axes):
+    """A Gaussian random field of mean 0 and variance 1 on the grid spanned by `axes` (mm), smooth on the scale
+    `lattice` (mm).
+
+    White noise on a cubic lattice, seen through cubic B-splines. The lattice is fixed in the world, so the field does
+    not depend on the resolution at which it is looked at. Its zero surfaces lie 2.66 lattice steps apart on average
+    (Rice's formula). The sum over taps is written out because a BLAS product may round differently with another
+    number of threads."""
+    reach = 160.0  # mm on either side of 0, where the lattice ends; a head needs 112
+    n = int(2 * reach / lattice) + 5
+    field = rng.standard_normal((n, n, n), dtype=np.float32)
+    for axis in (2, 1, 0):  # slices are few: taking them first is five times as fast
+        place = np.clip((axes[axis] + reach) / lattice, 0, n - 4.001)
+        left = place.astype(int)
+        t = (place - left).astype(np.float32)
+        weights = ((1 - t) ** 3, 3 * t ** 3 - 6 * t ** 2 + 4, -3 * t ** 3 + 3 * t ** 2 + 3 * t + 1, t ** 3)
+        shape = [-1 if k == axis else 1 for k in range(3)]
+        field = sum((w / 6).reshape(shape) * field.take(left + tap, axis) for tap, w in enumerate(weights))
+    return field / np.float32((151 / 315) ** 1.5)  # 151/315: mean of the sum of squared weights, per axis
+
+
+def ellipsoid(points, centre, radii):
+    """Distance from the centre in units of the surface: below 1 inside. points: (x, y, z) arrays in mm."""
+    return np.sqrt(sum(((p - c) / r) ** 2 for p, c, r in zip(points, centre, radii)))
+
+
+def tube(points, nodes):
+    """Signed distance (mm, negative inside) to a bent tube. nodes: rows (x, y, z, radius); the radius changes
+    linearly in between."""
+    nearest = np.full(points[0].shape, np.inf, np.float32)
+    for a, b in pairwise(nodes):
+        along = [end - start for start, end in zip(a[:3], b[:3])]
+        t = sum((p - start) * d for p, start, d in zip(points, a, along)) / sum(d * d for d in along)
+        t = np.clip(t, 0, 1)
+        square = sum((p - start - t * d) ** 2 for p, start, d in zip(points, a, along))
+        nearest = np.minimum(nearest, np.sqrt(square) - (a[3] + t * (b[3] - a[3])))
+    return nearest
+
+
+# ---- 3. Anatomy -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Anatomy:
+    """A subject. maps: tissue name -> (X, Y, Z) fraction of the voxel, 0..1; they sum to 1 inside `mask` and are 0
+    outside. factors: tissue name -> this subject's (PD, T1, T2) relative to TISSUES. variation: (3, X, Y, Z), the
+    same three varying slowly in space, for all tissues but csf. texture: (X, Y, Z), relative T1, T2 and uptake inside
+    lesions. labels: (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails. traits: see `draw_traits`."""
+    grid: Grid
+    mask: np.ndarray
+    maps: dict
+    factors: dict
+    variation: np.ndarray
+    texture: np.ndarray
+    labels: np.ndarray
+    traits: dict
+
+
+OVERSAMPLE = 3                    # label points along a pixel's side, so 10 levels of partial volume
+CENTRE = (0.0, -16.0, 10.0)       # mm, of the cerebral hull
+RADII = (65.0, 82.0, 66.0)        # mm
+CORTEX = 3.6                      # mm; true cortex has 2.5 to 3, which a 3 mm pixel would hardly show
+
+# Deep structures of the right hemisphere, mm; the left ones are mirror images before the random warp.
+VENTRICLE = ((10, 31, 3, 3.0), (9, 20, 10, 5.0), (11, 2, 20, 4.8), (16, -22, 23, 5.2), (25, -40, 14, 6.5),
+             (24, -60, 8, 2.5))
+TEMPORAL_HORN = ((25, -40, 14, 6.0), (35, -30, -5, 3.0), (33, -12, -14, 2.5))
+CAUDATE = ((13, 17, 2, 5.5), (15, 8, 14, 5.0), (19, -12, 23, 3.2), (23, -28, 20, 2.0))
+CHOROID = ((13, -14, 22, 1.2), (23, -38, 16, 1.8))
+GREAT_VEIN = ((0, -32, 8, 1.6), (0, -48, 10, 1.8), (0, -70, 24, 2.0))
+
+
+def draw_traits(rng, age=None, tumour=None):
+    """Age (years), sex, head and ventricle size (relative) and tumour (mm, or None) of a subject, as plain values for
+    JSON.
+
+    `age` and `tumour` (True or False) replace what would have been drawn and change nothing else about the subject."""
+    drawn_age = rng.uniform(20, 85)
+    sex = "M" if rng.random() < 0.5 else "F"
+    size = (1.03 if sex == "M" else 0.97) * rng.normal(1, 0.015)
+    ventricles = np.exp(rng.normal(0, 0.12))
+    drawn_tumour = rng.random() < 0.8
+    side = 1 if rng.random() < 0.5 else -1
+    y, z = rng.uniform(-60, 30), rng.uniform(2, 44)
+    half_width = RADII[0] * np.sqrt(1 - ((y - CENTRE[1]) / RADII[1]) ** 2 - ((z - CENTRE[2]) / RADII[2]) ** 2)
+    core = rng.uniform(9, 19)
+    spec = {"x": side * half_width * rng.uniform(0.45, 0.7), "y": y, "z": z, "core": core, "rim": rng.uniform(3, 6),
+            "oedema": 5 + core * rng.uniform(0.6, 1.2), "push": rng.uniform(0.15, 0.4)}
+    has_tumour = drawn_tumour if tumour is None else tumour
+    return {"age": float(drawn_age if age is None else age), "sex": sex, "size": float(size),
+            "ventricles": float(ventricles),
+            "tumour": {key: float(value) for key, value in spec.items()} if has_tumour else None}
+
+
+def template_points(rng, axes, traits):
+    """For every point of the grid, the point (x, y, z) of the template head found there: push of a tumour, random
+    warp, head size.
+
+    A tumour moves its surroundings outwards by up to the fraction `push` of their distance: the midline shifts and
+    sulci close."""
+    points = [p.astype(np.float32) for p in np.meshgrid(*axes, indexing="ij")]
+    tumour = traits["tumour"]
+    if tumour:
+        offsets = [p - tumour[name] for p, name in zip(points, "xyz")]
+        square = sum(d ** 2 for d in offsets)
+        pull = tumour["push"] * np.exp(-square / np.float32(2 * (1.5 * tumour["core"]) ** 2))
+        points = [p - d * pull for p, d in zip(points, offsets)]
+    warped = []
+    for p, centre in zip(points, CENTRE):
+        shift = 2.2 * smooth_field(rng, 45, axes) + 0.9 * smooth_field(rng, 18, axes)  # mm
+        warped.append((p + shift - centre) / np.float32(traits["size"]) + np.float32(centre))
+    return warped
+
+
+def distance_to_sulci(rng, offsets, rho):
+    """Distance (mm) to the nearest sulcus, as if all sulci reached to the centre. offsets: mm from CENTRE; rho: 1 on
+    the hull.
+
+    Sulci are the zero surfaces of a random field, to which |field| / |gradient| is the distance to first order. The
+    field is looked up further out than the point is (rho^-0.75), so that its surfaces run inwards from the hull as
+    sulci do."""
+    step, reach = 2.0, 98.0
+    axis = np.arange(-reach, reach + step, step)
+    field = smooth_field(rng, 6, (axis, axis, axis))
+    steepness = np.sqrt(sum(slope ** 2 for slope in np.gradient(field, step)))
+    signed = field / np.maximum(steepness, np.float32(0.02))
+    shrink = np.maximum(rho, np.float32(0.1)) ** np.float32(0.75)
+    places = [(d / shrink + reach) / step for d in offsets]
+    return np.abs(map_coordinates(signed, places, order=1, mode="nearest")) * shrink
+
+
+def hull(points):
+    """Points (x, y, z) of the template -> their radius relative to the hull (1 on it) and their depth below it in mm,
+    along the ray from CENTRE. The hull is a blunt ellipsoid, narrower in front."""
+    offsets = [p - np.float32(c) for p, c in zip(points, CENTRE)]
+    width = RADII[0] * (1 - 0.12 * offsets[1] / RADII[1])
+    power = np.float32(2.2)
+    rho = sum(np.abs(d / r) ** power for d, r in zip(offsets, (width, RADII[1], RADII[2]))) ** (1 / power)
+    depth = (1 / np.maximum(rho, np.float32(0.05)) - 1) * np.sqrt(sum(d ** 2 for d in offsets))
+    return rho, depth
+
+
+def pial_distance(seed, subject, axes, points, rho, depth, rough, gap):
+    """Distance in mm from the surface of the brain (negative: in the CSF around it), with every cleft `gap` mm wider
+    to either side.
+
+    Clefts let CSF in: the sulci, the fissure between the hemispheres down to the callosum, the Sylvian fissure, which
+    comes in from the side, and the insular cistern at its end. Each is a distance to a surface that has an edge.
+    rho, depth: see `hull`. rough: a random field against edges that would be too straight."""
+    x, y, z = points
+    lateral = np.abs(x)
+    bend = 2.5 * smooth_field(rng_for(seed, subject, "bend"), 11, axes)
+    offsets = (x + bend - CENTRE[0], y - bend - CENTRE[1], z - CENTRE[2])
+    sulci = distance_to_sulci(rng_for(seed, subject, "sulci"), offsets, rho)
+    floor = np.maximum(19 + 7 * smooth_field(rng_for(seed, subject, "sulcus depth"), 20, axes), 8)
+    sulci = np.hypot(sulci, np.maximum(depth - floor, 0))
+    midline = np.hypot(x, 25 * np.maximum(1 - ellipsoid((y, z), (-8, 6), (42, 23)), 0))
+    beyond = 25 * np.maximum(ellipsoid((lateral, y), (70, -9), (33, 32)) - 1, 0)
+    sylvian = np.hypot(0.9 * (z + 4 + 0.45 * y) + 1.2 * rough, beyond)
+    beyond = 16 * np.maximum(ellipsoid((y, z), (0, 3), (19, 12)) - 1, 0)
+    insula = np.hypot(lateral - 40 + 0.012 * y ** 2 + rough, beyond)
+    clefts = np.minimum(np.minimum(sulci - 0.55, midline - 0.8), np.minimum(sylvian, insula) - 1.1)
+    return np.minimum(clefts - gap, depth - 0.9 - 2 * gap)
+
+
+def ventricle_distance(points, widening):
+    """Signed distance in mm to the ventricles (negative inside), whose radii are multiplied by `widening`."""
+    x, y, z = points
+    mirrored = (np.abs(x), y, z)
+    shapes = [[(*node[:3], node[3] * widening) for node in shape] for shape in (VENTRICLE, TEMPORAL_HORN)]
+    third = 3 * (ellipsoid(points, (0, -14, 0), (2.4 * widening, 15, 12)) - 1)
+    return np.minimum(third, np.minimum(tube(mirrored, shapes[0]), tube(mirrored, shapes[1])))
+
+
+def add_deep_grey(labels, points, rough):
+    """Paint caudate, putamen, thalamus and pallidum of both sides into `labels`, in place."""
+    mirrored = (np.abs(points[0]), *points[1:])
+    putamen = 7 * (ellipsoid(mirrored, (25.5, 3, 3), (6.5, 17, 12)) - 1)
+    thalamus = 9 * (ellipsoid(mirrored, (11, -18, 8), (9, 15, 10)) - 1)
+    distance = np.minimum(tube(mirrored, CAUDATE), np.minimum(putamen, thalamus))
+    labels[distance < 0.4 * rough] = CODE["deep"]
+    labels[ellipsoid(mirrored, (19.5, -2, 1), (4.5, 10, 7)) < 1] = CODE["pallidum"]
+
+
+def add_midbrain(labels, points, rough):
+    """Paint the midbrain in its cisterns, which the lowest slices show, into `labels`, in place."""
+    front = ellipsoid(points, (0, -3, -15), (13, 11, 10))
+    around = ellipsoid(points, (0, -29, -16), (20, 17, 13))
+    labels[np.minimum(front, around) + 0.06 * rough < 1] = CODE["csf"]
+    labels[ellipsoid(points, (0, -25, -18), (17, 14, 16)) < 1] = CODE["wm"]
+
+
+def add_vessels(rng, labels, axes, points, depth, pial):
+    """Paint what takes up contrast in a healthy head into `labels`, in place: some of the CSF on the surface (veins,
+    meninges), the sagittal sinus, the great vein, and the choroid plexus in the ventricles."""
+    x, y, z = points
+    labels[(smooth_field(rng, 5, axes) > 1.5) & (pial < 0)] = CODE["vein"]
+    sinus = (np.abs(x) < 3) & (depth < 4.5) & ((z > 30) | (y < -60))
+    plexus = tube((np.abs(x), y, z), CHOROID) < 0
+    labels[sinus | plexus | (tube(points, GREAT_VEIN) < 0)] = CODE["vein"]
+
+
+def add_tumour(rng, labels, axes, tumour):
+    """Paint necrosis, enhancing rim and oedema into `labels`, in place. Oedema creeps along white matter and spares
+    most cortex."""
+    away = [a.astype(np.float32) - np.float32(tumour[name]) for a, name in zip(axes, "xyz")]
+    away = np.meshgrid(*away, indexing="ij")
+    distance = np.sqrt(sum(d ** 2 for d in away)) * (1 + 0.15 * smooth_field(rng, 13, axes))
+    same_side = np.sign(tumour["x"]) * (away[0] + tumour["x"]) > 1  # the falx is in the way
+    reach = tumour["core"] + tumour["oedema"] * (1 + 0.35 * smooth_field(rng, 16, axes))
+    white = np.isin(labels, [CODE["wm"], CODE["gliosis"]])
+    grey = np.isin(labels, [CODE["gm"], CODE["deep"], CODE["pallidum"]])
+    labels[((white & (distance < reach)) | (grey & (distance < tumour["core"] + 2))) & same_side] = CODE["oedema"]
+    labels[(distance < tumour["core"]) & same_side] = CODE["enhancing"]
+    rim = tumour["rim"] * (1 + 0.25 * smooth_field(rng, 10, axes))
+    labels[(distance < tumour["core"] - rim) & same_side] = CODE["necrosis"]
+
+
+def head_labels(seed, subject, axes, traits):
+    """Tissue of every point of the grid: (len(x), len(y), len(z)) uint8, a CODE or 0 outside the head."""
+    points = template_points(rng_for(seed, subject, "warp"), axes, traits)
+    rough = smooth_field(rng_for(seed, subject, "rough"), 9, axes)
+    years = max(traits["age"] - 40, 0.0)  # of atrophy; the rates below make it about 0.3 % of the brain's volume a year
+    rho, depth = hull(points)
+    pial = pial_distance(seed, subject, axes, points, rho, depth, rough, gap=0.010 * years)
+    ventricle = ventricle_distance(points, traits["ventricles"] * (0.85 + 0.011 * years))
+
+    labels = np.full(pial.shape, CODE["wm"], np.uint8)
+    labels[pial < CORTEX * (1 - 0.002 * years) + 0.5 * rough] = CODE["gm"]
+    labels[pial < 0] = CODE["csf"]
+    add_deep_grey(labels, points, rough)
+    add_midbrain(labels, points, rough)
+    # Rims and dots of gliosis come with age; bright on FLAIR, like oedema, but no tumour.
+    spots = smooth_field(rng_for(seed, subject, "gliosis"), 4, axes)
+    aged = (ventricle < 0.07 * years + rough - 1) | (spots > 3.4 - 0.025 * years)
+    labels[aged & (labels == CODE["wm"])] = CODE["gliosis"]
+    labels[ventricle < 0] = CODE["csf"]
+    add_vessels(rng_for(seed, subject, "vessels"), labels, axes, points, depth, pial)
+    if traits["tumour"]:
+        add_tumour(rng_for(seed, subject, "tumour"), labels, axes, traits["tumour"])
+    labels[rho > 1] = 0
+    return labels
+
+
+def head_anatomy(seed, subject, grid, age=None, tumour=None):
+    """A skull-stripped head on `grid` -> Anatomy. Same (seed, subject) = same person, at any resolution and at any
+    given `age`."""
+    traits = draw_traits(rng_for(seed, subject, "traits"), age, tumour)
+    labels = head_labels(seed, subject, grid.axes(OVERSAMPLE), traits)
+    nx, ny, nz = grid.shape
+    blocks = labels.reshape(nx, OVERSAMPLE, ny, OVERSAMPLE, nz)
+    inside = (blocks > 0).mean(axis=(1, 3), dtype=np.float32)
+    mask = inside >= 0.5
+    maps = {}
+    for name, number in CODE.items():  # a voxel on the edge shows what of it lies inside the head
+        fraction = (blocks == number).mean(axis=(1, 3), dtype=np.float32)
+        maps[name] = np.where(mask, fraction / np.maximum(inside, np.float32(0.5)), np.float32(0))
+    largest = np.argmax(np.stack(list(maps.values())), axis=0)
+    lesion = np.array([LESION_LABELS.get(name, 0) for name in TISSUES], np.uint8)[largest] * mask
+
+    rng = rng_for(seed, subject, "tissue")
+    factors = {name: np.exp(rng.normal(0, (0.01, 0.03, 0.03))).tolist() for name in TISSUES}
+    factors["csf"] = [1.0, 1.0, 1.0]
+    axes = grid.axes()
+    spread = (0.015, 0.05, 0.05)  # of PD, T1, T2 from place to place
+    variation = np.stack([np.exp(sd * smooth_field(rng, 30, axes)) for sd in spread]).astype(np.float32)
+    texture = np.exp(0.15 * smooth_field(rng, 7, axes)).astype(np.float32)
+    return Anatomy(grid, mask, maps, factors, variation, texture, lesion.astype(np.uint8), traits)
+
+
+# ---- 4. Images ------------------------------------------------------------------------------------------------------
+
+def render(anatomy, protocol):
+    """The image of a subject under a protocol, free of noise and shading: (X, Y, Z) float32, 0 outside the mask.
+
+    Tissues of one voxel add before the magnitude is taken, as their magnetisation does in the receiver coil."""
+    image = np.zeros(anatomy.grid.shape)
+    for name, fraction in anatomy.maps.items():
+        tissue, (pd, t1, t2) = TISSUES[name], anatomy.factors[name]
+        varied = (1.0, 1.0, 1.0) if name == "csf" else anatomy.variation  # water is water everywhere
+        texture = anatomy.texture if name in LESION_LABELS else 1.0
+        image += fraction * signal(
+            pd * tissue.pd * varied[0],
+            t1 * at_field(tissue.t1, protocol.field) * varied[1] * texture,
+            t2 * at_field(tissue.t2, protocol.field) * varied[2] * texture,
+            tissue.gd * texture, protocol)
+    return np.abs(image).astype(np.float32)
+
+
+def acquire(rng, image, mask, shading, noise, level):
+    """What the scanner makes of `image`: coil shading, Rician noise, its own scale. (X, Y, Z) float32, 0 outside the
+    mask.
+
+    shading: (X, Y, Z) relative coil sensitivity. noise: standard deviation of the noise in either channel, relative
+    to the mean of the image in the mask. level: mean of the result in the mask, any number, for a scanner's units
+    mean nothing."""
+    sigma = noise * image[mask].mean()
+    real, imaginary = sigma * rng.standard_normal((2, *image.shape), dtype=np.float32)
+    seen = np.hypot(image * shading + real, imaginary)
+    return (seen * (level / seen[mask].mean()) * mask).astype(np.float32)
+
+
+# ---- 5. The sets ----------------------------------------------------------------------------------------------------
+
+CONTRASTS = ("flair", "t1", "t1ce", "t2")
+
+
+def brats_protocols(rng):
+    """The four protocols of one BraTS subject. Hospitals differ: 1.5 T or 3 T, T1 as spin echo or as gradient echo,
+    times of their own. FLAIR is tuned to null CSF, within 3 %."""
+    field = float(rng.choice((1.5, 3.0)))
+
+    def t1_weighted(dose):
+        if rng.random() < 0.5:
+            return Protocol("se", tr=rng.uniform(450, 650), te=rng.uniform(8, 15), field=field, dose=dose)
+        return Protocol("gre", tr=rng.uniform(8, 12), te=rng.uniform(3, 5), flip=rng.uniform(18, 26), field=field,
+                        dose=dose)
+
+    tr = rng.uniform(8000, 10000)
+    ti = null_time(at_field(TISSUES["csf"].t1, field), tr) * rng.uniform(0.97, 1.03)
+    return {"flair": Protocol("ir", tr=tr, te=rng.uniform(90, 130), ti=ti, field=field),
+            "t1": t1_weighted(0.0),
+            "t1ce": t1_weighted(rng.uniform(0.8, 1.2)),
+            "t2": Protocol("se", tr=rng.uniform(3500, 6000), te=rng.uniform(80, 115), field=field)}
+
+
+def brats_subject(seed, subject, grid):
+    """One subject of the set -> Anatomy, {contrast: Protocol}, {contrast: (X, Y, Z) int16 image, at least 1 inside
+    the brain}."""
+    anatomy = head_anatomy(seed, subject, grid)
+    protocols = brats_protocols(rng_for(seed, subject, "protocol"))
+    coil = smooth_field(rng_for(seed, subject, "coil"), 90, grid.axes())
+    images = {}
+    for contrast, protocol in protocols.items():
+        rng = rng_for(seed, subject, contrast)
+        shading = np.exp(rng.uniform(0.04, 0.10) * coil)
+        level = np.exp(rng.uniform(np.log(150), np.log(1500)))
+        image = acquire(rng, render(anatomy, protocol), anatomy.mask, shading, rng.uniform(0.015, 0.04), level)
+        images[contrast] = np.clip(np.rint(image), anatomy.mask, 32767).astype(np.int16)
+    return anatomy, protocols, images
+
+
+def write_nifti(path, array, grid):
+    """Write `array` as .nii.gz whose bytes depend on nothing but its content: no time, no file name in the gzip
+    header."""
+    image = nib.Nifti1Image(array, grid.affine())
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"digital phantom (synthetic)"
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
+
+
+def write_brats(folder, subjects, size, slices, seed):
+    """BraTS 2021: one folder per subject with four contrasts and the tumour. Returns what is true of each subject,
+    for phantom.json."""
+    grid = head_grid(size, slices)
+    truth = {}
+    for subject in range(subjects):
+        name = f"BraTS2021_{subject:05d}"
+        anatomy, protocols, images = brats_subject(seed, subject, grid)
+        (folder / name).mkdir()
+        for contrast in CONTRASTS:
+            write_nifti(folder / name / f"{name}_{contrast}.nii.gz", images[contrast], grid)
+        write_nifti(folder / name / f"{name}_seg.nii.gz", anatomy.labels, grid)
+        truth[name] = {**anatomy.traits, "protocols": {key: asdict(value) for key, value in protocols.items()}}
+    return truth
+
+
+SETS = {"brats": write_brats}
+
+
+def make(name, folder, subjects=24, size=64, slices=12, seed=0):
+    """Write the phantom set `name` into `folder`, which must not exist yet; its parents are made. All or nothing: the
+    set grows under another name beside `folder` and is renamed when complete.
+
+    Raises DataError for an unknown name, a number too small, or a folder that exists."""
+    folder = Path(folder)
+    if name not in SETS:
+        raise DataError(f"phantom {name!r}: there is no such set; choose one of: {', '.join(SETS)}")
+    if subjects < 1 or slices < 1 or size < 16 or seed < 0:
+        raise DataError(f"phantom {name}: cannot make subjects {subjects}, size {size}, slices {slices}, seed {seed}; "
+                        "use at least 1 subject, 16 pixels, 1 slice and a seed of 0 or more")
+    if os.path.lexists(folder):
+        raise DataError(f"{folder}: exists already, and phantoms never overwrite; give another name or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    growing = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    growing.mkdir()
+    try:
+        truth = SETS[name](growing, subjects, size, slices, seed)
+        note = {"name": name, "note": "These images are synthetic: a digital phantom, no patients.", "version": VERSION,
+                "subjects": subjects, "size": size, "slices": slices, "seed": seed, "truth": truth}
+        text = json.dumps(note, indent=1) + "\n"
+        (growing / "phantom.json").write_text(text, encoding="utf-8", newline="\n")
+        try:
+            growing.rename(folder)
+        except OSError as error:  # two processes of one run may both have found it missing
+            other = folder / "phantom.json"
+            if not other.is_file() or other.read_text(encoding="utf-8") != text:
+                raise DataError(f"{folder}: appeared while the phantom was being made; choose another name") from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def main():
+    """Command line -> exit status."""
+    parser = argparse.ArgumentParser(prog="python -m data.phantom", description="Make a synthetic data set.")
+    parser.add_argument("name", choices=SETS, help="which set")
+    parser.add_argument("folder", type=Path, help="where to; must not exist")
+    parser.add_argument("--subjects", type=int, default=24, help="how many (default 24)")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side of a slice (default 64)")
+    parser.add_argument("--slices", type=int, default=12, help="slices per subject (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes other subjects (default 0)")
+    options = parser.parse_args()
+    try:
+        make(**vars(options))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.folder}: {options.subjects} synthetic subjects ({options.name})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,554 @@
+"""Digital phantoms: signal equations by hand, contrast of tissues, geometry, determinism, difficulty of the set."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import binary_dilation
+
+from data import phantom
+from data.phantom import (
+    CODE,
+    TISSUES,
+    Anatomy,
+    Grid,
+    Protocol,
+    acquire,
+    at_field,
+    brats_subject,
+    draw_traits,
+    ellipsoid,
+    head_anatomy,
+    head_grid,
+    inversion_recovery,
+    make,
+    null_time,
+    render,
+    rng_for,
+    signal,
+    smooth_field,
+    spin_echo,
+    spoiled_gradient_echo,
+    tube,
+    with_gadolinium,
+)
+from data.volumes import DataError
+
+CONTRASTS = ("flair", "t1", "t1ce", "t2")
+GRID = head_grid(48, 8)
+T1_SE = Protocol("se", tr=550, te=12)
+T1_GRE = Protocol("gre", tr=10, te=4, flip=22)
+T2 = Protocol("se", tr=4500, te=95)
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory):
+    """The default set, read back: folder, names, raw images (subject, contrast, X, Y, Z), labels, the truth."""
+    folder = tmp_path_factory.mktemp("phantom") / "brats"
+    make("brats", folder)
+    truth = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))["truth"]
+    names = sorted(truth)
+
+    def read(name, what):
+        return np.asarray(nib.load(folder / name / f"{name}_{what}.nii.gz").dataobj)
+
+    images = np.stack([np.stack([read(name, contrast) for contrast in CONTRASTS]) for name in names])
+    labels = np.stack([read(name, "seg") for name in names])
+    return folder, names, images, labels, truth
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """A tumour bearer of 70 years."""
+    return head_anatomy(3, 0, GRID, age=70, tumour=True)
+
+
+def one_voxel(maps):
+    """An anatomy of a single voxel with the textbook's tissue values."""
+    ones = np.ones((1, 1, 1))
+    return Anatomy(Grid((1, 1, 1), (1, 1, 1), (0, 0, 0)), ones > 0, {name: f * ones for name, f in maps.items()},
+                   {name: (1, 1, 1) for name in maps}, np.ones((3, 1, 1, 1)), ones, np.zeros((1, 1, 1), np.uint8), {})
+
+
+def textbook(anatomy):
+    """The same geometry without this subject's deviations from the tissue table."""
+    return replace(anatomy, factors={name: (1, 1, 1) for name in TISSUES}, variation=np.ones_like(anatomy.variation),
+                   texture=np.ones_like(anatomy.texture))
+
+
+def pure(anatomy, name):
+    return anatomy.maps[name] > 0.99
+
+
+# ---- Physics --------------------------------------------------------------------------------------------------------
+
+def test_signal_equations_by_hand():
+    # 0.8 (1 - e^-0.5) e^-0.2 = 0.8 * 0.39346934 * 0.81873075
+    assert spin_echo(0.8, 1000.0, 100.0, 500.0, 20.0) == pytest.approx(0.25771636, rel=1e-7)
+    # 0.9 (1 - 2 e^-2 + e^-5) e^-1 = 0.9 * (1 - 0.27067057 + 0.00673795) * 0.36787944
+    assert inversion_recovery(0.9, 1000.0, 100.0, 5000.0, 100.0, 2000.0) == pytest.approx(0.24370565, rel=1e-7)
+    assert inversion_recovery(1.0, 1000.0, 100.0, 5000.0, 0.0, 100.0) == pytest.approx(1 - 1.80967484 + 0.00673795)
+    # E1 = e^-0.01 = 0.99004983: 0.5 * 0.00995017 / (1 - 0.85740831) * e^-0.1
+    assert spoiled_gradient_echo(1.0, 1000.0, 50.0, 10.0, 5.0, 30.0) == pytest.approx(0.03157016, rel=1e-6)
+    # 1/T1' = 0.001 + 4 * 0.5 / 1000 = 0.003
+    assert with_gadolinium(1000.0, 0.5, 4.0) == pytest.approx(1000 / 3)
+
+
+def test_spoiled_gradient_echo_is_brightest_at_the_ernst_angle():
+    angles = np.linspace(1, 60, 5901)
+    best = angles[np.argmax(spoiled_gradient_echo(1.0, 900.0, 50.0, 10.0, 4.0, angles))]
+    assert best == pytest.approx(np.rad2deg(np.arccos(np.exp(-10 / 900))), abs=0.011)
+
+
+def test_null_time():
+    assert null_time(4330.0, 1e9) == pytest.approx(4330 * np.log(2))
+    null = null_time(4330.0, 9000.0)
+    assert inversion_recovery(1.0, 4330.0, 2000.0, 9000.0, 100.0, null) == pytest.approx(0, abs=1e-12)
+    assert inversion_recovery(1.0, 4330.0, 2000.0, 9000.0, 100.0, 2000.0) < 0
+
+
+def test_field_strength():
+    assert at_field((600, 900), 1.5) == pytest.approx(600)
+    assert at_field((600, 900), 3.0) == pytest.approx(900)
+    assert at_field((600, 900), 6.0) == pytest.approx(1350)
+
+
+def test_signal_dispatches():
+    assert signal(0.8, 1000.0, 100.0, 0.5, Protocol("se", 500, 20)) == pytest.approx(0.25771636)  # no dose, no effect
+    assert signal(0.8, 1000.0, 100.0, 0.5, Protocol("se", 500, 20, dose=2)) == pytest.approx(
+        0.8 * (1 - np.exp(-500 * (0.001 + 0.003))) * np.exp(-0.2))  # r1 = 3 at 3 T, C = 1 mM
+    assert signal(0.9, 1000.0, 100.0, 0.0, Protocol("ir", 5000, 100, ti=2000)) == pytest.approx(0.24370565)
+    # 1/T2* = 1/100 + 1.4 * 1.5 / 1000 = 0.0121 per ms; the rest as in the case by hand
+    assert signal(1.0, 1000.0, 100.0, 0.0, Protocol("gre", 10, 5, flip=30, field=1.5)) == pytest.approx(
+        0.03157016 * np.exp(0.1 - 5 * 0.0121), rel=1e-6)
+    with pytest.raises(ValueError, match="epi"):
+        signal(1.0, 1000.0, 100.0, 0.0, Protocol("epi", 10, 5))
+
+
+def test_partial_volume_adds_before_the_magnitude():
+    # At TI = 1000, TR = 9000, TE = 0: csf is still inverted, white matter (T1 838 at 3 T) has recovered.
+    protocol = Protocol("ir", tr=9000, te=0, ti=1000)
+    csf = 1 - 2 * np.exp(-1000 / 4330) + np.exp(-9000 / 4330)
+    wm = 0.77 * (1 - 2 * np.exp(-1000 / 838) + np.exp(-9000 / 838))
+    assert csf < 0 < wm
+    assert render(one_voxel({"csf": 1.0}), protocol).item() == pytest.approx(-csf)
+    assert render(one_voxel({"csf": 0.25, "wm": 0.75}), protocol).item() == pytest.approx(0.25 * csf + 0.75 * wm)
+
+
+@pytest.mark.parametrize("field", [1.5, 3.0])
+def test_contrast_of_tissues(subject, field):
+    def level(protocol, name):
+        return render(subject, replace(protocol, field=field))[pure(subject, name)].mean()
+
+    flair = Protocol("ir", tr=9000, te=110, ti=null_time(4330, 9000))
+    for t1 in (T1_SE, T1_GRE):
+        assert level(t1, "wm") > 1.1 * level(t1, "gm") > 1.3 * level(t1, "csf")
+        assert level(t1, "enhancing") < level(t1, "wm")
+        assert level(replace(t1, dose=1), "enhancing") > 1.25 * level(replace(t1, dose=1), "wm")
+    assert level(T2, "csf") > 1.3 * level(T2, "gm") > 1.5 * level(T2, "wm")
+    assert level(flair, "gm") > level(flair, "wm") > 5 * level(flair, "csf")
+    assert level(flair, "oedema") > 1.25 * level(flair, "gm")
+
+
+def test_flair_nulls_csf_at_its_null_time_only(subject):
+    plain = textbook(subject)
+    csf, wm = pure(plain, "csf"), pure(plain, "wm")
+    null = null_time(4330, 9000)
+    image = render(plain, Protocol("ir", tr=9000, te=110, ti=null))
+    assert image[csf].max() < 1e-6 < 0.05 < image[wm].min()
+    for ti in (0.8 * null, 1.2 * null):
+        image = render(plain, Protocol("ir", tr=9000, te=110, ti=ti))
+        assert image[csf].min() > 0.5 * image[wm].max()
+
+
+def test_protocols_of_the_set_give_their_contrast():
+    for subject in range(6):
+        anatomy, protocols, images = brats_subject(0, subject, GRID)
+        clean = {contrast: render(anatomy, protocol) for contrast, protocol in protocols.items()}
+        csf, gm, wm = (pure(anatomy, name) for name in ("csf", "gm", "wm"))
+        for which in (clean, images):
+            assert which["flair"][csf].mean() < 0.25 * which["flair"][wm].mean()
+            assert which["t1"][wm].mean() > which["t1"][gm].mean() > 1.1 * which["t1"][csf].mean()
+            assert which["t2"][csf].mean() > 1.3 * which["t2"][gm].mean() > 1.3 * which["t2"][wm].mean()
+        assert protocols["t1"].dose == 0 < protocols["t1ce"].dose
+        assert len({protocol.field for protocol in protocols.values()}) == 1  # one scanner, one magnet
+
+
+def test_longer_te_follows_the_closed_form(subject):
+    """ln(S1/S2) = (TE2 - TE1) / T2 in every pure voxel, with the T2 that this subject has there."""
+    early, late = render(subject, T2), render(subject, replace(T2, te=135))
+    for name, t2 in (("wm", 69), ("gm", 99), ("csf", 2000)):
+        here = pure(subject, name)
+        own = t2 * subject.factors[name][2] * (1 if name == "csf" else subject.variation[2][here])
+        np.testing.assert_allclose(np.log(early[here] / late[here]), 40 / own, rtol=1e-3)
+
+
+def test_longer_tr_follows_the_closed_form(subject):
+    short, long = render(subject, T1_SE), render(subject, replace(T1_SE, tr=1100))
+    here = pure(subject, "wm")
+    own = 838 * subject.factors["wm"][1] * subject.variation[1][here]
+    np.testing.assert_allclose(long[here] / short[here], 1 + np.exp(-550 / own), rtol=1e-5)  # (1 - e^-2x) / (1 - e^-x)
+
+
+def test_lesion_texture_scales_relaxation_and_uptake():
+    plain = one_voxel({"enhancing": 1.0})
+    rough = replace(plain, texture=np.full((1, 1, 1), 1.2))
+    rate = 1 / (1600 * 1.2) + 3.0 * 0.35 * 1.2 / 1000
+    expected = 0.9 * (1 - np.exp(-550 * rate)) * np.exp(-12 / (120 * 1.2))
+    assert render(rough, replace(T1_SE, dose=1)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_contrast_agent_changes_only_what_takes_it_up(subject):
+    gain = render(subject, replace(T1_SE, dose=1)) - render(subject, T1_SE)
+    inside = subject.mask
+    bright = sum(subject.maps[name] for name in ("enhancing", "vein"))
+    assert np.all(gain[pure(subject, "csf")] == 0) and np.all(gain[pure(subject, "oedema")] == 0)
+    assert gain[pure(subject, "enhancing")].min() > 0.1
+    assert gain[inside & (bright == 0)].max() < 0.04
+
+
+def test_render_is_the_subject_not_the_scan(subject):
+    np.testing.assert_array_equal(render(subject, T2), render(subject, T2))
+    assert np.all(render(subject, T2)[~subject.mask] == 0)
+
+
+def test_acquire_shading_noise_and_scale():
+    rng = np.random.default_rng(0)
+    image = np.zeros((60, 60, 60), np.float32)
+    image[30:] = 2.0  # mean 1, so sigma is `noise`
+    mask = np.ones(image.shape, bool)
+    mask[:, :, 0] = False
+    shading = np.where(np.arange(60) < 30, 1.5, 1.0)[None, :, None]
+    seen = acquire(rng, image, mask, shading, 0.2, 700.0)
+    assert seen[mask].mean() == pytest.approx(700, rel=1e-4)
+    assert np.all(seen[~mask] == 0)
+    noise, bright, plain = seen[:30, :, 1:], seen[30:, :30, 1:], seen[30:, 30:, 1:]
+    assert noise.std() / noise.mean() == pytest.approx(np.sqrt(4 / np.pi - 1), rel=0.02)  # Rayleigh where no signal
+    assert plain.mean() / noise.mean() == pytest.approx((2 + 0.04 / 4) / (0.2 * np.sqrt(np.pi / 2)), rel=0.01)  # Rice
+    assert plain.std() / plain.mean() == pytest.approx(0.1, rel=0.02)
+    assert bright.mean() / plain.mean() == pytest.approx(1.5, rel=0.005)
+
+
+# ---- Fields, shapes, grids ------------------------------------------------------------------------------------------
+
+def test_smooth_field_has_unit_variance_and_the_stated_scale():
+    lattice = 8.0
+    axis = np.arange(-120, 120, 1.0)
+    sparse = axis[::7]  # 7 and 8 have no common factor, so every phase of the lattice is seen
+    field = smooth_field(np.random.default_rng(1), lattice, (axis, sparse, sparse))
+    assert abs(field.mean()) < 0.03
+    assert field.std() == pytest.approx(1, abs=0.03)
+    crossings = (np.diff(np.sign(field), axis=0) != 0).mean()  # per mm
+    assert 1 / crossings == pytest.approx(2.66 * lattice, rel=0.03)  # Rice: pi sqrt(151 / 315 / (2 / 3)) lattices
+
+
+def test_smooth_field_lies_still_in_the_world():
+    fine = np.arange(-30, 30.1, 1.0)
+    values = smooth_field(np.random.default_rng(2), 10, (fine, fine, fine))
+    coarse = smooth_field(np.random.default_rng(2), 10, (fine[::-3], fine[::2], fine[5:6]))
+    np.testing.assert_allclose(coarse, values[::-3, ::2, 5:6], atol=1e-5)
+    assert np.abs(np.diff(values, n=2, axis=0)).max() < 0.1  # smooth across lattice planes too
+
+
+def test_shapes_by_hand():
+    at = [np.array([[[value]]], np.float32) for value in (5.0, 7.0, 0.0)]
+    nodes = ((0, 0, 0, 2), (10, 0, 0, 4))
+    assert tube(at, nodes).item() == pytest.approx(7 - 3)
+    at = [np.array([[[value]]], np.float32) for value in (13.0, 0.0, 4.0)]
+    assert tube(at, nodes).item() == pytest.approx(5 - 4)
+    assert tube(at, ((0, 0, 0, 2), (10, 0, 0, 4), (10, 0, 10, 1))).item() == pytest.approx(3 - 2.8)
+    assert ellipsoid(at, (1, 0, 4), (6, 1, 1)).item() == pytest.approx(2)
+
+
+def test_grid_axes_agree_with_the_affine():
+    grid = Grid((4, 5, 6), (-3, -2, 7), (40, 30, -10))
+    x, y, z = grid.axes()
+    np.testing.assert_allclose(grid.affine() @ (3, 4, 5, 1), (x[3], y[4], z[5], 1))
+    fine = grid.axes(3)
+    assert [len(axis) for axis in fine] == [12, 15, 6]
+    np.testing.assert_allclose(fine[0][:4], (41, 40, 39, 38))
+    np.testing.assert_allclose(fine[0].reshape(4, 3).mean(axis=1), x)
+    assert nib.aff2axcodes(head_grid(64, 12).affine()) == ("L", "P", "S")
+    x, y, z = head_grid(64, 12).axes()
+    np.testing.assert_allclose([x.mean(), y.mean(), z.mean()], [0, -16, 27.5], atol=1e-9)
+
+
+# ---- Anatomy --------------------------------------------------------------------------------------------------------
+
+def test_tissue_fractions_sum_to_one_inside(subject):
+    total = sum(subject.maps.values())
+    np.testing.assert_allclose(total[subject.mask], 1, atol=1e-5)
+    assert np.all(total[~subject.mask] == 0)
+    assert min(fraction.min() for fraction in subject.maps.values()) >= 0
+    assert 0.3 < (subject.maps["gm"][subject.mask] > 0).mean() < 0.9  # folded: grey matter is nearly everywhere near
+
+
+def test_same_person_at_another_resolution():
+    coarse, fine = (head_anatomy(1, 2, head_grid(size, 6), age=50, tumour=True) for size in (32, 96))
+    for name in ("gm", "wm", "csf", "oedema", "enhancing"):
+        blocks = fine.maps[name].reshape(32, 3, 32, 3, 6).mean(axis=(1, 3))
+        assert blocks.sum() == pytest.approx(coarse.maps[name].sum(), rel=0.05)
+        assert np.corrcoef(blocks.ravel(), coarse.maps[name].ravel())[0, 1] > 0.9
+
+
+def test_age_widens_ventricles_and_shrinks_the_brain():
+    x, y, z = GRID.axes()
+    box = np.ix_(np.abs(x) < 25, (y > -30) & (y < 20), (z > 6) & (z < 25))  # below the fissure, inside of the insula
+    ventricles, losses = [], []
+    for subject in range(3):
+        heads = [head_anatomy(0, subject, GRID, age=age, tumour=False) for age in (30, 40, 80)]
+        csf = [head.maps["csf"][box].sum() for head in heads]
+        ventricles.append((csf[2] / csf[1], csf[1] - csf[0]))
+        brain = [sum(head.maps[name].sum() for name in ("gm", "wm", "deep", "pallidum", "gliosis")) for head in heads]
+        losses.append((1 - brain[2] / brain[1]) / 40)
+        np.testing.assert_array_equal(heads[0].mask, heads[2].mask)  # the skull does not shrink
+        assert heads[2].traits["size"] == heads[0].traits["size"]
+    assert all(1.5 < ratio < 4 and younger == 0 for ratio, younger in ventricles), ventricles
+    assert 0.002 < np.mean(losses) < 0.004, losses  # 0.3 % a year
+
+
+def test_traits_follow_their_stated_chances():
+    drawn = [draw_traits(rng_for(0, subject, "traits")) for subject in range(1000)]
+    tumours = [traits["tumour"] for traits in drawn if traits["tumour"]]
+    assert len(tumours) / 1000 == pytest.approx(0.8, abs=0.04)
+    assert np.mean([tumour["x"] > 0 for tumour in tumours]) == pytest.approx(0.5, abs=0.06)
+    sizes = {sex: np.mean([t["size"] for t in drawn if t["sex"] == sex]) for sex in "MF"}
+    assert sizes["M"] / sizes["F"] == pytest.approx(1.03 / 0.97, abs=0.005)
+    ages = [traits["age"] for traits in drawn]
+    assert 20 <= min(ages) < 22 and 83 < max(ages) <= 85
+    forced = draw_traits(rng_for(0, 5, "traits"), age=33, tumour=False)
+    assert forced == {**drawn[5], "age": 33.0, "tumour": None}
+
+
+def test_tumour_pushes_its_surroundings_away():
+    axes = (np.array([20.0, 30.0, 31.0, 140.0]), np.array([0.0]), np.array([20.0]))
+    traits = {"size": 1.0, "tumour": {"x": 30.0, "y": 0.0, "z": 20.0, "core": 10.0, "push": 0.3}}
+    with_tumour = phantom.template_points(rng_for(0, 0, "warp"), axes, traits)[0].ravel()
+    without = phantom.template_points(rng_for(0, 0, "warp"), axes, {"size": 1.0, "tumour": None})[0].ravel()
+    # 10 mm from the centre lies what was 10 (1 - 0.3 exp(-100 / (2 * 15^2))) mm from it
+    np.testing.assert_allclose(with_tumour - without, [10 * 0.3 * np.exp(-100 / 450), 0, -0.29933, 0], atol=2e-3)
+
+
+def test_a_larger_head_is_the_same_head_magnified():
+    axes = (np.array([-60.0, 20.0]), np.array([-50.0, 40.0]), np.array([25.0]))
+    usual, large = (phantom.template_points(rng_for(0, 0, "warp"), axes, {"size": size, "tumour": None})
+                    for size in (1.0, 1.1))
+    for axis, centre in enumerate((0, -16, 10)):
+        np.testing.assert_allclose((usual[axis] - centre) / (large[axis] - centre), 1.1, rtol=1e-4)
+
+
+def test_oedema_spares_cortex_and_the_other_side():
+    axis = np.arange(-39.5, 40)
+    labels = np.full((80, 80, 80), CODE["wm"], np.uint8)
+    labels[:, 40:] = CODE["gm"]
+    tumour = {"x": 20.0, "y": 0.0, "z": 0.0, "core": 10.0, "rim": 4.0, "oedema": 14.0}
+    phantom.add_tumour(np.random.default_rng(0), labels, (axis, axis, axis), tumour)
+    assert (labels == CODE["enhancing"]).any() and (labels == CODE["necrosis"]).any()
+    assert np.isin(labels[axis < 0], (CODE["wm"], CODE["gm"])).all()
+    oedema = labels == CODE["oedema"]
+    assert oedema[:, :40].sum() > 5 * oedema[:, 40:].sum() > 0  # 2 mm of cortex next to the core may swell
+
+
+# ---- The set on disk ------------------------------------------------------------------------------------------------
+
+def test_layout_is_that_of_brats_2021(brats):
+    folder, names, images, labels, truth = brats
+    assert names == [f"BraTS2021_{k:05d}" for k in range(24)]
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "phantom.json"]
+    files = sorted(p.name for p in (folder / names[7]).iterdir())
+    assert files == [f"{names[7]}_{what}.nii.gz" for what in ("flair", "seg", "t1", "t1ce", "t2")]
+    image = nib.load(folder / names[7] / f"{names[7]}_t1.nii.gz")
+    assert image.shape == (64, 64, 12) and image.get_data_dtype() == np.int16
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+    np.testing.assert_allclose(image.header.get_zooms(), (3, 3, 6.25))
+    assert image.header.get_xyzt_units()[0] == "mm"
+    assert set(np.unique(labels)) == {0, 1, 2, 4}
+    note = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
+    assert "synthetic" in note["note"] and (note["subjects"], note["seed"]) == (24, 0)
+    assert set(truth[names[0]]["protocols"]) == set(CONTRASTS)
+
+
+def test_tumours_are_where_the_truth_says(brats):
+    """In world coordinates, through the file's affine: a swapped side or axis cannot pass."""
+    folder, names, _, labels, truth = brats
+    for k, name in enumerate(names):
+        tumour = truth[name]["tumour"]
+        assert (tumour is not None) == bool(labels[k].any())
+        if tumour:
+            affine = nib.load(folder / name / f"{name}_seg.nii.gz").affine
+            core = np.argwhere(np.isin(labels[k], (1, 4)))
+            centre = (affine @ np.append(core.mean(axis=0), 1))[:3]
+            # sideways and lengthwise to 6 mm; slices are 6.25 mm apart, and the core may be cut by the hull
+            assert np.all(np.abs(centre - [tumour[a] for a in "xyz"]) < (6, 6, 8)), name
+
+
+def test_enhancing_rim_encloses_necrosis(brats):
+    labels = brats[3]
+    cross = np.zeros((3, 3, 3), bool)
+    cross[:, 1, 1] = cross[1, :, 1] = True
+    around = escaped = 0
+    for volume in labels:
+        necrosis = volume == 1
+        shell = binary_dilation(necrosis, cross) & ~necrosis
+        around += shell.sum()
+        escaped += (shell & (volume != 4)).sum()
+    assert around > 200
+    assert escaped / around < 0.1  # the rest borders on the falx
+
+
+def test_contrasts_share_one_geometry(brats):
+    images = brats[2]
+    masks = images > 0
+    assert np.all(masks == masks[:, :1])  # the same voxels in every contrast, background exactly 0
+    assert 0.35 < masks.mean() < 0.5
+    other = [(masks[k, 0] ^ masks[k + 1, 0]).sum() / masks[k, 0].sum() for k in range(23)]
+    assert min(other) > 0.02
+
+
+def edges(image):
+    inside = image > 0
+    scaled = np.clip(image / np.percentile(image[inside], 99.5), 0, 1)
+    slopes = np.gradient(scaled, axis=(0, 1))
+    core = binary_dilation(~inside, iterations=3)
+    return np.where(core, 0, np.hypot(*slopes))
+
+
+def test_edges_of_contrasts_coincide_and_those_of_subjects_do_not(brats):
+    images = brats[2].astype(np.float32)
+    shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    for k in range(4):
+        t1, t2, stranger = edges(images[k, 1]), edges(images[k, 3]), edges(images[k + 5, 3])
+        match = [np.corrcoef(t1.ravel(), np.roll(t2, shift, (0, 1)).ravel())[0, 1] for shift in shifts]
+        assert shifts[int(np.argmax(match))] == (0, 0) and max(match) > 0.7
+        assert np.corrcoef(t1.ravel(), stranger.ravel())[0, 1] < max(match) - 0.25
+
+
+def test_scanners_have_arbitrary_scales(brats):
+    means = np.array([[image[image > 0].mean() for image in images] for images in brats[2]])
+    assert means.max() / means.min() > 5
+    assert means.max() < 1600 and means.min() > 140
+
+
+def normalised(images):
+    """Per volume by the 99.5th percentile of the foreground, then slices: (subjects, contrasts, Z, X, Y)."""
+    high = np.array([[np.percentile(v[v > 0], 99.5) for v in subject] for subject in images])
+    return np.clip(images / high[:, :, None, None, None], 0, 1).transpose(0, 1, 4, 2, 3)
+
+
+def psnr(a, b):
+    """Mean over subjects of the mean over slices, range 1. (subjects, Z, X, Y) each."""
+    return (-10 * np.log10(((a - b) ** 2).mean(axis=(2, 3)))).mean()
+
+
+def look_up(source, target, image):
+    """The mean target at each of 64 source intensities, applied to `image`: what needs no anatomy."""
+    def bins(x):
+        return np.minimum((x * 64).astype(int), 63)
+
+    total = np.bincount(bins(source).ravel(), target.ravel(), 64)
+    count = np.bincount(bins(source).ravel(), minlength=64)
+    return (total / np.maximum(count, 1))[bins(image)]
+
+
+def test_there_is_room_to_learn(brats):
+    u = normalised(brats[2])
+    train, test = u[:16], u[18:]
+    for target in range(4):
+        sources = [s for s in range(4) if s != target]
+        copy = max(psnr(test[:, s], test[:, target]) for s in sources)
+        one_image = np.broadcast_to(train[:, target].mean(axis=(0, 1)), test[:, target].shape)
+        by_slice = np.broadcast_to(train[:, target].mean(axis=0), test[:, target].shape)
+        table = max(psnr(look_up(train[:, s], train[:, target], test[:, s]), test[:, target]) for s in sources)
+        assert 13 < copy < 24, (CONTRASTS[target], copy)
+        assert 14 < psnr(one_image, test[:, target]) < psnr(by_slice, test[:, target]) < 19.5, CONTRASTS[target]
+        assert copy < table < 26, (CONTRASTS[target], table)
+
+
+# ---- Making a set ---------------------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_arguments_same_bytes(tmp_path):
+    make("brats", tmp_path / "a", subjects=2, size=32, slices=3, seed=4)
+    make("brats", tmp_path / "deep" / "b", subjects=2, size=32, slices=3, seed=4)
+    make("brats", tmp_path / "more", subjects=3, size=32, slices=3, seed=4)
+    make("brats", tmp_path / "other", subjects=2, size=32, slices=3, seed=5)
+    a, b, more, other = (contents(tmp_path / name) for name in ("a", "deep/b", "more", "other"))
+    assert a == b and len(a) == 11
+    assert all(more[name] == data for name, data in a.items() if name != "phantom.json")  # subjects do not depend on n
+    assert all(other[name] != data for name, data in a.items() if "seg" not in name)
+    name = "BraTS2021_00000/BraTS2021_00000_t1.nii.gz"
+    levels = [np.asarray(nib.load(tmp_path / which / name).dataobj) for which in ("a", "other")]
+    levels = [image[image > 0].mean() for image in levels]
+    assert abs(levels[0] / levels[1] - 1) > 0.05  # another seed is another scanner, too
+    assert a["BraTS2021_00000/BraTS2021_00000_t1.nii.gz"] != a["BraTS2021_00001/BraTS2021_00001_t1.nii.gz"]
+    for name, data in a.items():
+        if name.endswith(".gz"):
+            assert data[3] == 0 and data[4:8] == bytes(4), name  # no file name, no time
+
+
+def test_existing_folder_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "brats"
+    folder.mkdir()
+    with pytest.raises(DataError, match="exists already") as caught:
+        make("brats", folder, subjects=1, size=16, slices=1)
+    assert "\n" not in str(caught.value) and not list(folder.iterdir())
+    arguments = ["brats", str(folder), "--subjects", "1", "--size", "16", "--slices", "1"]
+    monkeypatch.setattr("sys.argv", ["phantom", *arguments])
+    assert phantom.main() == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    folder.rmdir()
+    assert phantom.main() == 0
+    assert nib.load(folder / "BraTS2021_00000" / "BraTS2021_00000_t2.nii.gz").shape == (16, 16, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"name": "brain"}, {"subjects": 0}, {"slices": 0}, {"size": 8}, {"seed": -1}])
+def test_impossible_requests(tmp_path, wrong):
+    arguments = {"name": "brats", "subjects": 1, "size": 16, "slices": 1, **wrong}
+    with pytest.raises(DataError, match="brats") as caught:
+        make(arguments.pop("name"), tmp_path / "x", **arguments)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(path, array, grid):
+        if "00001" in path.name:
+            assert not (tmp_path / "brats").exists()  # nothing under the final name until all is there
+            raise KeyboardInterrupt
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(phantom, "write_nifti", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make("brats", tmp_path / "brats", subjects=2, size=16, slices=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_makers_at_once(tmp_path, monkeypatch):
+    """The slower of two processes finds the same set finished, which is fine, or something else, which is not."""
+    def meanwhile(note):
+        def write(folder, subjects, size, slices, seed):
+            (tmp_path / "brats").mkdir()
+            (tmp_path / "brats" / "phantom.json").write_bytes(note)
+            return {}
+        return write
+
+    monkeypatch.setattr(phantom, "SETS", {"brats": lambda *_: {}})
+    make("brats", tmp_path / "twin")
+    for note, refused in (((tmp_path / "twin" / "phantom.json").read_bytes(), False), (b"{}", True)):
+        monkeypatch.setattr(phantom, "SETS", {"brats": meanwhile(note)})
+        if refused:
+            with pytest.raises(DataError, match="appeared"):
+                make("brats", tmp_path / "brats")
+        else:
+            make("brats", tmp_path / "brats")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["brats", "twin"]
+        (tmp_path / "brats" / "phantom.json").unlink()
+        (tmp_path / "brats").rmdir()
+
+
+def test_codes_are_the_order_of_the_table():
+    assert CODE["csf"] == 1 and list(CODE) == list(TISSUES) and 0 not in CODE.values()
