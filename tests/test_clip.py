@@ -1,0 +1,678 @@
+"""common/clip.py against hand-worked tokens, closed forms, torch's own layers, and retrieval on unseen subjects."""
+import contextlib
+import hashlib
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common import clip as C
+
+CONTRASTS = ("flair", "t1", "t1ce", "t2")
+ECHO_TIMES = (120, 10, 12.5, 90)
+LEVELS = np.array([[0.5, 0.9, 0.1, 0.95], [0.7, 0.5, 0.15, 0.3], [0.8, 0.55, 0.2, 0.95], [0.3, 0.5, 0.95, 0.7]])
+TEXTS = [f"Modality: {c}; Plane: axial; TE: 90 ms; Slice: 0.42; Lesion: left, 412 mm2" for c in CONTRASTS]
+
+
+class StandInRun:
+    """The part of common.run.Run that training needs.  `kill_at`: the process dies before that step, after a save."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, kill_at=None, saved=None):
+        self.kill_at, self.saved, self.said, self.logged, self.rates = kill_at, saved, [], [], []
+
+    def steps(self, stage, total, parts, batch):
+        start = 0
+        if self.saved:
+            start, states = torch.load(io.BytesIO(self.saved), weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
+        for step in range(start, total):
+            if step == self.kill_at:
+                return
+            yield step
+            file = io.BytesIO()
+            if step + 1 == self.kill_at:
+                torch.save([step + 1, {name: part.state_dict() for name, part in parts.items()}], file)
+                self.saved = file.getvalue()
+
+    def order(self, stage, n, batch, step):
+        passes = [np.random.default_rng(seed_of(stage, step, i)).permutation(n) for i in range(batch // n + 1)]
+        return np.concatenate(passes)[:batch]
+
+    def generator(self, stage, step):
+        return torch.Generator().manual_seed(seed_of(stage, step))
+
+    def fetch(self, images, rows):
+        return torch.from_numpy(np.asarray(images[rows], dtype=np.float32))
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def update(self, loss, optimiser):
+        optimiser.zero_grad()
+        loss.backward()
+        used = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grad_norm_(used, 1.0)
+        self.rates.append({group["lr"] for group in optimiser.param_groups})
+        optimiser.step()
+
+    def log(self, **numbers):
+        self.logged.append({name: float(torch.as_tensor(value).detach()) for name, value in numbers.items()})
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def seed_of(*parts):
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+
+
+def slices(n, seed, size=32):
+    """(n, 4, size, size): an elliptic head with three blobs, the same anatomy in four contrasts."""
+    g = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    labels = np.zeros((n, size, size), dtype=np.int64)
+    for k in range(n):
+        labels[k][(x / g.uniform(.36, .46)) ** 2 + (y / g.uniform(.4, .48)) ** 2 < 1] = 1
+        for tissue in (2, 3, 4):
+            cx, cy, r = g.uniform(-.22, .22, 2).tolist() + [g.uniform(.06, .14)]
+            labels[k][(x - cx) ** 2 + (y - cy) ** 2 < r * r] = tissue
+    table = np.concatenate([np.zeros((4, 1)), LEVELS], axis=1)
+    images = table[:, labels].transpose(1, 0, 2, 3) * g.uniform(.95, 1.05, (n, 4, 1, 1))
+    return np.clip(images + 0.02 * g.standard_normal(images.shape), 0, 1).astype(np.float16)
+
+
+def captions(n, masked=False):
+    """n lists of 4 captions.  masked: every fourth slice hides the contrast's name, every fourth its TE."""
+    full = [f"Modality: {c}; Plane: axial; TE: {te} ms" for c, te in zip(CONTRASTS, ECHO_TIMES)]
+    nameless = [f"Modality: [MASK]; Plane: axial; TE: {te} ms" for te in ECHO_TIMES]
+    timeless = [f"Modality: {c}; Plane: axial; TE: None" for c in CONTRASTS]
+    return [{0: nameless, 1: timeless}.get(k % 4, full) if masked else full for k in range(n)]
+
+
+def subjects(n):
+    return [f"s{k // 4:02d}" for k in range(n)]
+
+
+def train(instance):
+    texts = captions(4, masked=True)
+    clip = C.build("demo", [t for row in texts for t in row], 32)
+    run = StandInRun()
+    C.train_clip(run, clip, slices(256, 0), captions(256, masked=True), subjects(256), 100, batch=32, instance=instance)
+    return clip, run
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(instance=0.5)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return C.build("demo", TEXTS, 32)
+
+
+# ---- Tokenizer ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, kinds, read_back", [
+    ("3T", "number word", "3 t"),
+    ("120kVp 0.8mm", "number word number word", "120 kvp 0.8 mm"),
+    ("T1w", "word", "t1w"),
+    ("18F-FDG", "word mark word", "18f - fdg"),
+    ("3D-OSEM", "word mark word", "3d - osem"),
+    ("H31s 412 mm2", "word number word", "h31s 412 mm2"),
+    ("-5 to 10", "number word number", "-5 to 10"),
+    ("(-1000,-5) 3-5", "mark number mark number mark number mark number", "( -1000 , -5 ) 3 - 5"),
+    ("TI=\u22120.5", "word mark number", "ti = -0.5"),
+    ("t1-t2", "word mark word", "t1 - t2"),
+    ("0.8 x 0.8 x 5 mm", "number word number word number word", "0.8 x 0.8 x 5 mm"),
+    ("90.0 1000000 0.0001", "number number number", "90 1000000 0.0001"),
+    ("TE: [MASK] ms", "word mark mask word", "te : [mask] ms"),
+    ("Voxel: None x None x 5; TI: None", "word mark none word none word number mark word mark none",
+     "voxel : none x none x 5 ; ti : none"),
+    ("none of the nonex 5", "word word word word number", "none of the nonex 5"),
+    ("caf\u00e9 \uff13\uff34", "word number word", "caf[unk]3 t"),
+])
+def test_pieces_and_reading_back(fresh, text, kinds, read_back):
+    assert [kind for kind, _ in C.split(text)] == kinds.split()
+    ids, vals = fresh.tokenizer.encode(text)
+    assert fresh.tokenizer.decode(ids, vals) == read_back
+    assert ids[0] == C.CLS and ids[-1] == C.SEP
+
+
+def test_ids_and_values_of_a_caption(fresh):
+    ids, vals = fresh.tokenizer.encode("t1 -0.5 none")
+    assert ids[2:] == [C.NUM, C.NONE, C.SEP] and ids[1] > C.UNK
+    assert vals == [0, 0, -0.5, 0, 0]
+    assert len(fresh.tokenizer.encode(TEXTS[0])[0]) == 25       # every word and mark of a training caption is one token
+    assert len(fresh.tokenizer.encode("cardiomegaly")[0]) > 3   # an unseen word is several, still readable
+
+
+def test_merges_apply_in_the_order_in_which_they_were_learned():
+    tokenizer = C.Tokenizer([("a", "b"), ("b", "c "), ("n", "o"), ("no", "n"), ("non", "e")], context=96)
+    ids, vals = tokenizer.encode("abc nonex")
+    assert [tokenizer.symbols[i] for i in ids[1:-1]] == ["ab", "c ", "none", "x "]     # not the special token
+    assert C.NONE not in ids and tokenizer.decode(ids, vals) == "abc nonex"
+
+
+def test_merges_are_those_of_the_textbook_example():
+    counts = C.Counter({"low": 5, "lower": 2, "newest": 6, "widest": 3})
+    assert C.learn_merges(counts, 4) == [("s", "t "), ("e", "st "), ("l", "o"), ("w", "est ")]
+
+
+def test_indexed_merges_equal_a_recount_after_every_merge():
+    g = np.random.default_rng(0)
+    counts = C.Counter({"".join(g.choice(list("abc"), g.integers(1, 9))): int(g.integers(1, 30)) for _ in range(60)})
+    words, expected = {w: [*w[:-1], w[-1] + " "] for w in counts}, []
+    for _ in range(40):
+        pairs = C.Counter()
+        for word, symbols in words.items():
+            for i in range(len(symbols) - 1):
+                pairs[symbols[i], symbols[i + 1]] += counts[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        expected.append(best)
+        for symbols in words.values():
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i:i + 2] = ["".join(best)]
+                i += 1
+    assert C.learn_merges(counts, 40) == expected
+
+
+def test_vocabulary_is_capped_and_words_reach_their_learned_symbols():
+    words = [f"{a}{b}word{a}" for a in "abcdefgh" for b in "pqrstu"]
+    tokenizer = C.Tokenizer.train(words, vocab=150)
+    assert 140 <= len(tokenizer) <= 150 and len(tokenizer.symbols) == len(set(tokenizer.symbols))
+    full = C.Tokenizer.train(words)
+    assert all(len(full.encode(word)[0]) == 3 for word in words)
+    assert len({full.encode(word)[0][1] for word in words}) == len(words)
+
+
+def test_batch_is_padded_to_its_own_longest_text_and_overflow_raises(fresh):
+    tokens = fresh.tokenizer(["t1", "t1; t2; flair"])
+    assert tokens.ids.shape == (2, 7) and tokens.ids[0, 3:].eq(C.PAD).all()
+    assert tokens.mask.sum(1).tolist() == [3, 7] and tokens.mask[0].tolist() == [True] * 3 + [False] * 4
+    assert len(fresh.tokenizer.encode("; " * 94)[0]) == 96
+    with pytest.raises(ValueError, match="97 tokens.*takes 96"):
+        fresh.tokenizer(["t1", "; " * 95])
+
+
+# ---- Towers ---------------------------------------------------------------------------------------------------------
+
+def test_block_is_torchs_pre_norm_transformer_layer():
+    torch.manual_seed(0)
+    block = C.Block(24, 3, 2)
+    theirs = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+    pairs = [(theirs.norm1, block.norm1), (theirs.norm2, block.norm2), (theirs.self_attn.out_proj, block.out),
+             (theirs.linear1, block.grow), (theirs.linear2, block.shrink)]
+    for module in block.parameters():
+        nn.init.normal_(module, std=0.3)                        # biases and norms too, or their places would not matter
+    for copy, original in pairs:
+        copy.load_state_dict(original.state_dict())
+    theirs.self_attn.in_proj_weight.data = block.qkv.weight.data
+    theirs.self_attn.in_proj_bias.data = block.qkv.bias.data
+    x, mask = torch.randn(2, 7, 24), torch.arange(7)[None] < torch.tensor([[7], [4]])
+    ours, expected = block(x, mask[:, None, None]), theirs(x, src_key_padding_mask=~mask)
+    assert torch.allclose(ours[mask], expected[mask], atol=1e-5)
+
+
+def test_initial_weights_have_clips_spread():
+    torch.manual_seed(0)
+    block = C.Block(256, 8, 6)
+    end = (256 * 12) ** -.5
+    for layer, std in ((block.qkv, 256 ** -.5), (block.grow, 512 ** -.5), (block.out, end), (block.shrink, end)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02) and not layer.bias.any()
+
+
+def test_number_features_by_hand():
+    features = C.number_features(torch.tensor([[-99.999, 0.0]]))[0]
+    sines = [math.sin(2 * math.pi * 2 / p) for p in (8, 4, 2, 1, .5)]
+    cosines = [math.cos(2 * math.pi * 2 / p) for p in (8, 4, 2, 1, .5)]
+    assert features[0].tolist() == pytest.approx([*sines, *cosines, 0.5, -1, 0], abs=1e-5)
+    assert features[1, 10:].tolist() == pytest.approx([-0.75, 0, 1])
+
+
+@pytest.mark.parametrize("which", ["fresh", "trained"])
+def test_near_numbers_have_near_features(request, which):
+    clip = request.getfixturevalue(which)
+    clip = clip if which == "fresh" else clip[0]
+    with torch.no_grad():
+        e = clip.encode_text([f"TE: {te} ms" for te in ("90", "91", "100", "90.0")]).pooled
+    assert 0 < (e[0] - e[1]).norm() < 0.5 * (e[0] - e[2]).norm()
+    assert torch.equal(e[0], e[3])
+
+
+def test_padding_and_what_it_holds_change_nothing(fresh):
+    short, long = "TE: 90 ms", TEXTS[0]
+    with torch.no_grad():
+        alone, together = fresh.encode_text([short]), fresh.encode_text([short, long])
+        tokens = fresh.tokenizer([short, long])
+        ids, vals, mask = tokens
+        junk = C.Tokens(ids.masked_fill(~mask, C.NUM), vals.masked_fill(~mask, 7.0), mask)
+        junked = fresh.encode_text(junk)
+    n = alone.tokens.shape[1]
+    assert together.mask[0].sum() == n < together.mask.shape[1]
+    assert torch.allclose(alone.pooled[0], together.pooled[0], atol=1e-5)
+    assert torch.allclose(alone.tokens[0], together.tokens[0, :n], atol=1e-5)
+    assert torch.equal(junked.pooled, together.pooled) and torch.equal(junked.tokens[0, :n], together.tokens[0, :n])
+
+
+def test_text_tower_sees_order_numbers_and_both_sides(fresh):
+    with torch.no_grad():
+        e = fresh.encode_text(["t1 t2", "t2 t1", "[mask] t1", "[mask] t2", "[mask] 5", "[mask] 6"])
+    assert (e.pooled[0] - e.pooled[1]).norm() > 1e-2
+    assert (e.tokens[2, 1] - e.tokens[3, 1]).norm() > 1e-2      # the mask's own feature depends on what follows it
+    assert (e.tokens[4, 1] - e.tokens[5, 1]).norm() > 1e-3
+    with torch.no_grad():
+        repeated = fresh.encode_text(["t2 t1", "t1 t2", "t2 t1"]).pooled
+    assert torch.allclose(repeated, e.pooled[[1, 0, 1]], atol=1e-5)
+
+
+def test_values_count_only_at_number_tokens():
+    clip = C.build("demo", TEXTS, 32)
+    with torch.no_grad():
+        before = clip.encode_text(["t1; t2", "t1; 5"]).pooled
+        nn.init.normal_(clip.text.number.weight)
+        after = clip.encode_text(["t1; t2", "t1; 5"]).pooled
+    assert torch.equal(before[0], after[0]) and (before[1] - after[1]).norm() > 1e-2
+
+
+def test_image_is_pooled_from_its_cls_token():
+    tower = C.ImageEncoder(2, 1, 32, 32, 0, 2, 16)             # without blocks CLS knows nothing of the image
+    features = tower(torch.rand(3, 1, 32, 32))
+    expected = tower.project(F.layer_norm(tower.cls, (32,)))
+    assert torch.allclose(features.pooled, expected.expand(3, 16), atol=1e-6)
+    assert (features.tokens[0, 1:] - features.tokens[1, 1:]).norm() > 1
+
+
+@pytest.mark.parametrize("dims, in_ch, tokens", [(2, 1, 17), (2, 8, 17), (3, 1, 65)])
+def test_images_do_not_see_each_other_even_in_train_mode(dims, in_ch, tokens):
+    torch.manual_seed(0)
+    tower = C.ImageEncoder(dims, in_ch, 32, 32, 1, 2, 16).train()
+    x = torch.rand(5, in_ch, *[32] * dims)
+    features, order = tower(x), torch.tensor([3, 0, 4, 1, 2])
+    assert features.tokens.shape == (5, tokens, 32) and features.pooled.shape == (5, 16)
+    assert torch.allclose(tower(x[order]).pooled, features.pooled[order], atol=1e-5)
+    assert torch.allclose(tower(x[:1]).pooled, features.pooled[:1], atol=1e-5)
+    assert (features.pooled[0] - features.pooled[1]).norm() > 1e-3
+
+
+def test_image_tower_centres_its_input_and_interpolates_positions():
+    torch.manual_seed(0)
+    small, wide = C.ImageEncoder(2, 1, 32, 32, 1, 2, 16), C.ImageEncoder(2, 1, 64, 32, 1, 2, 16)
+    nn.init.normal_(small.positions)
+    state = small.state_dict()
+    state["positions"] = F.interpolate(small.positions.detach(), size=(8, 8), mode="bilinear")
+    wide.load_state_dict(state)
+    x, seen = torch.rand(2, 1, 64, 64), []
+    assert torch.equal(small(x).pooled, wide(x).pooled)
+    assert (small(x).pooled - small(x.flip(3)).pooled).norm() > 1e-2
+    assert small(torch.rand(2, 1, 33, 48)).tokens.shape == (2, 1 + 5 * 6, 32)
+    small.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    small(torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 32, 32))
+    assert seen[0][:, 0, 0, 0].tolist() == [-1, -0.5, 1]
+
+
+@pytest.mark.parametrize("size, image, text_millions, image_millions",
+                         [("demo", 64, 0.35, 0.30), ("base", 224, 6.0, 12.0)])
+def test_sizes_are_those_of_the_table(size, image, text_millions, image_millions):
+    sizes = C.SIZES[size]
+    text = C.TextEncoder(**sizes["text"], embed=sizes["embed"])
+    tower = C.ImageEncoder(2, 1, image, **sizes["image"], embed=sizes["embed"])
+    W, D, depth = sizes["text"]["width"], sizes["embed"], sizes["text"]["depth"]
+    by_hand = (sizes["text"]["vocab"] + sizes["text"]["context"] + 13 + D + 2) * W + depth * (12 * W * W + 13 * W)
+    assert sum(p.numel() for p in text.parameters()) == by_hand == pytest.approx(text_millions * 1e6, rel=0.03)
+    assert sum(p.numel() for p in tower.parameters()) == pytest.approx(image_millions * 1e6, rel=0.03)
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("B, s", [(2, 1.0), (2, 14.0), (9, 3.0)])
+def test_infonce_of_perfect_features(B, s):
+    expected = math.log(1 + (B - 1) * math.exp(-s))
+    assert C.contrastive_loss(s * torch.eye(B), torch.arange(B)).item() == pytest.approx(expected, abs=1e-6)
+    instance = C.instance_loss(3 * torch.eye(B), torch.eye(B), s, torch.arange(B))
+    assert instance.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_different_groups_give_cross_entropy_both_ways():
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(6, 6)
+    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
+    assert C.contrastive_loss(logits, torch.randperm(6)).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert C.loss_floor(torch.arange(6)).item() == 0
+
+
+def test_equal_captions_are_positives_of_each_other():
+    flat = torch.zeros(5, 5, requires_grad=True)
+    loss = C.contrastive_loss(flat, torch.zeros(5, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(5)) and flat.grad.abs().max() < 1e-7
+    groups = torch.tensor([0, 1, 0, 2, 1, 0])
+    perfect = 50.0 * (groups[:, None] == groups[None])
+    assert C.loss_floor(groups).item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6)
+    assert C.contrastive_loss(perfect, groups).item() == pytest.approx(C.loss_floor(groups).item(), abs=1e-5)
+    # by hand: rows [2, 0, 1], groups (a, a, b): -log p of row 0 = ln(e^2+1+e) - (2+0)/2, ...
+    logits = torch.tensor([[2.0, 0, 1], [0, 2, 0], [1, 0, 3]])
+    e = math.e
+    rows = math.log(e ** 2 + 1 + e) - 1 + math.log(2 + e ** 2) - 1 + math.log(e + 1 + e ** 3) - 3
+    columns = math.log(e ** 2 + 1 + e) - 1 + math.log(1 + e ** 2 + 1) - 1 + math.log(e + 1 + e ** 3) - 3
+    assert C.contrastive_loss(logits, torch.tensor([7, 7, 1])).item() == pytest.approx((rows + columns) / 6, rel=1e-6)
+
+
+def test_instance_loss_finds_the_same_slice_and_spares_its_repeats():
+    a = torch.eye(4)
+    assert C.instance_loss(a, a, 10.0, torch.arange(4)) < 0.01
+    assert C.instance_loss(a, a.roll(1, 0), 10.0, torch.arange(4)) > 5
+    twice = a[[0, 1, 2, 2]]
+    loss = C.instance_loss(twice, twice, 40.0, torch.tensor([0, 1, 2, 2]))
+    assert loss.item() == pytest.approx(math.log(2) / 2, abs=1e-5)
+
+
+def test_loss_of_known_features_by_hand():
+    clip = C.build("demo", TEXTS, 32).freeze()
+    texts, v = ["a", "b", "c"], torch.tensor([[3.0, 0], [0, 0.5], [2, 2]])
+    for text, pooled in zip(texts, v):
+        clip.memo[text] = [torch.zeros(1, 1), torch.ones(1, dtype=torch.bool), pooled]
+    u = torch.tensor([[2.0, 0.2], [1, 1], [1, 1.1]])            # image 1 is nearest to text 2, text 1 and 2 miss theirs
+    logits = F.normalize(u, dim=1) @ F.normalize(v, dim=1).T / 0.07
+    expected = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
+    loss, facts = clip.loss(u, texts)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert facts["excess"].item() == pytest.approx(loss.item())
+    assert facts["scale"].item() == pytest.approx(14.286, abs=1e-3)
+    assert facts["r1_i2t"].item() == pytest.approx(2 / 3) and facts["r1_t2i"].item() == pytest.approx(1 / 3)
+    same = torch.tensor([0, 1, 1])
+    assert clip.loss(u, texts, same)[0].item() == pytest.approx(C.contrastive_loss(logits, same).item(), rel=1e-5)
+    repeated, facts = clip.loss(u, ["a", "c", "c"])             # equal texts are one group by default
+    assert repeated.item() == pytest.approx(C.contrastive_loss(logits[:, [0, 2, 2]], same).item(), rel=1e-5)
+    assert facts["r1_i2t"].item() == 1
+
+
+def test_logits_keep_float32_under_autocast():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 64), torch.randn(7, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = C.cosines(a.bfloat16(), b)
+    assert inside.dtype == torch.float32 and torch.equal(inside, C.cosines(a.bfloat16(), b))
+    expected = F.cosine_similarity(a[1].bfloat16().float(), b[2], dim=0).item()
+    assert inside[1, 2].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scale_stays_below_100_and_comes_back():
+    clip = C.build("demo", TEXTS, 32)
+    optimiser = torch.optim.SGD([clip.logit_scale], lr=0.05)
+    assert clip.scale().item() == pytest.approx(14.286, abs=1e-3)
+    for direction, steps in ((-1, 1000), (1, 20)):
+        for _ in range(steps):
+            optimiser.zero_grad()
+            (direction * clip.scale().log()).backward()
+            assert clip.logit_scale.grad.abs() == pytest.approx(1, rel=1e-5)
+            optimiser.step()
+            assert clip.scale().item() <= 100.001
+            clip.clamp_scale()
+        if direction < 0:
+            assert clip.scale().item() == pytest.approx(100, rel=1e-5)
+    assert clip.scale().item() == pytest.approx(100 * math.exp(-1), rel=1e-3)
+
+
+def test_loss_starts_near_chance_and_reaches_every_parameter(fresh):
+    clip = C.build("demo", TEXTS, 32)
+    texts = [f"Modality: {c}; TE: {te} ms" for c in CONTRASTS for te in (5, 20, 80, 300)]
+    x = torch.from_numpy(slices(4, 5).astype(np.float32)).flatten(0, 1)[:, None]
+    loss, _ = clip.loss(clip.encode_image(x).pooled, texts)
+    assert math.log(16) - 0.1 < loss.item() < math.log(16) + 1.5
+    loss.backward()
+    idle = [name for name, p in clip.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+# ---- Freezing, remembering, saving ----------------------------------------------------------------------------------
+
+def test_frozen_means_frozen():
+    clip = C.build("demo", TEXTS, 32)
+    parent = nn.ModuleDict({"clip": clip, "head": nn.Linear(128, 1)})
+    x = torch.rand(2, 1, 32, 32)
+    assert clip.freeze() is clip and not any(p.requires_grad for p in clip.parameters())
+    parent.train()
+    assert parent["head"].training and not any(module.training for module in clip.modules())
+    before = clip.encode_image(x).pooled, clip.encode_text(clip.tokenizer(TEXTS)).pooled
+    optimiser = torch.optim.AdamW(parent.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(10):
+        features = clip.encode_image(x.requires_grad_(True)).pooled
+        assert not features.requires_grad
+        parent["head"](features + clip.encode_text(TEXTS[:2]).pooled).sum().backward()
+        optimiser.step()
+    after = clip.encode_image(x).pooled, clip.encode_text(clip.tokenizer(TEXTS)).pooled
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_memo_equals_recomputation_and_ends_with_the_weights():
+    clip = C.build("demo", TEXTS, 32)
+    texts = [TEXTS[0], "TE: 90 ms", TEXTS[0], TEXTS[1]]
+    with torch.no_grad():
+        expected = clip.encode_text(texts)
+    first, again = clip.freeze().encode_text(texts), clip.encode_text(texts)
+    assert set(clip.memo) == set(texts) and torch.equal(first.pooled, again.pooled)
+    assert torch.equal(first.mask, expected.mask)
+    assert torch.allclose(first.pooled, expected.pooled, atol=1e-5)
+    assert torch.allclose(first.tokens[first.mask], expected.tokens[first.mask], atol=1e-5)
+    # the bits of a text do not depend on the batch in which it came first
+    other = C.build("demo", TEXTS, 32).freeze()
+    assert torch.equal(other.encode_text(["TE: 90 ms"]).pooled[0], first.pooled[1])
+    third = C.build("demo", TEXTS, 32).freeze()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(third.encode_text(texts).pooled, first.pooled)
+    state = {name: value + 0.1 for name, value in clip.state_dict().items()}
+    clip.load_state_dict(state)
+    assert not torch.allclose(clip.encode_text(texts).pooled, first.pooled, atol=1e-2)
+
+
+def test_saved_and_loaded_in_another_process(trained, tmp_path):
+    clip, _ = trained
+    x, texts = torch.rand(2, 1, 32, 32), ["Modality: t1; TE: 17 ms", "unseen words: None"]
+    with torch.no_grad():
+        torch.save({"clip": clip.state(), "x": x, "image": clip.encode_image(x).pooled,
+                    "text": clip.encode_text(texts).pooled}, tmp_path / "clip.pt")
+    program = f"""
+import torch
+from common.clip import CLIP
+saved = torch.load({str(tmp_path / "clip.pt")!r}, weights_only=True)
+clip = CLIP.from_state(saved["clip"])
+with torch.no_grad():
+    assert torch.equal(clip.encode_image(saved["x"]).pooled, saved["image"])
+    assert torch.equal(clip.encode_text({texts!r}).pooled, saved["text"])
+print(*clip.subjects)
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(set(subjects(256)))
+
+
+def test_tampered_vocabulary_and_known_subjects_are_refused(trained):
+    clip, _ = trained
+    state = clip.state()
+    weight = state["weights"]["logit_scale"]
+    weight += 1                                                 # a copy, not the weights themselves
+    assert clip.logit_scale.item() < weight.item()
+    merges = state["tokenizer"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+    with pytest.raises(ValueError, match="vocabulary"):
+        C.CLIP.from_state(state)
+    clip.check_unseen(["new1", "new2"])
+    with pytest.raises(ValueError, match="1 subjects.*s03"):
+        clip.check_unseen(["new1", "s03"])
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    a, drawn = C.build("demo", TEXTS, 32), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)                    # the caller's own random numbers are not touched
+    b, other = C.build("demo", TEXTS, 32), C.build("demo", TEXTS, 32, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.image.cls, other.image.cls)
+    assert a.text.embedding.num_embeddings == len(a.tokenizer) < 1024
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+def test_rate_warms_up_for_a_tenth_then_falls_to_zero():
+    rates = [C.warmup_cosine(step, 110, 2.0) for step in range(110)]
+    assert rates[0] == pytest.approx(2 / 11) and rates[10] == rates[11] == 2
+    assert rates[11 + 33] == pytest.approx(1 + math.cos(math.pi / 3)) and 0 < rates[-1] < 0.002
+    assert C.warmup_cosine(0, 1, 2.0) == 2
+
+
+def test_decay_spares_all_but_matrices(fresh):
+    decayed, free = ({id(p) for p in group["params"]} for group in C.parameter_groups(fresh))
+    names = {name for name, p in fresh.named_parameters() if id(p) in decayed}
+    assert len(decayed) + len(free) == len(list(fresh.parameters())) and not decayed & free
+    assert [group["weight_decay"] for group in C.parameter_groups(fresh)] == [0.1, 0.0]
+    blocks = {f"{tower}.blocks.{i}.{layer}.weight" for tower in ("text", "image") for i in (0, 1)
+              for layer in ("qkv", "out", "grow", "shrink")}
+    stem = {f"image.stem.{i}.weight" for i in (0, 3, 6)}
+    assert names == blocks | stem | {"text.number.weight", "text.project.weight", "image.project.weight"}
+
+
+def test_two_contrasts_are_different_and_uniform():
+    a, b = C.two_contrasts(4, 12000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(4 * a + b, minlength=16).view(4, 4)
+    assert not counts.diagonal().any()
+    assert (counts + 1000 * torch.eye(4) - 1000).abs().max() < 130       # standard deviation 30
+
+
+def test_training_pairs_images_with_their_own_captions():
+    n = 8
+    values = np.arange(n * 4, dtype=np.float32).reshape(n, 4) / 100
+    images = np.broadcast_to(values[:, :, None, None], (n, 4, 16, 16))
+    texts = [[f"row {k} contrast {c}" for c in range(4)] for k in range(n)]
+    indices = {text: i for i, text in enumerate(text for row in texts for text in row)}
+    clip, seen = C.build("demo", [t for row in texts for t in row], 16), []
+    encode, loss = clip.encode_image, clip.loss
+    clip.encode_image = lambda x: seen.append((100 * x[:, 0, 0, 0]).round().int().tolist()) or encode(x)
+    clip.loss = lambda pooled, texts: seen.append([indices[text] for text in texts]) or loss(pooled, texts)
+    run = StandInRun()
+    C.train_clip(run, clip, images, texts, subjects(n), 6, batch=n, lr=2e-3)
+    for step in range(6):
+        first, named, second = seen[3 * step:3 * step + 3]
+        assert first == named and sorted(i // 4 for i in first) == list(range(n))
+        assert [i // 4 for i in second] == [i // 4 for i in first] and all(i != j for i, j in zip(first, second))
+        facts = run.logged[step]
+        assert facts["loss"] == pytest.approx(facts["excess"] + 0.5 * facts["instance"], rel=1e-5)
+    assert [rate for rates in run.rates for rate in rates] == [C.warmup_cosine(step, 6, 2e-3) for step in range(6)]
+    assert clip.subjects == ["s00", "s01"]
+
+
+def test_killed_and_resumed_equals_undisturbed():
+    def clip_after(*kills):
+        saved = None
+        for kill in (*kills, None):
+            clip, run = C.build("demo", TEXTS, 32), StandInRun(kill, saved)
+            C.train_clip(run, clip, slices(12, 1), captions(12), subjects(12), 6, batch=8)
+            saved = run.saved
+        return clip.state_dict()
+    straight, disturbed = clip_after(), clip_after(2, 5)
+    assert all(torch.equal(straight[name], disturbed[name]) for name in straight)
+
+
+def test_training_keeps_the_scale_in_range():
+    clip = C.build("demo", TEXTS, 32)
+    clip.logit_scale.data.fill_(10.0)
+    C.train_clip(StandInRun(), clip, slices(4, 1), captions(4), subjects(4), 1, batch=4)
+    assert clip.logit_scale.item() == pytest.approx(math.log(100), rel=1e-6)
+
+
+def test_captions_that_teach_nothing_are_noticed(trained):
+    clip, images = C.build("demo", TEXTS, 16), slices(8, 1, size=16)
+    for steps, warnings in ((20, 0), (52, 1)):                  # a short run is never said to be stuck
+        run = StandInRun()
+        C.train_clip(run, clip, images, [["same"] * 4] * 8, subjects(8), steps, batch=8, instance=0)
+        assert len(run.said) == warnings
+    assert "no better than chance" in run.said[0]
+    assert len(trained[1].logged) == 100 and trained[1].said == []
+
+
+def test_training_input_that_does_not_fit_is_refused():
+    clip, run = C.build("demo", TEXTS, 32), StandInRun()
+    three = [row[:3] for row in captions(4)]
+    for bad in ((captions(3), subjects(4)), (captions(4), subjects(5)), (three, subjects(4))):
+        with pytest.raises(ValueError, match="4 lists of 4 captions"):
+            C.train_clip(run, clip, slices(4, 1), *bad, 1, batch=4)
+    one = slices(4, 1)[:, :1], [["t1"]] * 4, subjects(4)
+    with pytest.raises(ValueError, match="instance=0"):
+        C.train_clip(run, clip, *one, 1, batch=4)
+    C.train_clip(run, clip, *one, 1, batch=4, instance=0)
+    assert "slice_to_slice" not in C.report(clip, *one[:2])
+
+
+# ---- What it learns -------------------------------------------------------------------------------------------------
+
+def test_contrast_is_recognised_on_unseen_subjects(trained):
+    found = C.report(trained[0], slices(16, 99), captions(16))
+    assert found["image_to_text"] >= 0.9 and found["image_to_text_chance"] == 0.25
+
+
+def test_anatomy_is_kept_only_because_of_the_instance_term(trained):
+    towers = trained[0], train(instance=0.0)[0], C.build("demo", TEXTS, 32)
+    with_term, without, untrained = (C.report(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)
+    assert with_term >= 0.9                                     # chance is 1/16
+    assert without < untrained - 0.2 < with_term - 0.4          # training without it discards what chance gave
+
+
+def test_mask_and_none_are_learned_words(trained):
+    clip, _ = trained
+    start = C.build("demo", [t for row in captions(4, masked=True) for t in row], 32)
+    moved = (clip.text.embedding.weight - start.text.embedding.weight).norm(dim=1)
+    assert moved[C.MASK] > 0.01 and moved[C.NONE] > 0.01 and moved[C.UNK] == 0
+    with torch.no_grad():
+        texts = captions(1)[0][1], captions(1, masked=True)[0][1], captions(2, masked=True)[1][1]
+        e = F.normalize(clip.encode_text(texts).pooled, dim=1)
+    assert e[0] @ e[1] < 0.999 and e[0] @ e[2] < 0.999
+
+
+def test_retrieval_by_hand():
+    a = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    b = torch.tensor([[0.1, 0.0], [3, 0.1], [2, 2]])            # row 0 and 2 find themselves; row 1 does not
+    assert C.retrieval(a, b) == pytest.approx(2 / 3)
+    torch.manual_seed(0)
+    many = torch.randn(2500, 16)
+    assert C.retrieval(many, 5 * many) == 1 and C.retrieval(many, many.roll(1, 0)) == 0
+
+
+def test_report_counts_hits_of_known_features():
+    directions = {"t1": torch.tensor([1.0, 0, 0]), "t2": torch.tensor([0, 1.0, 0]), "odd": torch.tensor([-1.0, -1, 0])}
+
+    class Known:
+        logit_scale, tokenizer = torch.zeros(()), staticmethod(lambda texts: texts)
+
+        def encode_image(self, x):
+            """Pixel 0 says along which axis the feature points, pixel 1 how far it leans to the third."""
+            contrast, lean = x[:, 0, 0, 0], x[:, 0, 0, 1]
+            return C.Features(None, None, torch.stack([1 - contrast, contrast, lean], dim=1))
+
+        def encode_text(self, texts):
+            return C.Features(None, None, torch.stack([directions[text] for text in texts]))
+
+    images = np.zeros((4, 2, 1, 2), dtype=np.float16)
+    images[:, 1, :, 0] = 1
+    images[:, :, 0, 1] = np.array([[-5, -1], [3, 4], [1, 2], [2, -3]])
+    texts = [["t1", "t2"], ["t1", "t2"], ["t1", "odd"], ["t2", "t2"]]
+    found = C.report(Known(), images, texts)
+    assert found["image_to_text"] == pytest.approx(6 / 8) and found["image_to_text_chance"] == pytest.approx(1 / 3)
+    # by the lean, contrast 0 takes 3 1 1 1 for 0 1 2 3 (one right), contrast 1 takes 0 1 1 0 (two right)
+    assert found["slice_to_slice"] == pytest.approx((1 / 4 + 2 / 4) / 2) and found["slice_to_slice_chance"] == 0.25
+    assert C.encode_all(Known(), images)[3].tolist() == [[1, 0, 2], [0, 1, -3]]
