@@ -478,8 +478,8 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
                          f"got {len(captions)} and {len(subjects)}")
     if contrasts < 2 and instance:
         raise ValueError("the instance term compares two contrasts and the images have one; use instance=0")
-    clip.to(run.device).train()
-    clip.subjects = sorted(set(subjects))
+    clip.to(run.device)
+    clip.subjects = sorted({str(name) for name in subjects})                        # plain types, for state()
     optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6)
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
         rows = run.order(stage, n, batch, step)                                     # (B,)
@@ -516,7 +516,7 @@ def warn_if_stuck(run, excess, texts):
 # ---- Use ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_all(clip, images, batch=256):
+def encode_all(clip, images, batch=32):
     """Pooled features of images (n, C, H, W) in [0, 1], any array: (n, C, D) on the CPU."""
     n, contrasts = images.shape[:2]
     pooled = []

@@ -103,6 +103,29 @@ def load_subject(subject, contrasts, size, use=None):
                          reference, notes)
 
 
+def to_synthesize(subjects, contrasts, asked, size, folder, say):
+    """What there is to synthesise: yields (subject, sources, absent, SubjectSlices of the sources, {absent: output path}).
+
+    A contrast is absent if the subject has no file of it, or if `asked` names it. Subjects that lack nothing, or have no
+    source, are passed over; so are those whose outputs exist in folder/<subject>, which is said.
+    """
+    made = 0
+    for subject in subjects:
+        absent = [c for c in contrasts if c not in subject.files or c in asked]
+        sources = [c for c in contrasts if c not in absent]
+        if not absent or not sources:
+            continue
+        made += 1
+        home = Path(folder) / subject.name
+        paths = {c: home / f"{subject.name}_{c}_synthetic.nii.gz" for c in absent}
+        if all(path.exists() for path in paths.values()):
+            say(f"{subject.name}: {', '.join(absent)} is already in {home}; delete it to make it again")
+            continue
+        yield subject, sources, absent, load_subject(subject, contrasts, size, use=sources), paths
+    if not made:
+        say("nothing to synthesise: every subject has every contrast; name one to be made although it exists")
+
+
 def kept_slices(areas):
     """Which slices to use: areas (C, Z), foreground pixels per contrast and slice -> bool (Z,).
 

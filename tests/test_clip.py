@@ -59,6 +59,7 @@ class StandInRun:
         return contextlib.nullcontext()
 
     def update(self, loss, optimiser):
+        self.optimiser = optimiser
         optimiser.zero_grad()
         loss.backward()
         used = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
@@ -108,7 +109,7 @@ def train(instance):
     texts = captions(4, masked=True)
     clip = C.build("demo", [t for row in texts for t in row], 32)
     run = StandInRun()
-    C.train_clip(run, clip, slices(256, 0), captions(256, masked=True), subjects(256), 100, batch=32, instance=instance)
+    C.train_clip(run, clip, slices(256, 0), captions(256, masked=True), np.array(subjects(256)), 100, 32, instance=instance)
     return clip, run
 
 
@@ -555,7 +556,7 @@ def test_two_contrasts_are_different_and_uniform():
     assert (counts + 1000 * torch.eye(4) - 1000).abs().max() < 130       # standard deviation 30
 
 
-def test_training_pairs_images_with_their_own_captions():
+def test_training_pairs_images_with_their_own_captions(monkeypatch):
     n = 8
     values = np.arange(n * 4, dtype=np.float32).reshape(n, 4) / 100
     images = np.broadcast_to(values[:, :, None, None], (n, 4, 16, 16))
@@ -565,15 +566,18 @@ def test_training_pairs_images_with_their_own_captions():
     encode, loss = clip.encode_image, clip.loss
     clip.encode_image = lambda x: seen.append((100 * x[:, 0, 0, 0]).round().int().tolist()) or encode(x)
     clip.loss = lambda pooled, texts: seen.append([indices[text] for text in texts]) or loss(pooled, texts)
+    instance = C.instance_loss
+    monkeypatch.setattr(C, "instance_loss", lambda a, b, s, rows: seen.append(rows.tolist()) or instance(a, b, s, rows))
     run = StandInRun()
     C.train_clip(run, clip, images, texts, subjects(n), 6, batch=n, lr=2e-3)
     for step in range(6):
-        first, named, second = seen[3 * step:3 * step + 3]
+        first, named, second, rows = seen[4 * step:4 * step + 4]
         assert first == named and sorted(i // 4 for i in first) == list(range(n))
-        assert [i // 4 for i in second] == [i // 4 for i in first] and all(i != j for i, j in zip(first, second))
+        assert rows == [i // 4 for i in second] == [i // 4 for i in first] and all(i != j for i, j in zip(first, second))
         facts = run.logged[step]
         assert facts["loss"] == pytest.approx(facts["excess"] + 0.5 * facts["instance"], rel=1e-5)
     assert [rate for rates in run.rates for rate in rates] == [C.warmup_cosine(step, 6, 2e-3) for step in range(6)]
+    assert (run.optimiser.defaults["betas"], run.optimiser.defaults["eps"]) == ((0.9, 0.98), 1e-6)
     assert clip.subjects == ["s00", "s01"]
 
 
@@ -651,6 +655,12 @@ def test_retrieval_by_hand():
     torch.manual_seed(0)
     many = torch.randn(2500, 16)
     assert C.retrieval(many, 5 * many) == 1 and C.retrieval(many, many.roll(1, 0)) == 0
+
+
+def test_encoding_in_batches_equals_encoding_at_once(fresh):
+    images = slices(5, 2)
+    at_once = fresh.encode_image(torch.from_numpy(images.astype(np.float32)).view(20, 1, 32, 32)).pooled.view(5, 4, 128)
+    assert torch.allclose(C.encode_all(fresh, images, batch=2), at_once, atol=1e-5)
 
 
 def test_report_counts_hits_of_known_features():

@@ -1,0 +1,104 @@
+"""A dataclass becomes the command line.
+
+Every field of a script's Config is a flag; the comment behind the field is its help text.  The run flags are the same for
+all scripts.  Values are resolved in this order: field default < preset < flag typed by the user.
+"""
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+import sys
+import typing
+from pathlib import Path
+
+
+def parse(config_class, presets, limits, choose_preset, doc, argv=None):
+    """Returns (config, args).  args holds the run flags, and args.typed the science flags that the user typed.
+
+    presets        {"demo": {...}, "paper": {...}}: field overrides
+    limits         {field: (lowest, highest)}: a number outside stops with exit status 2 and a sentence; numbers that are
+                   not listed must be positive, and a listed tuple must not be empty
+    choose_preset  data folder -> name of the preset to use when --preset is not typed
+    """
+    script = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(
+        prog=f"python {script}.py", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"python {script}.py --data FOLDER [--train] [--evaluate] [--synthesize] [flags]; --help explains all flags")
+    add_run_flags(parser, script, presets)
+    add_fields(parser, config_class)
+    args = parser.parse_args(argv)
+    fields = dataclasses.fields(config_class)
+    values = {field.name: vars(args).pop(field.name) for field in fields}
+    args.typed = {name: value for name, value in values.items() if value is not None}
+    args.preset = args.preset or choose_preset(args.data)
+    args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
+    for name in ("workers", "seed"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: allowed are 0 and more")
+    chosen = {**{field.name: field.default for field in fields}, **presets[args.preset], **args.typed}
+    for name, value in chosen.items():                      # before Config is made: it computes with the values
+        many = value if isinstance(value, tuple) else (value,)
+        numbers = [n for n in many if isinstance(n, (int, float)) and not isinstance(n, bool)]
+        low, high = limits.get(name, (1e-12 if float in map(type, numbers) else 1, 10 ** 9))
+        if name in limits and not many or not all(math.isfinite(n) and low <= n <= high for n in numbers):
+            parser.error(f"--{name.replace('_', '-')} {show(value)}: allowed are {low} to {high}")
+    try:
+        return config_class(**chosen), args
+    except ValueError as error:                             # from Config.__post_init__: values that do not go together
+        parser.error(str(error))
+
+
+def add_run_flags(parser, script, presets):
+    run = parser.add_argument_group(
+        "run (the same for every script; --train, --evaluate, --synthesize run in that order, none of them is a dry run)")
+    run.add_argument("--data", type=Path, required=True, help="data folder; data/<phantom name> is made on first use")
+    run.add_argument("--out", type=Path, help=f"run folder [runs/{script}-<data>]")
+    run.add_argument("--check", action="store_true",
+                     help="open every file of the data folder, say what is there and what is wrong, stop")
+    run.add_argument("--train", action="store_true", help="train; the same command again continues an unfinished run")
+    run.add_argument("--evaluate", action="store_true", help="score the test subjects once: results.json, a table, pictures")
+    run.add_argument("--synthesize", action="store_true",
+                     help="write missing contrasts as NIfTI volumes on the source's own grid")
+    run.add_argument("--benchmark", action="store_true", help="time a training step and the sampler, stop")
+    run.add_argument("--preset", choices=list(presets), help="[demo for phantoms, else paper]")
+    run.add_argument("--split", type=Path, help='your own split, a JSON file {"train": [names], "val": [], "test": []}')
+    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto: the best there is]")
+    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                     help="of the networks; losses and samplers stay fp32 [auto]")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile the network: slower to start, faster on long CUDA runs")
+    run.add_argument("--seed", type=int, help="[0]")
+    run.add_argument("--workers", type=int, default=0,
+                     help="threads that read volumes [0 = as many as there are cores, 4 at most]")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_fields(parser, config_class):
+    """One flag per field; what is not typed parses as None, so that a typed default can still beat the preset."""
+    group = parser.add_argument_group("config (fields of Config)")
+    help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(config_class), re.M))
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, text = types[field.name], f"{help_of[field.name]} [{show(field.default)}]"
+        how = dict(dest=field.name, help=text.replace("%", "%%"))
+        if kind is bool:
+            how.update(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is tuple:
+            how.update(type=list_of(typing.get_args(kind)[0]), metavar="A,B,...")
+        elif typing.get_origin(kind) is typing.Literal:
+            how.update(choices=typing.get_args(kind))
+        else:
+            how.update(type=kind, metavar=kind.__name__.upper())
+        group.add_argument("--" + field.name.replace("_", "-"), **how)
+
+
+def list_of(item):
+    def convert(text):
+        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    convert.__name__ = f"comma-separated {item.__name__}"   # argparse: "invalid comma-separated int value: '1,x'"
+    return convert
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value

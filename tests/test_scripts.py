@@ -1,0 +1,298 @@
+"""The scripts as a user runs them, on a tiny phantom: train, kill, continue, evaluate, synthesise, and everything typed wrong."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import apt
+from common.run import guarded
+from data import phantom
+from data.volumes import DataError
+
+TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --encoder-steps 3 --encoder-batch 8 --mif-epochs 2 "
+        "--mif-batch 8 --steps 6 --batch 4 --M 100 --S 4 --N 4 --train-fraction 0.5 --test-subjects 3 --test-slices 2 --sample-batch 5").split()
+
+
+@pytest.fixture(scope="session")
+def brats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "brats"
+    phantom.make("brats", folder, subjects=7, size=32, slices=4)
+    return folder
+
+
+def call(monkeypatch, capsys, *words):
+    """Run apt.main() as if typed; returns (exit status, output)."""
+    monkeypatch.setattr(sys, "argv", ["apt.py", *map(str, words)])
+    status = 0
+    try:
+        guarded(apt.main, DataError)
+    except SystemExit as end:
+        status = end.code or 0
+    seen = capsys.readouterr()
+    return status, seen.out + seen.err
+
+
+@pytest.fixture(scope="session")
+def trained(brats, tmp_path_factory):
+    """A finished tiny run: (data folder, run folder, output)."""
+    out = tmp_path_factory.mktemp("runs") / "apt"
+    done = subprocess.run([sys.executable, "apt.py", "--data", brats, "--out", out, *TINY, "--train", "--evaluate"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return brats, out, done.stdout
+
+
+def weights(out):
+    stages = torch.load(out / "last.pt", weights_only=True)["stages"]
+    return [value for stage in stages.values() for part in stage["parts"].values() for value in flat(part)]
+
+
+def flat(tree):
+    if torch.is_tensor(tree):
+        return [tree]
+    return [v for branch in (tree.values() if isinstance(tree, dict) else tree) for v in flat(branch)] if isinstance(tree, (dict, list)) else []
+
+
+def test_train_and_evaluate_leave_what_they_promise(trained):
+    _, out, text = trained
+    for name in ("config.json", "log.txt", "log.jsonl", "last.pt", "codebook.json", "results.json", "samples.png"):
+        assert (out / name).exists(), name
+    results = json.loads((out / "results.json").read_text())
+    assert results["phantom"] is True and results["config"]["steps"] == 6 and "subject" in results["protocol"]
+    rows = {(r["task"], r["method"], r["metric"]): r for r in results["rows"]}
+    for method in ("APT", "prior alone", "copy-source", "mean-of-train", "intensity-lookup"):
+        row = rows["t1+t1ce+t2->flair", method, "psnr"]
+        assert row["n"] == 3 and len(row["values"]) == 3 and np.isfinite(row["mean"]) and row["ci95"][0] <= row["mean"] <= row["ci95"][1]
+    assert len({task for task, _, _ in rows}) == 4 and "| APT |" in text
+
+
+def test_the_same_command_again_says_that_it_is_finished(trained, monkeypatch, capsys):
+    data, out, _ = trained
+    before = (out / "last.pt").read_bytes()
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--train")
+    assert status == 0 and all(f"{stage}: finished" in text for stage in ("encoder", "mif", "codebook", "diffusion"))
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_another_configuration_is_refused_and_a_sampling_switch_is_not(trained, monkeypatch, capsys):
+    data, out, _ = trained
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--train", "--lr", "0.5")
+    assert status == 1 and "lr was 0.0005, now 0.5" in text and "Traceback" not in text
+    first = json.loads((out / "results.json").read_text())["rows"]
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--prior", "noise")
+    second = json.loads((out / "results.json").read_text())
+    assert status == 0 and second["config"]["prior"] == "noise" and second["config"]["N"] == 4          # the rest as trained
+    assert json.loads((out / "results_1.json").read_text())["rows"] == first and second["rows"] != first
+    assert not any(r["method"] == "prior alone" for r in second["rows"])
+
+
+class Words:
+    """What Run needs to know of the command line."""
+    seed, device, precision, train, typed, workers, split = 0, "cpu", "fp32", False, {}, 1, None
+
+    def __init__(self, data, out):
+        self.data, self.out = data, out
+
+
+@pytest.fixture(scope="session")
+def loaded(trained):
+    """(config, run, model, four test slices (4, C, H, W)) of the tiny run; its network made lively, six steps leave it near zero."""
+    data, out, _ = trained
+    run = apt.Run("apt", apt.Config(), Words(data, out))
+    cfg = run.settle(apt.SAMPLING)
+    run.load()
+    model = apt.load_model(cfg, run)
+    g = torch.Generator().manual_seed(0)
+    for p in model.unet.parameters():
+        p += 0.05 * torch.randn(p.shape, generator=g)
+    ds = apt.open_data(cfg, run.args, run)
+    run.close()
+    return cfg, run, model, torch.from_numpy(ds.images[[0, 5, 9, 13]].astype(np.float32))
+
+
+def impute(loaded, u=None, known=(False, True, True, True), keys=(0, 1, 2, 3), **switches):
+    cfg, run, model, images = loaded
+    u = images if u is None else u
+    cfg = dataclasses.replace(cfg, **switches)
+    return apt.impute(cfg, run, model, u, torch.tensor([known] * len(u)), [("s", k) for k in keys])[0]
+
+
+@pytest.mark.parametrize("words", [["--schedule", "linear"], ["--mif", "zero"], ["--curves", "identity"], ["--size", "64"]])
+def test_what_was_trained_in_cannot_be_changed_in_sampling(trained, words, monkeypatch, capsys):
+    data, out, _ = trained
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", *words)
+    assert status == 2 and "was trained otherwise" in text and words[0][2:] in text
+
+
+@pytest.mark.parametrize("switch", [{"prior": "random"}, {"prior": "zero"}, {"prior": "noise"}, {"stage2": False}, {"M": 50}, {"S": 3}, {"N": 5},
+                                    {"alpha": 0.0}, {"w": 1.0}, {"paste": "both"}])
+def test_every_sampling_switch_changes_the_result(loaded, switch):
+    assert not torch.allclose(impute(loaded, **switch), impute(loaded), atol=1e-4)
+
+
+def test_a_missing_contrast_cannot_influence_the_output(loaded):
+    spoiled = loaded[3].clone()
+    spoiled[:, 0] = float("nan")
+    assert torch.equal(impute(loaded), impute(loaded, spoiled))
+
+
+def test_gradient_with_respect_to_a_missing_contrast_is_exactly_zero(loaded):
+    u = loaded[3][:1].clone().requires_grad_()
+    impute(loaded, u, keys=[0], alpha=0.0).sum().backward()
+    assert not u.grad[:, 0].any() and u.grad[:, 1:].any()
+
+
+def test_samples_do_not_depend_on_batch_mates_or_order(loaded):
+    together = impute(loaded)
+    assert torch.allclose(impute(loaded, loaded[3].flip(0), keys=(3, 2, 1, 0)), together.flip(0), atol=2e-4)
+    assert torch.allclose(impute(loaded, loaded[3][2:3], keys=[2]), together[2:3], atol=2e-4)
+    assert not torch.allclose(impute(loaded, keys=(4, 5, 6, 7)), together, atol=1e-2)
+
+
+@pytest.mark.parametrize("known", [(True, False, False, False), (False, True, False, True), (True, True, True, False)])
+def test_known_contrasts_come_back_untouched_in_any_pattern(loaded, known):
+    result = impute(loaded, known=known)
+    assert torch.equal(result[:, list(known)], loaded[3][:, list(known)]) and torch.isfinite(result).all()
+    assert 0 <= result.min() and result.max() <= 1
+
+
+def test_sampling_without_a_prior_needs_no_codebook(loaded):
+    cfg, run, model, u = loaded
+    without = dataclasses.replace(model, codebook=None)
+    impute((cfg, run, without, u), prior="noise")
+    with pytest.raises(AttributeError):
+        impute((cfg, run, without, u))
+
+
+def test_synthesis_writes_volumes_on_the_sources_grid(trained, tmp_path, monkeypatch, capsys):
+    """A new folder in which one subject has no FLAIR: all slices, same affine, opens on top of its source."""
+    data, out, _ = trained
+    new = tmp_path / "new"
+    source = sorted(data.glob("BraTS*"))[0]
+    (new / "patient7").mkdir(parents=True)
+    for contrast in ("t1", "t1ce", "t2"):
+        (new / "patient7" / f"{contrast}.nii.gz").write_bytes(next(source.glob(f"*_{contrast}.nii.gz")).read_bytes())
+    status, text = call(monkeypatch, capsys, "--data", new, "--out", out, "--synthesize")
+    assert status == 0, text
+    written = nib.load(out / "synthetic" / "patient7" / "patient7_flair_synthetic.nii.gz")
+    t1 = nib.load(new / "patient7" / "t1.nii.gz")
+    assert written.shape == t1.shape and np.allclose(written.affine, t1.affine)
+    values, mask = written.get_fdata(), t1.get_fdata() > 0
+    assert values.min() >= 0 and values.max() <= 1 and all(values[:, :, z].any() for z in range(4))
+    assert values[mask].mean() > values[~mask].mean()
+    status, text = call(monkeypatch, capsys, "--data", new, "--out", out, "--synthesize")
+    assert "already in" in text                                                            # nothing is overwritten
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
+    """Killed once in each stage, by watching the log; the weights of every stage equal those of the undisturbed run."""
+    data, undisturbed, _ = trained
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", "import sys, common.run; common.run.time.monotonic = (lambda c=iter(range(0, 10**9, 100)): next(c)); sys.argv[0] = 'apt.py'; "
+               "import apt; common.run.guarded(apt.main)", "--data", data, "--out", out, *TINY, "--train"]      # saves after every step
+    for stage, step in (("encoder", 2), ("mif", 1), ("diffusion", 1), ("diffusion", 4)):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        end = time.time() + 60
+        while time.time() < end and process.poll() is None:
+            if (out / "last.pt").exists():
+                saved = torch.load(out / "last.pt", weights_only=True)["stages"].get(stage, {})
+                if saved.get("step", 0) >= step:
+                    break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continues at step" in done.stdout or "finished" in done.stdout
+    ours, theirs = weights(out), weights(undisturbed)
+    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_torchrun_equals_one_process(trained, tmp_path):
+    """Two processes, three test subjects: the weights agree to rounding, each subject is scored once, the scores agree."""
+    data, alone, _ = trained
+    out = tmp_path / "two"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "apt.py", "--data", data, "--out", out, *TINY,
+                           "--train", "--evaluate"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for a, b in zip(weights(out), weights(alone)):
+        assert torch.allclose(a.float(), b.float(), atol=2e-4, rtol=1e-3)
+    two, one = ({(r["task"], r["method"]): r for r in json.loads(p.read_text())["rows"] if r["metric"] == "psnr"}
+                for p in (out / "results.json", alone / "results_1.json" if (alone / "results_1.json").exists() else alone / "results.json"))
+    for key, row in two.items():
+        assert row["n"] == 3 and row["values"].keys() == one[key]["values"].keys()
+        assert row["mean"] == pytest.approx(one[key]["mean"], abs=0.1)
+
+
+@pytest.mark.parametrize("words, status, message", [
+    (["--batch", "0"], 2, "--batch 0: allowed are 1 to"), (["--batch", "-3"], 2, "--batch -3"), (["--steps", "0"], 2, "--steps 0"),
+    (["--lr", "nan"], 2, "--lr nan"), (["--lr", "-1"], 2, "--lr -1"), (["--workers", "-1"], 2, "--workers -1"), (["--size", "7"], 2, "--size 7"),
+    (["--size", "36", "--mult", "1,1,1,1"], 2, "multiple of 8"), (["--prior", "best"], 2, "invalid choice"), (["--M", "5", "--S", "10"], 2, "--S 10"),
+    (["--stepz", "3"], 2, "unrecognized"), (["--missing", "t3", "--train", "--evaluate"], 2, "--missing t3: name some"), (["--contrasts", "t1,t9"], 2, "t9"),
+    (["--contrasts", "t1"], 2, "APT needs two"), (["--device", "cuda"], 1, "--device cuda"), (["--evaluate"], 1, "holds no trained model"),
+    (["--split", "nowhere.json"], 1, "nowhere.json")])
+def test_wrong_words_get_one_line(brats, tmp_path, monkeypatch, capsys, words, status, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", *TINY, *words)
+    assert code == status and message in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p.mkdir(), "no"), (lambda p: None, "does not exist"), (lambda p: p.write_text("x"), "is a file")])
+def test_wrong_data_folders_get_one_line(tmp_path, monkeypatch, capsys, make, message):
+    make(tmp_path / "data")
+    code, text = call(monkeypatch, capsys, "--data", tmp_path / "data", "--out", tmp_path / "run", "--train")
+    error = [line for line in text.splitlines() if line.startswith("error")]
+    assert code == 1 and len(error) == 1 and message in error[0] and "Traceback" not in text
+
+
+def test_a_batch_larger_than_the_training_set_still_works(brats, tmp_path, monkeypatch, capsys):
+    code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", *TINY, "--batch", "64", "--steps", "1", "--mif-batch", "999", "--train")
+    assert code == 0, text
+
+
+def test_dry_run_writes_no_run_and_check_reports(brats, tmp_path, monkeypatch, capsys):
+    code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", *TINY)
+    assert code == 0 and "parameters" in text and "dry run" in text and not (tmp_path / "run" / "config.json").exists()
+    code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", "--check")
+    assert code == 0 and "BraTS2021_00000" in text
+
+
+def test_benchmark_prints_rates(brats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(apt.Run.time, "__defaults__", (0.1,))
+    code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", *TINY, "--benchmark")
+    assert code == 0 and "slices/s" in text and "GFLOP/s" in text and "data-wait" in text
+
+
+def test_evaluating_on_training_subjects_is_refused(trained, tmp_path, monkeypatch, capsys):
+    data, out, _ = trained
+    train = torch.load(out / "last.pt", weights_only=True)["about"]["train"]
+    names = sorted(p.name for p in data.glob("BraTS*"))
+    split = {"train": [n for n in names if n not in train], "val": [], "test": train}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    code, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--split", tmp_path / "split.json")
+    assert code == 1 and "were trained on" in text
+
+
+def test_readme_commands_exist_and_ci_runs_the_test_command():
+    """Each command line of the README parses; .ci/run holds its test command literally."""
+    import re
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.S)
+    assert "python apt.py --data data/brats --train" in blocks[0] and blocks[1].strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    from common.cli import parse
+    for line in (line for block in blocks for line in block.splitlines()):
+        for words in re.findall(r"apt\.py ([^#&|]*)", line):
+            parse(apt.Config, apt.PRESETS, apt.LIMITS, lambda folder: "paper", apt.__doc__, words.split())
+    for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
+        assert Path(ROOT / path).exists(), path
