@@ -155,8 +155,8 @@ PRESETS = {
                  mif_epochs=100, mif_batch=64, mif_lr=5e-4, steps=500, batch=8, lr=5e-4, ema=0.99, N=10,
                  test_slices=3),
 }
-LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), groups=(1, 64), encoder_batch=(2, 65536), mif_batch=(2, 65536),
-              ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_batch=(2, 65536),
+              mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 
@@ -776,8 +776,6 @@ def main():
     cfg = run.settle(SAMPLING)
     if cfg.M < cfg.S:
         raise RunError(f"--S {cfg.S} must not exceed --M {cfg.M}: there is no half step", status=2)
-    if cfg.batch % run.world:
-        raise RunError(f"--batch {cfg.batch} cannot be shared by {run.world} processes; make it a multiple", status=2)
     if run.load():
         run.say(f"found a run in {run.out}")
     elif (args.evaluate or args.synthesize) and not args.train:

@@ -297,7 +297,7 @@ class Run:
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
             known = {f.name: values[f.name] for f in dataclasses.fields(self.config) if f.name in values}
             typed = self.args.typed
-            differ = [f"{k} was {known[k]}, now {v}" for k, v in typed.items() if k not in free and known[k] != v]
+            differ = [f"{k} was {known.get(k)}, now {v}" for k, v in typed.items() if k not in free and known.get(k) != v]
             if differ:
                 raise RunError(f"{self.out} was trained otherwise: {'; '.join(differ)}; leave that out, or train in "
                                "another --out", status=2)
@@ -424,11 +424,14 @@ class Run:
         return [item for part in lists for item in part]
 
     def close(self):
-        if self.world > 1 and dist.is_initialized():
-            dist.barrier()                                  # nobody leaves while another still talks
-            dist.destroy_process_group()
+        """Give the folder free.  With several processes this is the end of the program."""
         if self._lock:
             self._lock.close()
+        if self.world > 1:
+            dist.barrier()                                  # nobody leaves while another still talks
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)         # taking torch's communication threads down in the usual way now and then aborts a process
 
 
 class Meter:

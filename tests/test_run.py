@@ -392,6 +392,7 @@ def test_settle_reports_values_that_do_not_go_together(tmp_path):
     class Strict:
         M: int = 10
         S: int = 5
+        size: int = 64
 
         def __post_init__(self):
             if self.S > self.M:
@@ -399,11 +400,17 @@ def test_settle_reports_values_that_do_not_go_together(tmp_path):
     args = SimpleNamespace(out=tmp_path, seed=None, device="cpu", precision="auto", train=False, typed={"S": 9})
     (tmp_path / "config.json").write_text(json.dumps({"config": {"M": 9, "S": 2, "gone": 1}, "identity": {"seed": 3}}))
     run = Run("test", Strict(10, 9), args)
-    assert run.settle() == Strict(9, 9) and run.seed == 3
+    assert run.settle(["S"]) == Strict(9, 9) and run.seed == 3
     (tmp_path / "config.json").write_text(json.dumps({"config": {"M": 8, "S": 2}, "identity": {"seed": 3}}))
     with pytest.raises(RunError, match="--S must not exceed --M.*config.json") as error:
-        Run("test", Strict(10, 9), args).settle()
+        Run("test", Strict(10, 9), args).settle(["S"])
     assert error.value.status == 2
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"M": 9, "S": 2, "size": 32}, "identity": {"seed": 3}}))
+    args.typed = {"S": 9, "size": 64}
+    with pytest.raises(RunError, match="trained otherwise: size was 32, now 64; leave"):  # S may differ
+        Run("test", Strict(10, 9), args).settle(["S"])
+    args.typed = {"S": 9, "size": 32}
+    assert Run("test", Strict(10, 9), args).settle(["S"]) == Strict(9, 9, 32)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
