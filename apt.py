@@ -204,9 +204,9 @@ class MutualInformationFusion(nn.Module):
     Any subset of contrasts works, in any order: there is no position code.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim):
         super().__init__()
-        self.heads = heads
+        self.heads = max(4, dim // 64)
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.ff = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -226,10 +226,6 @@ class MutualInformationFusion(nn.Module):
         here = present.unsqueeze(2)                                             # (B, C, 1)
         mean = (self.tokens(f, present) * here).sum(1) / here.sum(1)            # (B, D)
         return F.normalize(self.out(mean), dim=1)                               # (B, D)
-
-
-def make_mif(dim):
-    return MutualInformationFusion(dim, heads=max(4, dim // 64))
 
 
 def make_unet(cfg, channels, dim):
@@ -297,7 +293,8 @@ def bezier(P, r):
 
 
 # Two increasing and two decreasing curves (Sec. 4.1), each as the x and the y of its control points.  The paper prints one
-# number per point: P1 = (-1, -1, 1, 1) and P2 = (-1, -.5, .5, 1), and both reversed [D6].
+# number per point: P1 = (-1, -1, 1, 1) and P2 = (-1, -.5, .5, 1), and both reversed [D6].  Equal x and y give the identity,
+# y reversed its inversion; the second of "points" is flat in the middle.
 STRAIGHT, P1, P2 = (-1, -1 / 3, 1 / 3, 1), (-1, -1, 1, 1), (-1, -0.5, 0.5, 1)
 CURVES = {
     "points": [(P1, P1), (P2, (-1, 0.5, -0.5, 1)), (P1, P1[::-1]), (P2, (1, -0.5, 0.5, -1))],
@@ -539,7 +536,7 @@ def train_mif(cfg, run, ds, features):
     """Stage "mif": the fusion module, with the encoder frozen, on cached features.  Every process works on the whole batch."""
     n, C, dim = features.shape
     torch.manual_seed(seed_of(run.seed, "mif"))
-    mif = make_mif(dim).to(run.device)
+    mif = MutualInformationFusion(dim).to(run.device)
     # decay only on matrices: on norms, biases and the temperature it would act against the loss
     matrices, others = [p for p in mif.parameters() if p.dim() > 1], [p for p in mif.parameters() if p.dim() < 2]
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}],
@@ -643,7 +640,7 @@ def load_model(cfg, run):
     parts = {stage: saved["parts"] for stage, saved in run.stages.items()}
     encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": parts["encoder"]["clip"]}).freeze()
     contrasts, dim = run.about["contrasts"], clip.SIZES[cfg.encoder]["embed"]
-    mif, unet = make_mif(dim), make_unet(cfg, len(contrasts), dim)
+    mif, unet = MutualInformationFusion(dim), make_unet(cfg, len(contrasts), dim)
     codebook, best = Codebook(len(contrasts), cfg.curves), parts["diffusion"]["best"]
     weights = best["model"] if math.isfinite(best["loss"]) else parts["diffusion"]["ema"]   # without validation: the last
     restore(mif, parts["mif"]["mif"], f"the fusion module in {run.out}")
@@ -696,13 +693,13 @@ def evaluate(cfg, run, ds, model):
                 data=str(ds.folder), phantom=ds.phantom)
     columns = [f"source {i + 1}" for i in range(len(ds.contrasts) - 1)] + ["prior", "APT", "truth", "error"]
     pictures.grid(run.out / "samples.png", [images for _, images in pictured[:12]], columns,
-                  [label for label, _ in pictured[:12]], note="error: |truth - APT|, white from 0.3 of the range on")
+                  [label for label, _ in pictured[:12]], note="error: |truth - APT|, white from 0.3 on")
     run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
 
 
 def synthesize(cfg, run, subjects, model):
-    """Write missing contrasts (no file of theirs, or named by --missing) as NIfTI volumes: all slices, on the source's own
-    grid, in normalised units."""
+    """Write missing contrasts (those without a file, and those that --missing names) as NIfTI volumes: all slices, on the
+    source's own grid, in normalised units.  Training subjects are left out: their scores would flatter."""
     contrasts = model.contrasts
     asked = () if cfg.missing in (("each",), ("all",)) else patterns(contrasts, cfg.missing)[0]
     work = data.to_synthesize(subjects[run.rank::run.world], contrasts, asked, cfg.size, run.out / "synthetic", run.say)
@@ -716,13 +713,12 @@ def synthesize(cfg, run, subjects, model):
                 u, keys = run.fetch(volume.images, part), [(subject.name, z) for z in part]
                 out[part] = impute(cfg, run, model, u, known.expand(len(part), -1), keys)[0].cpu().numpy()
                 run.progress(i + len(part), len(filled))
-        shown = sources + absent
-        for c, path in paths.items():
-            volume.write(path, out[:, contrasts.index(c)], f"synthetic {c}, APT, normalised", overwrite=True)
-        some = evenly(filled, 5)[1:-1]
-        pictures.grid(path.parent / "panel.png", [[out[z, contrasts.index(c)] for c in shown] for z in some],
+        for c in (c for c in absent if not paths[c].exists()):
+            volume.write(paths[c], out[:, contrasts.index(c)], f"synthetic {c}, APT, normalised")
+        shown, some, folder = sources + absent, evenly(filled, 5)[1:-1], paths[absent[0]].parent
+        pictures.grid(folder / "panel.png", [[out[z, contrasts.index(c)] for c in shown] for z in some],
                       [c if c in sources else f"{c} (synthetic)" for c in shown], [f"slice {z}" for z in some])
-        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {path.parent}")
+        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {folder}")
 
 
 def benchmark(cfg, run, ds):
@@ -762,7 +758,7 @@ def dry_run(cfg, run, ds):
     unet = make_unet(cfg, C, dim)
     x_t, t, z = torch.zeros(1, C, cfg.size, cfg.size), torch.zeros(1), torch.zeros(1, 1, dim)
     run.say(f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(unet(x_t, t, z).shape)}")
-    run.outline({"U-Net": unet, "fusion module": make_mif(dim)}, lambda: unet(x_t, t, z), cfg.batch * cfg.steps)
+    run.outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)}, lambda: unet(x_t, t, z), cfg.batch * cfg.steps)
 
 
 # ---- 8. Main ---------------------------------------------------------------------------------------------------------
@@ -780,10 +776,8 @@ def main():
         run.say(f"found a run in {run.out}")
     elif (args.evaluate or args.synthesize) and not args.train:
         raise RunError(f"{run.out} holds no trained model; add --train, or name the folder of a finished run with --out")
-    if args.synthesize and not (args.train or args.evaluate):                           # any folder of scans will do
-        synthesize(cfg, run, data.find_layout(args.data, run.about["contrasts"]).subjects, load_model(cfg, run))
-        return run.close()
-    ds = open_data(cfg, args, run)
+    if args.train or args.evaluate or not args.synthesize:
+        ds = open_data(cfg, args, run)
     if args.train:
         about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"])}
         run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
@@ -794,7 +788,8 @@ def main():
             raise RunError(f"{len(seen)} test subjects were trained on ({', '.join(seen[:3])}, ...); give the same --split")
         evaluate(cfg, run, ds, load_model(cfg, run))
     if args.synthesize:
-        synthesize(cfg, run, [s for s in ds.subjects if s.name not in run.about["train"]], load_model(cfg, run))
+        subjects = data.find_layout(args.data, run.about["contrasts"]).subjects         # any folder of scans will do
+        synthesize(cfg, run, [s for s in subjects if s.name not in run.about["train"]], load_model(cfg, run))
     if args.benchmark:
         benchmark(cfg, run, ds)
     elif not (args.train or args.evaluate or args.synthesize):

@@ -211,7 +211,7 @@ def _save(page, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        page.save(temporary, format="PNG")
+        page.save(temporary, format="PNG", optimize=True)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

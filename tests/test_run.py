@@ -516,3 +516,10 @@ def test_two_processes_skip_and_stop_at_the_same_step(tmp_path):
     assert [process.returncode for process in pair] == [130, 130], errors
     fit = house.read_checkpoint(tmp_path / "last.pt")["stages"]["fit"]
     assert fit["step"] == 5 and fit["parts"]["model"]["weight"].item() == -4             # five steps, of which one skipped
+
+
+def test_a_clock_that_goes_backwards_does_no_harm(tmp_path, monkeypatch):
+    whole = train(start(tmp_path / "a"), 6)
+    for clock in ("monotonic", "perf_counter", "time"):
+        monkeypatch.setattr(house.time, clock, lambda ticks=iter(range(10 ** 6, 0, -50)): float(next(ticks)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, train(start(tmp_path / "b"), 6)))

@@ -218,6 +218,15 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path):
+    data, plain, _ = trained
+    out = tmp_path / "odd"
+    done = subprocess.run([sys.executable, "-O", "apt.py", "--data", data, "--out", out, *TINY, "--train"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "de_DE.UTF-8", "LC_NUMERIC": "de_DE.UTF-8"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(torch.equal(a, b) for a, b in zip(weights(out), weights(plain)))
+
+
 def test_torchrun_equals_one_process(trained, tmp_path):
     """Two processes, three test subjects: the weights agree to rounding, each subject is scored once, the scores agree."""
     data, alone, _ = trained
