@@ -683,7 +683,7 @@ def evaluate(cfg, run, ds, model):
             prior_row = {} if cfg.prior == "noise" else {"prior alone": start[:, target]}
             methods = {"APT": ours[:, target], **prior_row, **metrics.baselines(train_images, truth, sources, target)}
             name = "+".join(ds.contrasts[c] for c in sources) + "->" + ds.contrasts[target]
-            table += metrics.score_table(name, methods, truth[:, target], ds.subject[rows])
+            table += metrics.score_table(name, methods, truth[:, target], ds.subject[rows], slices=len(rows))
             blank = [np.zeros_like(truth[0, 0])] * (len(task) - 1)
             pictured += [(f"{ds.contrasts[target]}, {ds.subject[rows[i]]}", [
                 *truth[i, sources], *blank, start[i, target], ours[i, target], truth[i, target],

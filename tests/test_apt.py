@@ -194,6 +194,18 @@ def test_codebook_finds_the_right_contrast_curve_and_gain():
     assert gain == pytest.approx(float(u[:, 1].mean() / apt.warp(u[:, 2], book.curves[curve]).mean()), rel=1e-4)
 
 
+def test_codebook_similarities_equal_explicit_loops():
+    """similarity[target, source, curve] sums the cosine of the plain target and the bent source, in this order of indices."""
+    u = three_contrasts()
+    book = codebook_of(u, "points")
+
+    def feature(image):
+        return Ncc().encode_image(image[None, None]).pooled[0]
+    for t, s, k in [(0, 1, 0), (1, 0, 1), (0, 2, 3), (2, 0, 3), (1, 2, 2), (2, 1, 2)]:
+        cosines = [F.cosine_similarity(feature(x[t]), feature(apt.warp(x[s], book.curves[k])), dim=0) for x in u]
+        assert float(book.similarity[t, s, k]) == pytest.approx(float(sum(cosines)), abs=1e-4)
+
+
 def test_codebook_survives_its_state_dict():
     book = codebook_of(three_contrasts())
     again = apt.Codebook(3, "identity")
@@ -226,6 +238,14 @@ def test_guidance_moves_x0_by_alpha_along_the_unit_residual():
     assert torch.allclose(out, expected, atol=1e-5)
     alone = apt.guided_x0(straight(COSINE), x[1:], 200, COSINE, y[1:], known[1:], alpha=0.3)
     assert torch.allclose(out[1:], alone, atol=1e-6)                     # batch mates do not matter
+
+
+def test_estimates_are_clamped_before_guidance():
+    """x0_hat = x_t = 1.5 becomes 1, and a clamped pixel passes no gradient, so that it does not move; 0.5 does."""
+    x = torch.tensor([1.5, 0.5, -2.0, -0.5]).view(1, 1, 2, 2)
+    out = apt.guided_x0(straight(COSINE), x, 200, COSINE, torch.zeros_like(x), torch.ones(1, 1, 1, 1), alpha=0.3)
+    norm = (1 + 0.25 + 1 + 0.25) ** 0.5
+    assert out.flatten().tolist() == pytest.approx([1, 0.5 - 0.3 * 0.5 / norm, -1, -0.5 + 0.3 * 0.5 / norm], abs=1e-5)
 
 
 def test_guidance_at_zero_residual_and_at_high_noise():

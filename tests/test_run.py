@@ -288,7 +288,10 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
     def no_locks(handle, how):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    start(tmp_path).close()
+    run = start(tmp_path)
+    run.say("works")
+    run.close()
+    assert "works" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_missing_device_is_an_error_not_a_fallback(monkeypatch):

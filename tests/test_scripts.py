@@ -140,6 +140,13 @@ def test_every_sampling_switch_changes_the_result(loaded, switch):
     assert not torch.allclose(impute(loaded, **switch), impute(loaded), atol=1e-4)
 
 
+def test_alpha_is_scaled_with_the_image_size(loaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(apt, "guided_x0", lambda eps_model, x_t, t, alpha_bar, y, known, alpha: seen.append(alpha) or x_t)
+    impute(loaded)
+    assert set(seen) == {20 * 32 / 256}
+
+
 def test_a_missing_contrast_cannot_influence_the_output(loaded):
     spoiled = loaded[3].clone()
     spoiled[:, 0] = float("nan")
@@ -240,6 +247,7 @@ def test_torchrun_equals_one_process(trained, tmp_path):
                 for p in (out / "results.json", alone / "results_1.json" if (alone / "results_1.json").exists() else alone / "results.json"))
     for key, row in two.items():
         assert row["n"] == 3 and row["values"].keys() == one[key]["values"].keys()
+        assert row["slices"] == one[key]["slices"] == 3 * 2                               # nothing twice, nothing left out
         assert row["mean"] == pytest.approx(one[key]["mean"], abs=0.1)
 
 

@@ -107,13 +107,12 @@ def test_taps_hold_the_last_map_of_each_level():
     assert torch.equal(unet.head(taps["up", 0]), out)
 
 
-def test_skip_connections_join_equal_levels():
-    """Cutting a level's skip must matter: zeroing what the first down block of level 0 adds changes the result."""
+def test_skip_connections_carry_the_image_past_the_deep_levels():
+    """With the way down cut behind level 0, what is left of the image reaches the output through the skips alone."""
     unet = small()
+    unet.shrinks[0].register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     x, t = torch.randn(1, 2, 16, 16), torch.tensor([5])
-    before = unet(x, t)
-    nn.init.zeros_(unet.stem.weight)
-    assert not torch.allclose(before, unet(x, t), atol=1e-4)
+    assert (unet(x, t) - unet(x.flip(3), t)).abs().max() > 0.05
 
 
 def test_attention_equals_torch_multihead_attention():
@@ -128,6 +127,20 @@ def test_attention_equals_torch_multihead_attention():
         theirs.out_proj.bias.copy_(ours.out.bias)
     x, context = torch.randn(2, 5, 16), torch.randn(2, 3, 6)
     assert torch.allclose(ours(x, context), theirs(x, context, context)[0], atol=1e-6)
+
+
+def test_transformer_by_explicit_steps():
+    """Self-attention, cross-attention, then GEGLU: the first half of the wide layer times the GELU (by its erf) of the second."""
+    torch.manual_seed(0)
+    block, x, z = wake(SpatialTransformer(16, 8, 6, 4)), torch.randn(1, 16, 2, 3), torch.randn(1, 2, 6)
+    h = block.proj_in(block.norm(x)).permute(0, 2, 3, 1).reshape(1, 6, 16)
+    h = h + block.self_attention(block.norm1(h))
+    h = h + block.cross_attention(block.norm2(h), z)
+    wide = block.gate(block.norm3(h))
+    value, gate = wide[..., :64], wide[..., 64:]
+    h = h + block.ff(value * gate * 0.5 * (1 + torch.erf(gate / 2 ** 0.5)))
+    expected = x + block.proj_out(h.reshape(1, 2, 3, 16).permute(0, 3, 1, 2))
+    assert torch.allclose(block(x, z), expected, atol=1e-6)
 
 
 def test_one_context_token_is_a_spatially_constant_bias():
