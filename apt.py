@@ -648,6 +648,7 @@ def load_model(cfg, run):
     restore(unet, weights, f"the U-Net in {run.out}")
     encoder, mif, unet = (m.to(run.device).eval().requires_grad_(False) for m in (encoder, mif, unet))
     unet = unet.to(memory_format=torch.channels_last)
+    unet = torch.compile(unet) if run.args.compile else unet
     return Model(contrasts, encoder, mif, codebook, unet, schedule(cfg).to(run.device))
 
 

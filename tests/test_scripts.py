@@ -98,7 +98,7 @@ def test_another_configuration_is_refused_and_a_sampling_switch_is_not(trained, 
 
 class Words:
     """What Run needs to know of the command line."""
-    seed, device, precision, train, typed, workers, split = 0, "cpu", "fp32", False, {}, 1, None
+    seed, device, precision, train, typed, workers, split, compile = 0, "cpu", "fp32", False, {}, 1, None, False
 
     def __init__(self, data, out):
         self.data, self.out = data, out
