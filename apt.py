@@ -33,6 +33,7 @@ COMMANDS
   python apt.py --data FOLDER --train --evaluate                your own scans, the paper's sizes
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER        NIfTI volumes
   python apt.py --data data/brats --evaluate --no-stage2 --prior noise      a row of Table 3, without training again
+  python apt.py --data data/brats --reproduce table3                        all its rows, beside the paper's; or list
 
 DEPARTURES FROM THE PAPER
   [D1]  The frozen BiomedCLIP encoder is replaced by a small CLIP trained on the training subjects (common/clip.py), with an
@@ -60,7 +61,7 @@ DEPARTURES FROM THE PAPER
   [D11] Where the paper is silent: intensities are normalised per volume, background to 0 and 99.5th percentile to 1;
         averaged weights (EMA) sample, those with the lowest validation loss; gradients are clipped at norm 1.
 
-NEEDS  common/{unet,schedules,clip,run,cli,metrics,pictures}.py  data/
+NEEDS  common/{unet,schedules,clip,run,results,cli,metrics,pictures}.py  data/
 """
 import functools
 import math
@@ -76,7 +77,8 @@ from torch.nn import functional as F
 import data
 from common import clip, metrics, pictures
 from common.cli import parse
-from common.run import EMA, Best, Run, RunError, guarded, restore, seed_of
+from common.results import Task, list_tables, report, reproduce, synthesize
+from common.run import EMA, Best, Run, RunError, guarded, restore, seed_of, stored_config
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
 from common.unet import SpatialTransformer, UNet, attention_at
 from data.layouts import caption
@@ -97,7 +99,7 @@ class Config:
     test_subjects: int = 50                     # subjects that are scored; the remaining ones validate
     test_slices: int = 4                        # slices scored per test subject, spread over the brain
     # networks
-    encoder: Literal["base", "demo"] = "base"   # size of the image and text encoders (common/clip.py)
+    encoder: Literal["base", "demo", "pixels"] = "base"   # image encoder: size of the CLIP, or none: the pixels (ours)
     base: int = 128                             # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
@@ -119,10 +121,10 @@ class Config:
     schedule: Literal["cosine", "linear"] = "cosine"              # noise (text: cosine; released scripts: linear)
     context: Literal["pooled", "tokens"] = "pooled"               # U-Net attends to z, or to a token per contrast (ours)
     mif: Literal["trained", "mean", "zero"] = "trained"           # z: fusion module, mean feature, or nothing
-    curves: Literal["points", "scalar", "identity"] = "points"    # reading of Eq. (3) [D6]; identity: it and its inversion
     # method, in sampling
     missing: tuple[str, ...] = ("each",)        # contrasts to synthesise; each: one at a time; all: every pattern
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"    # start image (Table 3, with --no-stage2)
+    curves: Literal["points", "scalar", "identity"] = "points"    # reading of Eq. (3) [D6]; identity: it and its inversion
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5, with --no-stage2)
     S: int = 20                                 # intervals of stage 1, which takes S + 1 network evaluations
     N: int = 50                                 # network evaluations of stage 2 (Table 4) [D9]
@@ -144,10 +146,12 @@ class Config:
                                  f"and by --head-dim {self.head_dim}")
         if self.context == "tokens" and self.mif != "trained":
             raise ValueError("--context tokens needs --mif trained: the tokens are the fusion module's")
+        if self.M < self.S:
+            raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
 
 # Fields that may change without training again; all others make another run.
-SAMPLING = ("missing", "prior", "M", "S", "N", "alpha", "w", "stage2", "paste", "sample_batch", "test_slices")
+SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste", "sample_batch", "test_slices")
 PRESETS = {
     "paper": {},
     "demo": dict(size=64, train_fraction=2 / 3, test_subjects=6, encoder="demo", base=24, mult=(1, 1, 2, 4), blocks=1,
@@ -155,8 +159,39 @@ PRESETS = {
                  mif_epochs=100, mif_batch=64, mif_lr=5e-4, steps=500, batch=8, lr=5e-4, ema=0.99, N=10,
                  test_slices=3),
 }
-LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_batch=(2, 65536),
-              mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
+              encoder_batch=(2, 65536), mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
+              N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+# The stages of training, each with the fields that matter to it and to later stages only.
+STAGES = {"encoder": (), "mif": ("mif_epochs", "mif_batch", "mif_lr"), "codebook": (),
+          "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch", "lr", "ema", "schedule",
+                        "context", "mif")}
+
+# --reproduce: a row is what is typed beyond the command, "against" the row that the others are compared with.  For ADNI the
+# paper has M = 200 and alpha = 50: type --M 200 --alpha 50.
+TABLES = {
+    "table1": {"title": "each contrast from all others", "against": "APT", "rows": {"APT": {}}},
+    "table2": {"title": "components (U joint model, A adaptive prior, I stage 2)", "against": "U+A+I", "rows": {
+        "U, M=1000, S=50": dict(prior="noise", M=1000, S=50, stage2=False),
+        "U, M=1000, S=20": dict(prior="noise", M=1000, stage2=False),
+        "U": dict(prior="noise", stage2=False), "U+A": dict(stage2=False), "U+A+I": {}}},
+    "table3": {"title": "what sampling starts from, without stage 2", "against": "adaptive", "rows": {
+        prior: dict(prior=prior, stage2=False) for prior in ("zero", "noise", "random", "adaptive")}},
+    "table4": {"title": "evaluations of stage 2", "against": "N=50", "rows": {
+        f"N={N}": dict(N=N) for N in (10, 25, 50, 100, 200)}},
+    "table5": {"title": "start step, without stage 2", "against": "M=400", "rows": {
+        f"M={M}": dict(M=M, stage2=False) for M in (1000, 500, 400, 200, 100, 40, 20)}},
+    "table6": {"title": "every missing pattern, four contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
+    "table7": {"title": "every missing pattern, three contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
+    "fig6": {"title": "what z alone knows of the anatomy (a picture)"},
+    "anatomy": {"title": "ours: does z matter, how it is trained, and what the encoder is?", "against": "APT", "rows": {
+        "APT": {}, "fusion untrained": dict(mif_epochs=0), "mean feature for z": dict(mif="mean"), "no z": dict(mif="zero"),
+        "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels")}},
+    "readings": {"title": "ours: where the paper can be read in more than one way", "against": "APT", "rows": {
+        "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"), "w = 1": dict(w=1.0),
+        "curves as scalars": dict(curves="scalar"), "identity and inversion": dict(curves="identity"),
+        "a token per contrast": dict(context="tokens"), "linear schedule": dict(schedule="linear")}},
+}
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 
@@ -165,8 +200,8 @@ def open_data(cfg, args, run):
     """The data set as slices: .images (n, C, size, size) float16 in [0,1], memory-mapped; the split is by person."""
     contrasts = tuple(run.about.get("contrasts", cfg.contrasts)) or None                # a trained model's own, in its order
     ds = run.first(lambda: data.open_dataset(
-        args.data, contrasts, cfg.size, args.split, run.seed, cfg.train_fraction, cfg.test_subjects,
-        run.out.parent / "cache", args.workers, run.say))
+        args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction, test_subjects=cfg.test_subjects,
+        cache=args.cache, workers=args.workers, say=run.say))
     if len(ds.contrasts) < 2:
         raise RunError(f"{args.data} gives one contrast, {ds.contrasts[0]}; APT needs two or more, see --contrasts", status=2)
     return ds
@@ -226,6 +261,20 @@ class MutualInformationFusion(nn.Module):
         here = present.unsqueeze(2)                                             # (B, C, 1)
         mean = (self.tokens(f, present) * here).sum(1) / here.sum(1)            # (B, D)
         return F.normalize(self.out(mean), dim=1)                               # (B, D)
+
+
+class Pixels(nn.Module):
+    """--encoder pixels: in place of a network, the picture itself in coarse squares, less its mean."""
+
+    def encode_image(self, image):
+        """(B, 1, H, W) -> .pooled: (B, 256)"""
+        coarse = F.adaptive_avg_pool2d(image, 16).flatten(1)                    # (B, 256)
+        return clip.Features(None, None, coarse - coarse.mean(1, keepdim=True)) # (B, 256)
+
+
+def feature_width(cfg):
+    """D, the width of the encoder's features."""
+    return 256 if cfg.encoder == "pixels" else clip.SIZES[cfg.encoder]["embed"]
 
 
 def make_unet(cfg, channels, dim):
@@ -451,9 +500,7 @@ def weighted_average(previous, x0, w):
 
 def prior_images(cfg, codebook, u, known, generators):
     """Stage 1's start images.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; generators: one per slice, for "random".
-    Returns (B, C, H, W) in [0,1], or None for "noise"."""
-    if cfg.prior == "noise":
-        return None
+    Returns (B, C, H, W) in [0,1]."""
     prior = torch.full_like(u, 0.5)                                                     # mid-grey [D8]
     if cfg.prior == "zero":
         return prior
@@ -471,11 +518,23 @@ def prior_images(cfg, codebook, u, known, generators):
     return prior
 
 
-def impute(cfg, run, model, u, known, keys):
+def network(run, model, context, watch=None):
+    """eps_theta of the sampler: the U-Net with its context, (B, L, D), fixed.  watch: a list that gets each (t, x_t, x0)."""
+    def eps_model(x_t, t):
+        with run.autocast():
+            eps = model.unet(x_t, t, context).float()                                   # (B, C, H, W)
+        if watch is not None:
+            x0 = x0_from_eps(x_t, model.alpha_bar[int(t[0])], eps).clamp(-1, 1)         # (B, C, H, W)  before Eq. (4)
+            watch.append((int(t[0]), x_t.detach().cpu(), x0.detach().cpu()))
+        return eps
+    return eps_model
+
+
+def impute(cfg, run, model, u, known, keys, watch=None):
     """Fill in the missing contrasts of a batch of slices.
 
     u: (B, C, H, W) in [0,1], anything where missing.  known: (B, C) bool.  keys: (subject, slice) of each; they fix the
-    noise, so that a slice comes out the same, up to rounding, in any batch, order or number of processes.
+    noise, so that a slice comes out the same, up to rounding, in any batch, order or number of processes.  watch: see network.
     Returns (B, C, H, W) in [0,1], and the prior or None.
     """
     mask = known[:, :, None, None]                                                      # (B, C, 1, 1)
@@ -486,12 +545,8 @@ def impute(cfg, run, model, u, known, keys):
         return torch.stack([torch.randn(u.shape[1:], generator=g, device=u.device) for g in generators])
 
     context = condition(cfg, model.mif, encode(model.encoder, u), known)                # (B, L, D)  once, not at every step
-
-    def eps_model(x_t, t):
-        with run.autocast():
-            return model.unet(x_t, t, context).float()                                  # (B, C, H, W)
-
-    prior = prior_images(cfg, model.codebook, u, known, generators)
+    eps_model = network(run, model, context, watch)
+    prior = None if cfg.prior == "noise" else prior_images(cfg, model.codebooks[cfg.curves], u, known, generators)
     y, known, grid = 2 * u - 1, mask.float(), time_grid(cfg.M, cfg.S)
     start = None if prior is None else 2 * prior - 1
     alpha = cfg.alpha * u.shape[-1] / 256                                               # [D3]
@@ -505,18 +560,23 @@ def impute(cfg, run, model, u, known, keys):
 
 
 def train(cfg, run, ds):
-    """All four stages; what is finished is loaded from the checkpoint.  Leaves in run.stages what load_model needs."""
+    """All stages; what is finished is loaded from the checkpoint.  Leaves in run.stages what load_model needs."""
     slices = ds.part("train")                                                           # (n, C, H, W), memory-mapped
     encoder = train_encoder(cfg, run, ds, slices)
-    features = clip.encode_all(encoder, slices).to(run.device)                          # (n, C, D)  frozen: computed once
+    parts = np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32))
+    features = torch.cat([encode(encoder, run.fetch(slices, part)) for part in parts])  # (n, C, D)  frozen: computed once
     mif = train_mif(cfg, run, ds, features)
-    make_codebook(cfg, run, ds, slices, encoder)
+    make_codebooks(cfg, run, ds, slices, encoder)
     train_diffusion(cfg, run, ds, slices, encoder, mif, features)
 
 
 def train_encoder(cfg, run, ds, slices):
     """Stage "encoder" [D1]: a CLIP on (slice, caption), with a term that makes two contrasts of one slice find each other
     (losses and optimiser in common/clip.py)."""
+    if cfg.encoder == "pixels":
+        for _ in run.steps("encoder", 0, {}):
+            pass                                    # nothing to train
+        return Pixels()
     texts = captions(ds, ds.rows("train"))
     encoder = clip.build(cfg.encoder, [t for row in texts for t in row], cfg.size, seed=run.seed).to(run.device)
     encoder.subjects = sorted(ds.split["train"])
@@ -559,13 +619,17 @@ def train_mif(cfg, run, ds, features):
     return mif.eval().requires_grad_(False)
 
 
-def make_codebook(cfg, run, ds, slices, encoder):
-    """Stage "codebook": computed, not trained; on 2,000 slices at most, spread over the subjects."""
-    codebook, chosen = Codebook(len(ds.contrasts), cfg.curves), evenly(np.arange(len(slices)), 2000)
+def make_codebooks(cfg, run, ds, slices, encoder):
+    """Stage "codebook": one for each reading of the curves [D6], from at most 2,000 slices spread over the subjects."""
+    codebooks = {name: Codebook(len(ds.contrasts), name) for name in CURVES}
+    chosen = evenly(np.arange(len(slices)), 2000)
     parts = np.array_split(chosen, math.ceil(len(chosen) / 16))
-    for step in run.steps("codebook", len(parts), {"codebook": codebook}, 16):
-        codebook.add(encoder, run.fetch(slices, parts[step]))
-    run.write_json("codebook.json", codebook.readable(ds.contrasts))
+    for step in run.steps("codebook", len(parts), codebooks, 16):
+        for codebook in codebooks.values():
+            codebook.add(encoder, run.fetch(slices, parts[step]))
+    run.write_json("codebook.json", codebooks[cfg.curves].readable(ds.contrasts))
+    if run.rank == 0:
+        draw_codebook(run.out / "codebook.png", codebooks[cfg.curves], ds.contrasts, slices[len(slices) // 2])
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
@@ -627,29 +691,30 @@ class Model:
     contrasts: list
     encoder: nn.Module
     mif: nn.Module
-    codebook: Codebook
+    codebooks: dict                                 # {reading of the curves: Codebook}
     unet: nn.Module
     alpha_bar: torch.Tensor
 
 
 def load_model(cfg, run):
     """The trained networks of a run folder, from its checkpoint alone."""
-    for stage in ("encoder", "mif", "codebook", "diffusion"):
-        if not run.stages.get(stage, {}).get("finished"):
-            raise RunError(f"{run.out}: stage {stage} is not finished; run the training command again (--train), it continues")
-    parts = {stage: saved["parts"] for stage, saved in run.stages.items()}
-    encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": parts["encoder"]["clip"]}).freeze()
-    contrasts, dim = run.about["contrasts"], clip.SIZES[cfg.encoder]["embed"]
-    mif, unet = MutualInformationFusion(dim), make_unet(cfg, len(contrasts), dim)
-    codebook, best = Codebook(len(contrasts), cfg.curves), parts["diffusion"]["best"]
+    if not run.finished(STAGES):
+        raise RunError(f"{run.out}: the training is not finished; run the training command again (--train), it continues")
+    parts, contrasts = {stage: saved["parts"] for stage, saved in run.stages.items()}, run.about["contrasts"]
+    encoder = Pixels()
+    if cfg.encoder != "pixels":
+        encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": parts["encoder"]["clip"]}).freeze()
+    dim, codebooks = feature_width(cfg), {name: Codebook(len(contrasts), name) for name in CURVES}
+    mif, unet, best = MutualInformationFusion(dim), make_unet(cfg, len(contrasts), dim), parts["diffusion"]["best"]
     weights = best["model"] if math.isfinite(best["loss"]) else parts["diffusion"]["ema"]   # without validation: the last
     restore(mif, parts["mif"]["mif"], f"the fusion module in {run.out}")
-    restore(codebook, parts["codebook"]["codebook"], f"the codebook in {run.out}")
     restore(unet, weights, f"the U-Net in {run.out}")
+    for name, codebook in codebooks.items():
+        restore(codebook, parts["codebook"][name], f"the codebook in {run.out}")
     encoder, mif, unet = (m.to(run.device).eval().requires_grad_(False) for m in (encoder, mif, unet))
     unet = unet.to(memory_format=torch.channels_last)
     unet = torch.compile(unet) if run.args.compile else unet
-    return Model(contrasts, encoder, mif, codebook, unet, schedule(cfg).to(run.device))
+    return Model(contrasts, encoder, mif, codebooks, unet, schedule(cfg).to(run.device))
 
 
 # ---- 7. Evaluation ---------------------------------------------------------------------------------------------------
@@ -661,70 +726,93 @@ def evaluate(cfg, run, ds, model):
     mine = set(ds.split["test"][run.rank::run.world])                                   # whole subjects per process
     work = [(task, r) for task in tasks for r in ds.spread("test", cfg.test_slices) if ds.subject[r] in mine]
     done = []                                                                           # ((task, row), result, prior)
-    with run.interruptible("sampling"):
-        for i in range(0, len(work), cfg.sample_batch):
-            part = work[i:i + cfg.sample_batch]
-            u = run.fetch(ds.images, [r for _, r in part])                              # (B, C, H, W)
-            known = torch.tensor([[c not in task for c in ds.contrasts] for task, _ in part], device=run.device)
-            result, prior = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r]) for _, r in part])
-            prior = u * 0 if prior is None else prior
-            done += zip(part, result.cpu().numpy(), prior.cpu().numpy())
-            run.progress(i + len(part), len(work))
+    for part in run.batches("sampling", work, cfg.sample_batch):
+        u = run.fetch(ds.images, [r for _, r in part])                                  # (B, C, H, W)
+        known = torch.tensor([[c not in task for c in ds.contrasts] for task, _ in part], device=run.device)
+        result, prior = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r]) for _, r in part])
+        prior = u * 0 if prior is None else prior
+        done += zip(part, result.cpu().numpy(), prior.cpu().numpy())
     done = sorted(run.gather(done), key=lambda item: item[0][1])                        # by row
     if run.rank > 0:
         return
-    train_images = ds.part("train")[evenly(np.arange(len(ds.part("train"))), 2000)].astype(np.float32)   # (m, C, H, W)
-    table, pictured = [], []
+    scored = []
     for task in tasks:
         rows, ours, start = zip(*((r, result, prior) for (t, r), result, prior in done if t == task))
         rows, ours, start = np.array(rows), np.stack(ours), np.stack(start)             # (n,), (n, C, H, W), (n, C, H, W)
         truth = np.asarray(ds.images[rows], dtype=np.float32)                           # (n, C, H, W)
-        sources = [c for c, name in enumerate(ds.contrasts) if name not in task]
-        for target in (c for c, name in enumerate(ds.contrasts) if name in task):
-            prior_row = {} if cfg.prior == "noise" else {"prior alone": start[:, target]}
-            methods = {"APT": ours[:, target], **prior_row, **metrics.baselines(train_images, truth, sources, target)}
-            name = "+".join(ds.contrasts[c] for c in sources) + "->" + ds.contrasts[target]
-            table += metrics.score_table(name, methods, truth[:, target], ds.subject[rows], slices=len(rows))
-            blank = [np.zeros_like(truth[0, 0])] * (len(task) - 1)
-            pictured += [(f"{ds.contrasts[target]}, {ds.subject[rows[i]]}", [
-                *truth[i, sources], *blank, start[i, target], ours[i, target], truth[i, target],
-                pictures.error_map(truth[i, target], ours[i, target])]) for i in (0, len(rows) // 2)]
-    run.say("\n" + metrics.markdown_table(table) + "\n")
-    run.results(table, f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices",
-                data=str(ds.folder), phantom=ds.phantom)
-    columns = [f"source {i + 1}" for i in range(len(ds.contrasts) - 1)] + ["prior", "APT", "truth", "error"]
-    pictures.grid(run.out / "samples.png", [images for _, images in pictured[:12]], columns,
-                  [label for label, _ in pictured[:12]], note="error: |truth - APT|, white from 0.3 on")
-    run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
+        sources = {name: truth[:, c] for c, name in enumerate(ds.contrasts) if name not in task}
+        for c, name in ((c, name) for c, name in enumerate(ds.contrasts) if name in task):
+            results = {"APT": ours[:, c]} if cfg.prior == "noise" else {"prior alone": start[:, c], "APT": ours[:, c]}
+            scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
+    some = ds.part("train")[evenly(np.arange(len(ds.part("train"))), 2000)].astype(np.float32)   # (m, C, H, W)
+    report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},
+           f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices",
+           data=str(ds.folder), phantom=ds.phantom)
+    draw_steps(cfg, run, ds, model, tasks[:4])
 
 
-def synthesize(cfg, run, subjects, model):
-    """Write missing contrasts (those without a file, and those that --missing names) as NIfTI volumes: all slices, on the
-    source's own grid, in normalised units.  Training subjects are left out: their scores would flatter."""
-    contrasts = model.contrasts
-    asked = () if cfg.missing in (("each",), ("all",)) else patterns(contrasts, cfg.missing)[0]
-    work = data.to_synthesize(subjects[run.rank::run.world], contrasts, asked, cfg.size, run.out / "synthetic", run.say)
-    for subject, sources, absent, volume, paths in work:
-        known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
-        out = volume.images.copy()                                                      # (Z, C, H, W)
-        filled = np.flatnonzero(volume.images.any((1, 2, 3)))                           # elsewhere all is background
-        with run.interruptible(f"synthesis of {subject.name}"):
-            for i in range(0, len(filled), cfg.sample_batch):
-                part = filled[i:i + cfg.sample_batch]
-                u, keys = run.fetch(volume.images, part), [(subject.name, z) for z in part]
-                out[part] = impute(cfg, run, model, u, known.expand(len(part), -1), keys)[0].cpu().numpy()
-                run.progress(i + len(part), len(filled))
-        for c in (c for c in absent if not paths[c].exists()):
-            volume.write(paths[c], out[:, contrasts.index(c)], f"synthetic {c}, APT, normalised")
-        shown, some, folder = sources + absent, evenly(filled, 5)[1:-1], paths[absent[0]].parent
-        pictures.grid(folder / "panel.png", [[out[z, contrasts.index(c)] for c in shown] for z in some],
-                      [c if c in sources else f"{c} (synthetic)" for c in shown], [f"slice {z}" for z in some])
-        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {folder}")
+def draw_steps(cfg, run, ds, model, tasks):
+    """steps.png: what the network is given and what it makes of it, on the way to one test slice."""
+    r, watched = ds.spread("test", cfg.test_slices)[cfg.test_slices // 2], []
+    u = run.fetch(ds.images, [r] * len(tasks))                                          # (B, C, H, W)
+    known = torch.tensor([[c not in task for c in ds.contrasts] for task in tasks], device=run.device)
+    result, _ = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r])] * len(tasks), watched)
+    shown = [watched[i] for i in sorted({*evenly(np.arange(cfg.S + 1), 4), *evenly(np.arange(cfg.S, len(watched)), 4)})]
+    rows, labels = [], []
+    for b, task in enumerate(tasks):
+        c = list(ds.contrasts).index(task[0])
+        ends = [result[b, c].cpu(), u[b, c].cpu()]
+        rows += [[(x_t[b, c] + 1) / 2 for _, x_t, _ in shown] + ends, [(x0[b, c] + 1) / 2 for _, _, x0 in shown] + ends]
+        labels += [f"{task[0]}: x_t", "estimate of x0"]
+    pictures.grid(run.out / "steps.png", rows, [f"t = {t}" for t, _, _ in shown] + ["result", "truth"], labels,
+                  note=f"from the start at step {cfg.M} down (stage 1)" + ", then stage 2" * cfg.stage2)
+
+
+def draw_codebook(path, codebook, contrasts, u):
+    """The two best entries for every contrast, at work on one slice u: (C, H, W) in [0,1]."""
+    u, rows, labels = torch.from_numpy(u.astype(np.float32)), [], []
+    H, W = u.shape[1:]
+    for target, entries in codebook.readable(contrasts).items():
+        for entry in entries[:2]:
+            source, points = u[contrasts.index(entry["source"])], codebook.curves[entry["curve"]]
+            curve = torch.linspace(1, 0, H)[:, None] > warp(torch.linspace(0, 1, W), points)    # (H, W)  dark below it
+            prior = (entry["gain"] * warp(source, points)).clamp(0, 1)                          # (H, W)
+            rows.append([source, (1 + curve) / 2, prior, u[contrasts.index(target)]])
+            votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
+            labels.append(f"{target} from {entry['source']}: {votes}, gain {entry['gain']:.2f}")
+    pictures.grid(path, rows, ["source", "curve", "prior", "truth"], labels,
+                  note="prior = gain x curve(source), on a training slice; of each contrast the two entries with most votes")
+
+
+def figure6(cfg, run, ds, model):
+    """Fig. 6: slices from noise with z alone: no known contrast, no prior, no guidance, no stage 2.  fig6.png
+
+    The noise is the same in every row, so that rows differ by z only.
+    """
+    rows = ds.spread("test", 1)[:6]
+    u = run.fetch(ds.images, rows)                                                      # (B, C, H, W)
+    everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)
+    context = condition(cfg, model.mif, encode(model.encoder, u), everything)           # (B, L, D)
+    g, nothing = run.generator("figure 6"), torch.zeros(len(u), 1, 1, 1, device=run.device)
+
+    def noise():
+        return torch.randn(1, *u.shape[1:], generator=g, device=u.device).expand_as(u)
+
+    x0 = stage1(network(run, model, context), u, nothing, None, noise, model.alpha_bar, time_grid(T, 50), alpha=0)
+    if run.rank > 0:
+        return
+    truth, made = u.cpu().numpy(), ((x0 + 1) / 2).cpu().numpy()
+    table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])     # (truth, made), mean over contrasts
+    own, other = np.diag(table).mean(), table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
+    pictures.grid(run.out / "fig6.png", [[*a, *b] for a, b in zip(truth, made)],
+                  [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)], list(ds.subject[rows]), note="left: what z saw")
+    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to those of other subjects; "
+            f"written: {run.out / 'fig6.png'}")
 
 
 def benchmark(cfg, run, ds):
     """Times a training step and a guided evaluation of the sampler, at the sizes of the config, on an untrained network."""
-    slices, dim, alpha_bar = ds.part("train"), clip.SIZES[cfg.encoder]["embed"], schedule(cfg).to(run.device)
+    slices, dim, alpha_bar = ds.part("train"), feature_width(cfg), schedule(cfg).to(run.device)
     unet = make_unet(cfg, len(ds.contrasts), dim).to(run.device, memory_format=torch.channels_last)
     network = torch.compile(unet) if run.args.compile else unet
     optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
@@ -755,7 +843,7 @@ def benchmark(cfg, run, ds):
 
 def dry_run(cfg, run, ds):
     """What would be trained, how large it is, and about how long it takes."""
-    C, dim = len(ds.contrasts), clip.SIZES[cfg.encoder]["embed"]
+    C, dim = len(ds.contrasts), feature_width(cfg)
     unet = make_unet(cfg, C, dim)
     x_t, t, z = torch.zeros(1, C, cfg.size, cfg.size), torch.zeros(1), torch.zeros(1, 1, dim)
     run.say(f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(unet(x_t, t, z).shape)}")
@@ -766,13 +854,26 @@ def dry_run(cfg, run, ds):
 
 
 def main():
-    cfg, args = parse(Config, PRESETS, LIMITS, lambda folder: "demo" if data.is_phantom(folder) else "paper", __doc__)
+    cfg, args = parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo" if data.is_phantom(folder) else "paper", __doc__)
     if args.check:
         raise SystemExit(0 if data.check(args.data, cfg.contrasts or None) else 1)
+    if args.reproduce == "list":
+        print(list_tables(TABLES))
+    elif args.reproduce:
+        cfg, args.seed = stored_config(args.out, cfg, args, SAMPLING)
+        args.train = args.evaluate = True
+        if args.reproduce == "fig6":
+            work(cfg, args, figure6)
+        else:
+            reproduce("apt", args.reproduce, TABLES[args.reproduce], cfg, args, SAMPLING, STAGES, "APT", work)
+    else:
+        work(cfg, args)
+
+
+def work(cfg, args, score=evaluate):
+    """All that was asked for, in one run folder."""
     run = Run("apt", cfg, args)
     cfg = run.settle(SAMPLING)
-    if cfg.M < cfg.S:
-        raise RunError(f"--S {cfg.S} must not exceed --M {cfg.M}: there is no half step", status=2)
     if run.load():
         run.say(f"found a run in {run.out}")
     elif (args.evaluate or args.synthesize) and not args.train:
@@ -782,15 +883,21 @@ def main():
     if args.train:
         about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"])}
         run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
-        train(cfg, run, ds)
+        if run.finished(STAGES):
+            run.say("training: finished")
+        else:
+            train(cfg, run, ds)
     if args.evaluate:
         seen = sorted(set(run.about["train"]) & set(ds.split["test"]))
         if seen:
             raise RunError(f"{len(seen)} test subjects were trained on ({', '.join(seen[:3])}, ...); give the same --split")
-        evaluate(cfg, run, ds, load_model(cfg, run))
+        score(cfg, run, ds, load_model(cfg, run))
     if args.synthesize:
-        subjects = data.find_layout(args.data, run.about["contrasts"]).subjects         # any folder of scans will do
-        synthesize(cfg, run, [s for s in subjects if s.name not in run.about["train"]], load_model(cfg, run))
+        model, subjects = load_model(cfg, run), data.find_layout(args.data, run.about["contrasts"]).subjects
+        unseen = [s for s in subjects if s.name not in run.about["train"]]              # the others' scores would flatter
+        asked = () if cfg.missing in (("each",), ("all",)) else patterns(model.contrasts, cfg.missing)[0]
+        todo = data.to_synthesize(unseen[run.rank::run.world], model.contrasts, asked, cfg.size, run.out / "synthetic", run.say)
+        synthesize(run, todo, model.contrasts, cfg.sample_batch, lambda *batch: impute(cfg, run, model, *batch)[0], "APT")
     if args.benchmark:
         benchmark(cfg, run, ds)
     elif not (args.train or args.evaluate or args.synthesize):

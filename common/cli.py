@@ -13,10 +13,11 @@ import typing
 from pathlib import Path
 
 
-def parse(config_class, presets, limits, choose_preset, doc, argv=None):
+def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
     """Returns (config, args).  args holds the run flags, and args.typed the science flags that the user typed.
 
     presets        {"demo": {...}, "paper": {...}}: field overrides
+    tables         names that --reproduce knows
     limits         {field: (lowest, highest)}: a number outside stops with exit status 2 and a sentence; numbers that are
                    not listed must be positive, and a listed tuple must not be empty
     choose_preset  data folder -> name of the preset to use when --preset is not typed
@@ -25,17 +26,22 @@ def parse(config_class, presets, limits, choose_preset, doc, argv=None):
     parser = argparse.ArgumentParser(
         prog=f"python {script}.py", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"python {script}.py --data FOLDER [--train] [--evaluate] [--synthesize] [flags]; --help explains all flags")
-    add_run_flags(parser, script, presets)
+    add_run_flags(parser, script, presets, tables)
     add_fields(parser, config_class)
     args = parser.parse_args(argv)
+    if args.data is None:
+        if args.reproduce != "list":
+            parser.error("--data is missing: the folder with the scans, or data/<phantom name>")
+        args.data = Path("data")
     fields = dataclasses.fields(config_class)
     values = {field.name: vars(args).pop(field.name) for field in fields}
     args.typed = {name: value for name, value in values.items() if value is not None}
     args.preset = args.preset or choose_preset(args.data)
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
-    for name in ("workers", "seed"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: allowed are 0 and more")
+    args.cache = args.out.parent / "cache"                  # of decoded slices, shared by all runs beside this one
+    for name, least in (("workers", 0), ("seed", 0), ("seeds", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: allowed are {least} and more")
     chosen = {**{field.name: field.default for field in fields}, **presets[args.preset], **args.typed}
     for name, value in chosen.items():                      # before Config is made: it computes with the values
         many = value if isinstance(value, tuple) else (value,)
@@ -49,10 +55,10 @@ def parse(config_class, presets, limits, choose_preset, doc, argv=None):
         parser.error(str(error))
 
 
-def add_run_flags(parser, script, presets):
+def add_run_flags(parser, script, presets, tables):
     run = parser.add_argument_group(
         "run (the same for every script; --train, --evaluate, --synthesize run in that order, none of them is a dry run)")
-    run.add_argument("--data", type=Path, required=True, help="data folder; data/<phantom name> is made on first use")
+    run.add_argument("--data", type=Path, help="data folder; data/<phantom name> is made on first use")
     run.add_argument("--out", type=Path, help=f"run folder [runs/{script}-<data>]")
     run.add_argument("--check", action="store_true",
                      help="open every file of the data folder, say what is there and what is wrong, stop")
@@ -60,6 +66,9 @@ def add_run_flags(parser, script, presets):
     run.add_argument("--evaluate", action="store_true", help="score the test subjects once: results.json, a table, pictures")
     run.add_argument("--synthesize", action="store_true",
                      help="write missing contrasts as NIfTI volumes on the source's own grid")
+    run.add_argument("--reproduce", choices=[*tables, "list"], metavar="TABLE",
+                     help=f"train and score every row of a table of the paper, beside its numbers: {', '.join(tables)}; list")
+    run.add_argument("--seeds", type=int, default=1, help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")
     run.add_argument("--benchmark", action="store_true", help="time a training step and the sampler, stop")
     run.add_argument("--preset", choices=list(presets), help="[demo for phantoms, else paper]")
     run.add_argument("--split", type=Path, help='your own split, a JSON file {"train": [names], "val": [], "test": []}')
@@ -91,6 +100,15 @@ def add_fields(parser, config_class):
         else:
             how.update(type=kind, metavar=kind.__name__.upper())
         group.add_argument("--" + field.name.replace("_", "-"), **how)
+
+
+def flags(values):
+    """{field: value} as one would type it: {"M": 1000, "stage2": False} -> "--M 1000 --no-stage2"."""
+    words = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {show(value)}")
+    return " ".join(words)
 
 
 def list_of(item):

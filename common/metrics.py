@@ -237,18 +237,16 @@ class IntensityLookup:
         return self.table[self._cells(sources)]
 
 
-def baselines(train_images, test_images, sources, target):
+def baselines(train, sources, target):
     """What a method must beat: {"copy-source", "mean-of-train", "intensity-lookup"}, each (n, H, W).
 
-    Learned on train_images (m, C, H, W), applied to test_images (n, C, H, W), of which only the channels `sources` are
-    used; target: the channel wanted.
+    Learned on train, {contrast: (m, H, W)}, applied to sources, {contrast: (n, H, W)}; target: the contrast wanted.
     """
-    train = {c: train_images[:, c] for c in sources}
-    test = {c: test_images[:, c] for c in sources}
-    mean = mean_of_train(train_images[:, target])
-    return {"copy-source": test[copy_source(train, train_images[:, target])],
-            "mean-of-train": np.broadcast_to(mean, (len(test_images), *mean.shape)),
-            "intensity-lookup": IntensityLookup(train, train_images[:, target]).predict(test)}
+    seen, n = {name: train[name] for name in sources}, len(next(iter(sources.values())))
+    mean = mean_of_train(train[target])
+    return {"copy-source": sources[copy_source(seen, train[target])],
+            "mean-of-train": np.broadcast_to(mean, (n, *mean.shape)),
+            "intensity-lookup": IntensityLookup(seen, train[target]).predict(sources)}
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -262,10 +260,12 @@ def markdown_table(rows, region="whole slice"):
     n = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean.  Unit: subject, the mean of its slices; "
               f"n = {n}; {region}; range [0,1].")
-    lines = [header, "", "| method | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for method in methods:
-        texts = [_cell(cells.get((method, task, "psnr")), cells.get((method, task, "ssim"))) for task in tasks]
-        lines.append(f"| {method} | " + " | ".join(texts) + " |")
+    body = [["method", *tasks]] + [[m, *(_cell(cells.get((m, t, "psnr")), cells.get((m, t, "ssim"))) for t in tasks)]
+                                   for m in methods]
+    if len(tasks) > 6:                                          # too wide to read: one line per task
+        body = [list(line) for line in zip(*body)]
+    body.insert(1, ["---"] * len(body[0]))
+    lines = [header, "", *("| " + " | ".join(line) + " |" for line in body)]
     excluded = sum(r.get("excluded_slices", 0) for r in rows if r["metric"] == "psnr")
     if excluded:
         lines += ["", f"Left out of PSNR: {excluded} slice values that are infinite (identical images) or undefined."]

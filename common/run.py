@@ -117,6 +117,7 @@ class Run:
                 stale.unlink()
         if self.world > 1:
             join_processes(self.device)
+            dist.barrier()                                  # what process 0 prepared in the folder is there for all
         self.say(f"device: {self.device} ({device_why}); precision: {self.precision} ({precision_why})"
                  + (f"; {self.world} processes" if self.world > 1 else ""))
 
@@ -188,6 +189,8 @@ class Run:
             self.say(f"{stage}: continues at step {start} of {total}")
         meter = Meter(self, stage, start, total, batch)
         last_save, save_cost = time.monotonic(), 0.0
+        if start == total:                                  # nothing to train is asked for: the parts as they are
+            self.keep(stage, start, total, parts)
         with signals(self):
             for step in range(start, total):
                 yield step
@@ -266,6 +269,10 @@ class Run:
     def config_dict(self):
         return json.loads(json.dumps(self.config.__dict__))                 # tuples become lists, as in the file
 
+    def finished(self, stages):
+        """True if all these stages are finished in the checkpoint."""
+        return all(self.stages.get(stage, {}).get("finished") for stage in stages)
+
     def load(self):
         """Read last.pt (or, if that is damaged, last_prev.pt) into .about and .stages.  False if there is none."""
         paths = [path for path in (self.out / "last.pt", self.out / "last_prev.pt") if path.exists()]
@@ -291,22 +298,8 @@ class Run:
 
         free: fields that may differ from the training's; RunError if another one does.
         """
-        path = self.out / "config.json"
-        if not self.args.train and path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
-            known = {f.name: values[f.name] for f in dataclasses.fields(self.config) if f.name in values}
-            typed = self.args.typed
-            differ = [f"{k} was {known.get(k)}, now {v}" for k, v in typed.items() if k not in free and known.get(k) != v]
-            if differ:
-                raise RunError(f"{self.out} was trained otherwise: {'; '.join(differ)}; leave that out, or train in "
-                               "another --out", status=2)
-            try:
-                self.config = dataclasses.replace(self.config, **{**known, **typed})
-            except ValueError as error:                     # what was typed does not go with what was trained
-                raise RunError(f"{error} (the other values come from {path})", status=2) from error
-            if self.args.seed is None:
-                self.seed = stored["identity"]["seed"]
+        if not self.args.train:
+            self.config, self.seed = stored_config(self.out, self.config, self.args, free)
         return self.config
 
     def claim(self, fields, about):
@@ -323,45 +316,46 @@ class Run:
             if differ:
                 raise RunError(f"{self.out} holds a run with another configuration: {'; '.join(differ)}; "
                                "use the old values or another --out")
-        self.about = about
+        self.about = {**self.about, **about}
         self.write_json("config.json", {"script": self.script, "command": " ".join(sys.argv), "identity": mine,
                                         "config": self.config_dict(), "versions": versions()})
 
     # -- results and long work outside of training ----------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def interruptible(self, what):
-        """Signals end this work at the next progress(); nothing that was written before is lost."""
-        self._begin = time.monotonic()
-        self._what, self._shown = what, self._begin
+    def batches(self, what, items, size):
+        """Yields lists of up to `size` items, shows progress, and ends the program between two if a signal came."""
+        begin = shown = time.monotonic()
         with signals(self):
-            yield
+            for start in range(0, len(items), size):
+                yield items[start:start + size]
+                now, done = time.monotonic(), min(start + size, len(items))
+                if self.stop:
+                    self.leave(self.stop, f"{what}: stopped at {done} of {len(items)}; the same command starts it again")
+                if now - shown > 10 or done == len(items):
+                    self.say(f"{what} {done}/{len(items)}  ETA {clock((now - begin) * (len(items) - done) / done)}")
+                    shown = now
 
-    def progress(self, done, total):
-        """A line now and then, with the time that is left; ends the program if a signal came."""
-        if self.stop:
-            self.leave(self.stop, f"{self._what}: stopped at {done} of {total}; the same command starts it again")
-        now = time.monotonic()
-        if now - self._shown > 10 or done >= total:
-            left = (now - self._begin) * (total - done) / done
-            self.say(f"{self._what} {min(done, total)}/{total}  ETA {clock(left)}")
-            self._shown = now
+    def results(self, rows, images, protocol, **facts):
+        """results.json: rows of numbers with all that is needed to know where they come from; results.npz: images.
 
-    def results(self, rows, protocol, **facts):
-        """results.json: rows of numbers with all that is needed to know where they come from.
-
-        A file with other settings, another seed or other `facts` (data) is kept under a number.
+        Files with other settings, another seed or other `facts` (data) are kept under a number.
         """
         content = {"script": self.script, "command": " ".join(sys.argv), "config": self.config_dict(), "seed": self.seed,
                    "versions": versions(), "protocol": protocol, **facts, "rows": rows}
         path = self.out / "results.json"
-        if self.rank == 0 and path.exists():
+        if self.rank > 0:
+            return
+        if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
             if any(old.get(k) != content[k] for k in ("config", "seed", *facts)):
                 names = (self.out / f"results_{number}.json" for number in itertools.count(1))
                 kept = next(name for name in names if not name.exists())
-                os.replace(path, kept)
+                for suffix in (".json", ".npz"):
+                    os.replace(path.with_suffix(suffix), kept.with_suffix(suffix))
                 self.say(f"the results of another configuration are kept as {kept.name}")
+        with open(self.out / "results.npz.tmp", "wb") as f:
+            np.savez_compressed(f, **images)
+        os.replace(self.out / "results.npz.tmp", self.out / "results.npz")
         self.write_json("results.json", content)
 
     def flops(self, work):
@@ -424,14 +418,10 @@ class Run:
         return [item for part in lists for item in part]
 
     def close(self):
-        """Give the folder free.  With several processes this is the end of the program."""
+        """Give the folder free, when all processes are done with it."""
+        self.barrier()
         if self._lock:
             self._lock.close()
-        if self.world > 1:
-            dist.barrier()                                  # nobody leaves while another still talks
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)         # taking torch's communication threads down in the usual way now and then aborts a process
 
 
 class Meter:
@@ -508,8 +498,9 @@ def join_processes(device):
         raise RunError("several processes cannot share Apple's GPU; use --device cpu, or start one process")
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")             # torch for Windows is built without it
-    # the others wait while the first one reads a large data set for the first time
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    if not dist.is_initialized():                           # one program may work in several folders in turn
+        # the others wait while the first one reads a large data set for the first time
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
 
 
 def restore(part, state, where):
@@ -609,6 +600,25 @@ def replace(path, write, keep=None):
                        "the previous file is untouched; make room and run the same command again") from error
 
 
+def stored_config(folder, config, args, free):
+    """What a run folder's config.json says, changed by the flags that were typed -> (config, seed); see Run.settle."""
+    path = folder / "config.json"
+    if not path.exists():
+        return config, args.seed or 0
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
+    known = {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
+    differ = [f"{k} was {known.get(k)}, now {v}" for k, v in args.typed.items() if k not in free and known.get(k) != v]
+    if differ:
+        raise RunError(f"{folder} was trained otherwise: {'; '.join(differ)}; leave that out, or train in another --out",
+                       status=2)
+    try:
+        config = dataclasses.replace(config, **{**known, **args.typed})
+    except ValueError as error:                             # what was typed does not go with what was trained
+        raise RunError(f"{error} (the other values come from {path})", status=2) from error
+    return config, stored["identity"]["seed"] if args.seed is None else args.seed
+
+
 def read_checkpoint(path):
     """The content of a checkpoint, on the CPU.  Loading cannot run code (weights_only).  Raises RunError with a sentence."""
     try:
@@ -630,6 +640,11 @@ def guarded(main, *errors):
         sys.stdout.reconfigure(errors="replace")            # a subject's name must not end a run on an old console
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()                                  # nobody leaves while another still talks
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)         # taking torch's communication threads down in the usual way now and then aborts a process
     except (RunError, torch.OutOfMemoryError, OSError, *errors) as error:
         if "--debug" in sys.argv:
             raise

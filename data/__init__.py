@@ -44,7 +44,10 @@ SHOWN_NOTES = 8              # --check shows all of them
 
 @dataclass
 class SubjectSlices:
-    """All axial slices of one subject, on the grid of its first contrast. Z slices, C contrasts, S = size."""
+    """All axial slices of one subject, on the grid of one contrast, the reference. Z slices, C contrasts, S = size.
+
+    The reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
+    """
 
     images: np.ndarray                              # (Z, C, S, S) float32 in [0, 1]; zeros where a contrast is missing
     present: np.ndarray                             # (C,) bool
@@ -52,9 +55,9 @@ class SubjectSlices:
     kept: np.ndarray                                # (Z,) bool, see kept_slices
     constant: int                                   # slices that hold a single value in some contrast
     position: np.ndarray                            # (Z,) 0 at the lowest, 1 at the highest kept slice
-    brain: np.ndarray                               # (Z,) foreground of the first contrast / area of the picture
+    brain: np.ndarray                               # (Z,) foreground of the reference / area of the picture
     lesion: list | None                             # (Z,) of str, None without a segmentation
-    reference: Volume                               # the first contrast as read: the grid that outputs are written on
+    reference: Volume                               # as read: the grid that outputs are written on
     notes: list                                     # (file, sentence) pairs
 
     def write(self, path, slices, description, overwrite=False):
@@ -63,16 +66,16 @@ class SubjectSlices:
 
 
 def load_subject(subject, contrasts, size, use=None):
-    """Read one subject (layouts.Subject) -> SubjectSlices. Whatever its grid, a contrast lands on the first one's.
+    """Read one subject (layouts.Subject) -> SubjectSlices. Whatever its grid, a contrast lands on the reference's.
 
     use: contrasts whose files are opened, by default all; the others count as missing and cannot influence anything.
     Every contrast is normalised on its own grid first, so the scale does not depend on where it is resampled to.
     DataError names subject and contrast.
     """
-    read = [contrast for contrast in contrasts if contrast in subject.files and (use is None or contrast in use)]
+    read = _reference_first(subject, [contrast for contrast in contrasts if use is None or contrast in use])
     reference, images, areas, scales, notes = None, None, [], {}, []
     for contrast in read:
-        volume = read_volume(subject.files[contrast])
+        volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast))
         notes += [(volume.path.name, note) for note in volume.notes]
         background = find_background(volume.array)
         try:
@@ -85,7 +88,8 @@ def load_subject(subject, contrasts, size, use=None):
             reference = volume
             images = np.zeros((volume.array.shape[2], len(contrasts), size, size), np.float32)
         elif not same_grid(volume, reference):
-            notes.append((volume.path.name, "is on another grid than the first contrast; resampled by the affines"))
+            anchor = _anchor(read, contrasts)
+            notes.append((volume.path.name, f"is on another grid than {anchor}; resampled by the affines"))
             u = resample_to(replace(volume, array=u), reference, fill=0)
             mask = resample_to(replace(volume, array=mask.astype(np.float32)), reference, order=0, fill=0) > 0
         images[:, contrasts.index(contrast)] = fit(u, size)
@@ -101,6 +105,17 @@ def load_subject(subject, contrasts, size, use=None):
     frame = max(size, *reference.array.shape[:2]) ** 2                      # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept), areas[0] / frame, lesion,
                          reference, notes)
+
+
+def _reference_first(subject, contrasts):
+    """Those of the contrasts that the subject has, the one first whose grid all others are resampled onto."""
+    there = [contrast for contrast in contrasts if contrast in subject.files]
+    return sorted(there, key=lambda contrast: [*subject.grid, contrast].index(contrast))
+
+
+def _anchor(read, contrasts):
+    """What a note calls the reference, the first of `read`."""
+    return "the first contrast" if read[0] == contrasts[0] else read[0]
 
 
 def to_synthesize(subjects, contrasts, asked, size, folder, say):
@@ -508,11 +523,10 @@ def check(folder, contrasts=None, say=print):
 def _check_subject(subject, contrasts, say):
     """One table row per file -> (errors as sentences, notes as (file, sentence))."""
     errors, notes, reference, first_mask = [], [], None, None
-    for contrast in contrasts:
-        if contrast not in subject.files:
-            continue
+    read = _reference_first(subject, contrasts)
+    for contrast in read:
         try:
-            volume = read_volume(subject.files[contrast])
+            volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast))
             background = find_background(volume.array)
             mask = foreground(volume.array, background)
             say(_table_row(subject, contrast, volume, background, mask))
@@ -522,10 +536,12 @@ def _check_subject(subject, contrasts, say):
             if reference is None:
                 reference, first_mask = volume, mask
             elif not same_grid(volume, reference):
-                notes.append((name, "is on another grid than the first contrast; will be resampled by the affines"))
+                anchor = _anchor(read, contrasts)
+                notes.append((name, f"is on another grid than {anchor}; will be resampled by the affines"))
                 resample_to(volume, reference, fill=background.level)
             elif _overlap(mask[::-1], first_mask) > _overlap(mask, first_mask) + 0.02:
-                notes.append((name, "fits the first contrast better when mirrored; are left and right swapped?"))
+                notes.append((name, f"fits {_anchor(read, contrasts)} better when mirrored; are left and right "
+                              "swapped?"))
         except DataError as error:
             errors.append(str(error) if str(subject.files[contrast]) in str(error)
                           else f"subject {subject.name}, {contrast} ({subject.files[contrast]}) {error}")

@@ -2,9 +2,11 @@
 
 BraTS 2020, 2021 and 2023+ are read as downloaded, and so is any tree with one folder per subject and one NIfTI file
 per contrast. They share one reader, because after the subject's own name is taken off a file name, the contrast is a
-whole word of what remains; editions differ in the words only (table below).
+whole word of what remains; editions differ in the words only (table below). IXI, with a folder per contrast, and
+ADNI-1, with a folder per series and two contrasts in one file, have readers of their own.
 """
 
+import csv
 import os
 import re
 from dataclasses import dataclass, field
@@ -34,6 +36,17 @@ META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("
                ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))
 EDITIONS = (("BraTS 2020", r"BraTS20_(Training|Validation)_\d+"), ("BraTS 2021", r"BraTS2021_\d+"),
             ("BraTS 2023", r"BraTS-[A-Za-z]+-\d+-\d+"))
+# brain-development.org/ixi-dataset: IXI002-Guys-0828-T1.nii.gz; the hospital tells the scanner (field in tesla).
+IXI_FILE = re.compile(r"((IXI\d+)-(Guys|HH|IOP)-\d+)-(T1|T2|PD)\.(?i:nii(\.gz)?)")
+IXI_SCANNERS = {"Guys": {"scanner": "Philips", "field": 1.5}, "HH": {"scanner": "Philips", "field": 3.0},
+                "IOP": {"scanner": "GE", "field": 1.5}}
+IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")                                   # the sheet says "SEX_ID (1=m, 2=f)"
+# ADNI/002_S_0413/MP-RAGE/2006-11-15_09_47_59.0/I29704/any.nii: person, series, day; time and image id are not needed.
+ADNI_FILE = re.compile(r"(?:^|/)(\d{3}_S_\d{4})/([^/]+)/(\d{4}-\d\d-\d\d)_[^/]+/[^/]+/[^/]+$")
+ADNI_T1 = re.compile(r"MP.?RAGE", re.IGNORECASE)
+ADNI_DUAL_ECHO = re.compile(r"PD.?T2|DOUBLE.?TSE", re.IGNORECASE)
+# T1 of these sets is a sagittal 3-D scan, T2 and PD are axial slices: resampling those up to T1 would invent slices.
+AXIAL_GRID = ("t2", "pd")
 OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",
                  ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -47,6 +60,8 @@ class Subject:
     files: dict                                     # contrast -> Path
     segmentation: Path | None = None
     meta: dict = field(default_factory=dict)        # acquisition and demographics, where a reader knows them
+    echoes: dict = field(default_factory=dict)      # contrast -> its echo, where a file holds two; see read_volume
+    grid: tuple = ()                                # whose grid to use, best first; by default the first contrast's
 
 
 @dataclass
@@ -76,13 +91,20 @@ def find_layout(folder, contrasts=None):
     images = [path for path in files if is_nifti(path)]
     if not images:
         raise DataError(_why_no_images(folder, files))
-    subjects, ignored = _collect_subjects(folder, images, notes)
+    named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
+    if named and all(IXI_FILE.fullmatch(path.name) for path in named):
+        name, (subjects, ignored) = "IXI", _collect_ixi(files, images, notes)
+    elif any(ADNI_FILE.search(path.as_posix()) for path in images):
+        name, (subjects, ignored) = "ADNI", _collect_adni(images, notes)
+    else:
+        subjects, ignored = _collect_subjects(folder, images, notes)
+        name = _edition(subjects)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as {examples}; "
                         f"name them with one of the words {', '.join(CONTRASTS)}")
     chosen = _choose_contrasts(folder, subjects, contrasts, notes)
-    return _with_contrasts(_edition(subjects), subjects, chosen, ignored, notes)
+    return _with_contrasts(name, subjects, chosen, ignored, notes)
 
 
 def _require_folder(folder):
@@ -134,8 +156,8 @@ def _why_no_images(folder, files):
     others = sorted({path.suffix.lower() for path in files} & set(OTHER_FORMATS))
     if others:
         return f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, convert them to NIfTI"
-    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023 and one folder per subject with one "
-            f".nii or .nii.gz per contrast; the folder holds {_entries(folder)}")
+    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI and one folder per "
+            f"subject with one .nii or .nii.gz per contrast; the folder holds {_entries(folder)}")
 
 
 def _is_dicom(path):
@@ -256,6 +278,127 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         notes.append(f"{len(names)} subjects lack {missing}: {', '.join(names[:5])}{more}")
     return Layout(name, contrasts, kept, ignored, notes, skipped)
+
+
+# ---- IXI -------------------------------------------------------------------------------------------------------------
+
+def _collect_ixi(files, images, notes):
+    """IXI's own names, in whatever folders -> (subjects sorted by name, ignored files: MRA, DTI and others)."""
+    subjects, ignored = {}, []
+    demographics = _read_ixi_sheet(files, notes)
+    for path in images:
+        parts = IXI_FILE.fullmatch(path.name)
+        if not parts:
+            ignored.append(path)
+            continue
+        name, person, site = parts[1], parts[2], parts[3]
+        meta = {"site": site, **IXI_SCANNERS[site], **demographics.get(person, {})}
+        subject = subjects.setdefault(name, Subject(name, person, {}, meta=meta, grid=AXIAL_GRID))
+        contrast = parts[4].lower()
+        if contrast in subject.files:
+            raise DataError(f"{path}: {name} has another {contrast}, {subject.files[contrast]}; remove one of them")
+        subject.files[contrast] = path
+    absent = [name for name, subject in sorted(subjects.items()) if subject.person not in demographics]
+    if demographics and absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        notes.append(f"{len(absent)} subjects have no row in the sheet of IXI: {', '.join(absent[:5])}{more}")
+    return [subjects[name] for name in sorted(subjects)], ignored
+
+
+def _read_ixi_sheet(files, notes):
+    """IXI.csv, exported from IXI.xls -> {"IXI002": {"age": years, "sex": "M" or "F"}}, what is unknown left out.
+
+    The sheet repeats persons, with the same values or with gaps (which another row fills); where two rows contradict
+    each other it cannot be said which is the person's, and both are dropped.
+    """
+    sheets = [path for path in files if re.fullmatch(r"IXI.*\.csv", path.name, re.IGNORECASE)]
+    excel = [path for path in files if re.fullmatch(r"IXI.*\.xlsx?", path.name, re.IGNORECASE)]
+    if not sheets:
+        notes += [f"{path.name}: Excel is not read; save it as IXI.csv to have age and sex" for path in excel[:1]]
+        return {}
+    sheet = sheets[0]
+    notes += [f"{sheet.name} is used, not {other.name}" for other in sheets[1:]]
+    try:
+        lines = sheet.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "").splitlines()
+    except OSError as error:
+        raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); repair or remove it") from None
+    rows = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ",")
+    columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
+    if not set(IXI_COLUMNS) <= set(columns):
+        notes.append(f"{sheet.name}: has no columns {', '.join(IXI_COLUMNS)}; age and sex stay unknown")
+        return {}
+    people, contradictory = {}, set()
+    for row in rows:
+        number, sex, age = (_positive(row[columns[key]]) for key in IXI_COLUMNS)
+        if number is None:
+            continue
+        person = f"IXI{int(number):03d}"
+        known = people.setdefault(person, {})
+        for key, value in (("age", age), ("sex", {1: "M", 2: "F"}.get(sex))):
+            if value is not None and known.setdefault(key, value) != value:
+                contradictory.add(person)
+    for person in sorted(contradictory):
+        people[person] = {}
+        notes.append(f"{sheet.name}: the rows of {person} contradict each other; its age and sex stay unknown")
+    return people
+
+
+def _positive(cell):
+    """The number in a cell, with decimal point or comma; None if there is none or 0, by which IXI means unknown."""
+    try:
+        value = float(cell.strip().replace(",", "."))
+    except (AttributeError, ValueError):                                    # a short row has None there
+        return None
+    return value if 0 < value < 1000 else None
+
+
+# ---- ADNI ------------------------------------------------------------------------------------------------------------
+
+def _collect_adni(images, notes):
+    """A subject is what one person (PTID) had on one day -> (subjects sorted by name, ignored files: other series)."""
+    visits, ignored = {}, []
+    for path in images:
+        place = ADNI_FILE.search(path.as_posix())
+        kind = place and ("t1" if ADNI_T1.search(place[2]) else "dual" if ADNI_DUAL_ECHO.search(place[2]) else None)
+        if kind:
+            series = visits.setdefault((place[1], place[3]), {"t1": {}, "dual": {}})[kind]
+            series.setdefault(path.parent, []).append(path)
+        else:
+            ignored.append(path)
+    subjects, unused = [], []
+    for (person, day), series in sorted(visits.items()):
+        subject = Subject(f"{person}_{day}", person, {}, grid=AXIAL_GRID)
+        if series["t1"]:
+            subject.files["t1"] = _best_scan(series["t1"])[0]
+        if series["dual"]:
+            files, subject.echoes = _dual_echo(_best_scan(series["dual"]))
+            subject.files.update(files)
+        there = [path for kind in series.values() for paths in kind.values() for path in paths]
+        unused += [path for path in there if path not in subject.files.values()]
+        subjects.append(subject)
+    if unused:
+        notes.append(f"{len(unused)} files repeat a scan of the same day and are not used, e.g. {unused[0]}")
+    return subjects, ignored
+
+
+def _best_scan(scans):
+    """scans: {.../series/time/image id: its files}, of one day. The first that is no repeat."""
+    return scans[min(scans, key=lambda place: ("REPEAT" in place.parents[1].name.upper(), place))]
+
+
+def _dual_echo(paths):
+    """The files of a PD/T2 series -> ({contrast: file}, {contrast: echo}).
+
+    Either two files, the second named ..._e2 (and the first perhaps ..._e1) as by dcm2niix, or one that holds both.
+    """
+    numbered = {}
+    for path in paths:
+        echo = re.search(r"(?:^|[_-])e([12])\.nii(\.gz)?$", path.name, re.IGNORECASE)
+        numbered.setdefault(echo[1] if echo else "", path)
+    if set(numbered) == {""}:
+        return {"pd": paths[0], "t2": paths[0]}, {"pd": 0, "t2": 1}
+    first = numbered.get("1") or numbered.get("")
+    return {contrast: path for contrast, path in (("pd", first), ("t2", numbered.get("2"))) if path}, {}
 
 
 # ---- Captions --------------------------------------------------------------------------------------------------------

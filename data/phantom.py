@@ -1,6 +1,8 @@
 """Digital phantoms: synthetic subjects with known anatomy and known physics, written in the layout of a real data set.
 
     python -m data.phantom brats data/brats [--subjects 24] [--size 64] [--slices 12] [--seed 0]
+    python -m data.phantom ixi data/ixi                 T1, T2 and PD of three hospitals, with scalp, air and IXI.csv
+    python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, and T1 and PD do not tell which
 
 Two halves that never mix. *Anatomy* (`head_anatomy`) says how much of which tissue lies in every voxel of a subject,
 and how this subject's tissues differ from the textbook. *Physics* (`render`) turns an anatomy into an image under any
@@ -14,17 +16,22 @@ zlib may differ in a last bit.
 """
 
 import argparse
+import csv
 import gzip
+import io
 import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import map_coordinates
 
 from data.volumes import DataError
@@ -45,9 +52,11 @@ class Tissue:
 
 # Sources. PD of csf, gm, wm: BrainWeb (Kwan et al. 1999, IEEE TMI 18:1085). T1 of gm, wm and deep (mean of putamen
 # and caudate): Wright et al. 2008, MAGMA 21:121 (MPRAGE). T2 of gm, wm and T1 of blood: Stanisz et al. 2005, MRM
-# 54:507. T1 of csf: Rooney et al. 2007, MRM 57:308. All others, and every gd, are our round numbers, chosen so that
-# each tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins carry deoxygenated blood
-# and lose signal by flow; oedema and tumour lie between grey matter and water.
+# 54:507. T1 of csf: Rooney et al. 2007, MRM 57:308. PD of fat: BrainWeb; its T1: de Bazelaire et al. 2004, Radiology
+# 230:652. T1 and T2 of muscle, which stands for skin as well: Stanisz et al. 2005. All others, and every gd, are our
+# round numbers, chosen so that each tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins
+# carry deoxygenated blood and lose signal by flow; oedema and tumour lie between grey matter and water; compact bone is
+# black; the many refocusing pulses of a clinical T2 make fat bright, so its T2 is longer here; marrow is mostly fat.
 TISSUES = {
     "csf":       Tissue(1.00, (4330, 4330), (2000, 2000)),
     "gm":        Tissue(0.86, (1197, 1607), (95, 99), gd=0.015),
@@ -59,7 +68,12 @@ TISSUES = {
     "oedema":    Tissue(0.92, (1300, 1700), (135, 135)),
     "enhancing": Tissue(0.90, (1250, 1600), (120, 120), gd=0.35),
     "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), gd=0.02),
+    "bone":      Tissue(0.15, (250, 300), (0.5, 0.5)),
+    "marrow":    Tissue(0.80, (450, 500), (80, 80)),
+    "fat":       Tissue(1.00, (343, 382), (100, 100)),
+    "muscle":    Tissue(0.80, (1008, 1412), (44, 50), gd=0.02),
 }
+SCALP = ("bone", "marrow", "fat", "muscle")  # all that a skull-stripped head lacks
 CODE = {name: number for number, name in enumerate(TISSUES, 1)}  # in label arrays; 0 is outside the body
 LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}     # the numbers of BraTS; gliosis of age is no tumour
 
@@ -160,11 +174,11 @@ class Grid:
         return tuple(axes)
 
 
-def head_grid(size, slices):
-    """192 x 192 x 75 mm around the cerebrum: `size` pixels a side, `slices` slices; index order left, posterior,
-    superior as in BraTS."""
-    pixel, gap = 192 / size, 75 / slices
-    return Grid((size, size, slices), (-pixel, -pixel, gap), (96 - pixel / 2, 80 - pixel / 2, -10 + gap / 2))
+def head_grid(size, slices, field=192):
+    """`field` x `field` x 75 mm around the cerebrum: `size` pixels a side, `slices` slices; index order left,
+    posterior, superior as in BraTS. 192 mm hold every brain, SCALP_FIELD every head."""
+    pixel, gap, half = field / size, 75 / slices, field / 2
+    return Grid((size, size, slices), (-pixel, -pixel, gap), (half - pixel / 2, half - 16 - pixel / 2, -10 + gap / 2))
 
 
 def rng_for(seed, subject, purpose):
@@ -180,7 +194,7 @@ def smooth_field(rng, lattice, axes):
     not depend on the resolution at which it is looked at. Its zero surfaces lie 2.66 lattice steps apart on average
     (Rice's formula). The sum over taps is written out because a BLAS product may round differently with another
     number of threads."""
-    reach = 160.0  # mm on either side of 0, where the lattice ends; a head needs 112
+    reach = 160.0  # mm on either side of 0, where the lattice ends; a head needs 128
     n = int(2 * reach / lattice) + 5
     field = rng.standard_normal((n, n, n), dtype=np.float32)
     for axis in (2, 1, 0):  # slices are few: taking them first is five times as fast
@@ -233,6 +247,8 @@ OVERSAMPLE = 3                    # label points along a pixel's side, so 10 lev
 CENTRE = (0.0, -16.0, 10.0)       # mm, of the cerebral hull
 RADII = (65.0, 82.0, 66.0)        # mm
 CORTEX = 3.6                      # mm; true cortex has 2.5 to 3, which a 3 mm pixel would hardly show
+TABLE = 2.6                       # mm, of compact bone on either side of the marrow; true tables have 1.5 to 2
+SCALP_FIELD = 224                 # mm, see `head_grid`
 
 # Deep structures of the right hemisphere, mm; the left ones are mirror images before the random warp.
 VENTRICLE = ((10, 31, 3, 3.0), (9, 20, 10, 5.0), (11, 2, 20, 4.8), (16, -22, 23, 5.2), (25, -40, 14, 6.5),
@@ -389,7 +405,23 @@ def add_tumour(rng, labels, axes, tumour):
     labels[(distance < tumour["core"] - rim) & same_side] = CODE["necrosis"]
 
 
-def head_labels(seed, subject, axes, traits):
+def add_scalp(rng, labels, axes, points, height):
+    """Paint skull (two tables with marrow between them), temporal muscle, fat and skin into `labels`, in place.
+
+    height: mm above the surface of the brain's hull, negative inside. The skull is thick in front and behind and
+    thin at the temples, where it has no marrow and lies under muscle."""
+    _, y, z = points
+    fat = rng.uniform(3.5, 7.0) + 0.6 * smooth_field(rng, 30, axes)
+    temple = np.maximum(1 - ellipsoid((y, z), (8, -12), (40, 48)) ** 2, 0)
+    marrow = 3.2 + 0.9 * smooth_field(rng, 22, axes) + 1.5 * np.abs(y - CENTRE[1]) / RADII[1] - 4 * temple
+    floor = np.zeros_like(height)
+    for name, thickness in (("bone", TABLE), ("marrow", np.maximum(marrow, 0)), ("bone", TABLE),
+                            ("muscle", 7 * temple), ("fat", fat), ("muscle", 2.0)):
+        labels[(height > floor) & (height <= floor + thickness)] = CODE[name]
+        floor = floor + thickness
+
+
+def head_labels(seed, subject, axes, traits, scalp=False):
     """Tissue of every point of the grid: (len(x), len(y), len(z)) uint8, a CODE or 0 outside the head."""
     points = template_points(rng_for(seed, subject, "warp"), axes, traits)
     rough = smooth_field(rng_for(seed, subject, "rough"), 9, axes)
@@ -412,14 +444,16 @@ def head_labels(seed, subject, axes, traits):
     if traits["tumour"]:
         add_tumour(rng_for(seed, subject, "tumour"), labels, axes, traits["tumour"])
     labels[rho > 1] = 0
+    if scalp:
+        add_scalp(rng_for(seed, subject, "scalp"), labels, axes, points, -depth)
     return labels
 
 
-def head_anatomy(seed, subject, grid, age=None, tumour=None):
-    """A skull-stripped head on `grid` -> Anatomy. Same (seed, subject) = same person, at any resolution and at any
-    given `age`."""
+def head_anatomy(seed, subject, grid, age=None, tumour=None, scalp=False):
+    """A head on `grid` -> Anatomy, skull-stripped or with skull and `scalp`. Same (seed, subject) = same person, at any
+    resolution and at any given `age`."""
     traits = draw_traits(rng_for(seed, subject, "traits"), age, tumour)
-    labels = head_labels(seed, subject, grid.axes(OVERSAMPLE), traits)
+    labels = head_labels(seed, subject, grid.axes(OVERSAMPLE), traits, scalp)
     nx, ny, nz = grid.shape
     blocks = labels.reshape(nx, OVERSAMPLE, ny, OVERSAMPLE, nz)
     inside = (blocks > 0).mean(axis=(1, 3), dtype=np.float32)
@@ -431,8 +465,9 @@ def head_anatomy(seed, subject, grid, age=None, tumour=None):
     largest = np.argmax(np.stack(list(maps.values())), axis=0)
     lesion = np.array([LESION_LABELS.get(name, 0) for name in TISSUES], np.uint8)[largest] * mask
 
-    rng = rng_for(seed, subject, "tissue")
-    factors = {name: np.exp(rng.normal(0, (0.01, 0.03, 0.03))).tolist() for name in TISSUES}
+    rng, outer = rng_for(seed, subject, "tissue"), rng_for(seed, subject, "scalp tissue")
+    factors = {name: np.exp((outer if name in SCALP else rng).normal(0, (0.01, 0.03, 0.03))).tolist()
+               for name in TISSUES}
     factors["csf"] = [1.0, 1.0, 1.0]
     axes = grid.axes()
     spread = (0.015, 0.05, 0.05)  # of PD, T1, T2 from place to place
@@ -461,8 +496,8 @@ def render(anatomy, protocol):
 
 
 def acquire(rng, image, mask, shading, noise, level):
-    """What the scanner makes of `image`: coil shading, Rician noise, its own scale. (X, Y, Z) float32, 0 outside the
-    mask.
+    """What the scanner makes of `image`: coil shading, Rician noise (in the air as well), its own scale. (X, Y, Z)
+    float32.
 
     shading: (X, Y, Z) relative coil sensitivity. noise: standard deviation of the noise in either channel, relative
     to the mean of the image in the mask. level: mean of the result in the mask, any number, for a scanner's units
@@ -470,7 +505,7 @@ def acquire(rng, image, mask, shading, noise, level):
     sigma = noise * image[mask].mean()
     real, imaginary = sigma * rng.standard_normal((2, *image.shape), dtype=np.float32)
     seen = np.hypot(image * shading + real, imaginary)
-    return (seen * (level / seen[mask].mean()) * mask).astype(np.float32)
+    return (seen * (level / seen[mask].mean())).astype(np.float32)
 
 
 # ---- 5. The sets ----------------------------------------------------------------------------------------------------
@@ -509,14 +544,15 @@ def brats_subject(seed, subject, grid):
         shading = np.exp(rng.uniform(0.04, 0.10) * coil)
         level = np.exp(rng.uniform(np.log(150), np.log(1500)))
         image = acquire(rng, render(anatomy, protocol), anatomy.mask, shading, rng.uniform(0.015, 0.04), level)
-        images[contrast] = np.clip(np.rint(image), anatomy.mask, 32767).astype(np.int16)
+        images[contrast] = np.clip(np.rint(image * anatomy.mask), anatomy.mask, 32767).astype(np.int16)
     return anatomy, protocols, images
 
 
-def write_nifti(path, array, grid):
+def write_nifti(path, array, grid, axes="LPS"):
     """Write `array` as .nii.gz whose bytes depend on nothing but its content: no time, no file name in the gzip
-    header."""
+    header. axes: where the stored axes are to point; the world position of every voxel stays."""
     image = nib.Nifti1Image(array, grid.affine())
+    image = image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt(axes)))
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = b"digital phantom (synthetic)"
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
@@ -538,7 +574,103 @@ def write_brats(folder, subjects, size, slices, seed):
     return truth
 
 
-SETS = {"brats": write_brats}
+# IXI (brain-development.org): healthy people in three hospitals of London. Times of Guys and HH are those of the
+# published protocol; those of IOP are not published, ours are plausible. T2 and PD are the two echoes of one sequence.
+# The T1 of IXI is prepared by an inversion that its protocol does not state; a plain gradient echo of the stated times
+# shows the same order of tissues with less contrast.
+IXI_PROTOCOLS = {
+    "Guys": {"t1": Protocol("gre", tr=9.813, te=4.603, flip=8, field=1.5),    # Philips 1.5 T
+             "t2": Protocol("se", tr=8178.34, te=100, field=1.5),
+             "pd": Protocol("se", tr=8178.34, te=8, field=1.5)},
+    "HH": {"t1": Protocol("gre", tr=9.6, te=4.6, flip=8),                     # Philips 3 T
+           "t2": Protocol("se", tr=5725.79, te=100),
+           "pd": Protocol("se", tr=5725.79, te=8)},
+    "IOP": {"t1": Protocol("gre", tr=14, te=5, flip=18, field=1.5),           # GE 1.5 T
+            "t2": Protocol("se", tr=5200, te=88, field=1.5),
+            "pd": Protocol("se", tr=5200, te=17, field=1.5)},
+}
+IXI_SCANNERS = {"Guys": (0.030, 0.06), "HH": (0.020, 0.13), "IOP": (0.045, 0.09)}  # noise, shading: see `acquire`
+IXI_HIDDEN_TE = {"Guys": 40, "HH": 90, "IOP": 160}                                 # ms
+IXI_COLUMNS = ["IXI_ID", "SEX_ID (1=m, 2=f)", "HEIGHT", "WEIGHT", "ETHNIC_ID", "MARITAL_ID", "OCCUPATION_ID",
+               "QUALIFICATION_ID", "DOB", "DATE_AVAILABLE", "STUDY_DATE", "AGE"]
+IXI_AXES = {"t1": "PSR", "t2": "LPS", "pd": "LPS"}  # T1 is stored in sagittal planes
+
+
+def ixi_protocols(site, hidden=False):
+    """{contrast: Protocol} of an IXI hospital "Guys", "HH" or "IOP".
+
+    hidden: T1 and PD are those of Guys everywhere, and T2 alone differs, by its echo time. From T1 and PD nobody can
+    tell the hospital, so a model that is not told can do no better for T2 than the average over hospitals."""
+    if not hidden:
+        return IXI_PROTOCOLS[site]
+    common = IXI_PROTOCOLS["Guys"]
+    return {**common, "t2": replace(common["t2"], te=IXI_HIDDEN_TE[site])}
+
+
+def ixi_anatomy(seed, subject, grid):
+    """One healthy head with scalp -> Anatomy."""
+    return head_anatomy(seed, subject, grid, tumour=False, scalp=True)
+
+
+def ixi_images(seed, subject, anatomy, site, hidden=False):
+    """What `site` makes of a subject: {contrast: (X, Y, Z) int16 image, noise in the air}.
+
+    hidden: see `ixi_protocols`; noise and shading are those of Guys, too, and T1 and PD the same at every site, bit
+    for bit."""
+    noise, strength = IXI_SCANNERS["Guys" if hidden else site]
+    shading = np.exp(strength * smooth_field(rng_for(seed, subject, "coil"), 90, anatomy.grid.axes()))
+    images = {}
+    for contrast, protocol in ixi_protocols(site, hidden).items():
+        rng = rng_for(seed, subject, contrast)
+        level = np.exp(rng.uniform(np.log(150), np.log(800)))
+        image = acquire(rng, render(anatomy, protocol), anatomy.mask, shading, noise, level)
+        images[contrast] = np.clip(np.rint(image), 0, 32767).astype(np.int16)
+    return images
+
+
+def write_ixi_scans(folder, name, images, grid):
+    """Write {contrast: image} of one subject as FOLDER/IXI-T1/NAME-T1.nii.gz and so on; T1 in sagittal planes."""
+    for contrast, image in images.items():
+        place = folder / f"IXI-{contrast.upper()}"
+        place.mkdir(exist_ok=True)
+        write_nifti(place / f"{name}-{contrast.upper()}.nii.gz", image, grid, IXI_AXES[contrast])
+
+
+def ixi_row(rng, number, traits):
+    """One line of IXI.csv. As in the sheet of IXI, height (cm) and weight (kg) are 0 where they are not known."""
+    height = round(rng.normal(176 if traits["sex"] == "M" else 163, 6))
+    weight = round(rng.normal(25, 3) * (height / 100) ** 2)
+    if rng.random() < 0.1:
+        height = weight = 0
+    codes = [int(rng.integers(1, high + 1)) for high in (4, 5, 8, 5)]  # ethnic, marital, occupation, qualification
+    studied = date(2005, 6, 1) + timedelta(days=int(rng.integers(600)))
+    born = studied - timedelta(days=round(365.25 * traits["age"]))
+    return [number, 1 if traits["sex"] == "M" else 2, height, weight, *codes, born, 1, studied, f"{traits['age']:.2f}"]
+
+
+def write_ixi(folder, subjects, size, slices, seed, hidden=False):
+    """IXI: one folder per contrast and IXI.csv. Returns what is true of each subject, for phantom.json.
+
+    hidden: see `ixi_protocols`. The sheet has the gaps of the real one: the 4th subject has no age, the 5th no line,
+    the 6th two equal lines."""
+    grid = head_grid(size, slices, SCALP_FIELD)
+    truth, rows = {}, [IXI_COLUMNS]
+    for subject in range(subjects):
+        number, site = subject + 2, tuple(IXI_PROTOCOLS)[subject % 3]
+        name = f"IXI{number:03d}-{site}-{828 + 7 * subject:04d}"
+        anatomy = ixi_anatomy(seed, subject, grid)
+        write_ixi_scans(folder, name, ixi_images(seed, subject, anatomy, site, hidden), grid)
+        row = ixi_row(rng_for(seed, subject, "sheet"), number, anatomy.traits)
+        rows += {3: [[*row[:-1], ""]], 4: [], 5: [row, row]}.get(subject, [row])
+        truth[name] = {**anatomy.traits, "site": site,
+                       "protocols": {key: asdict(value) for key, value in ixi_protocols(site, hidden).items()}}
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    (folder / "IXI.csv").write_text(sheet.getvalue(), encoding="utf-8", newline="\n")
+    return truth
+
+
+SETS = {"brats": write_brats, "ixi": write_ixi, "ixi-hidden": partial(write_ixi, hidden=True)}
 
 
 def make(name, folder, subjects=24, size=64, slices=12, seed=0):

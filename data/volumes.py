@@ -22,6 +22,7 @@ from scipy import ndimage
 MAX_VOXELS = 2**28           # 1 GiB as float32; the largest clinical head scans have about 2**27 voxels
 GRID_TOLERANCE = 1e-3        # mm; two grids closer than this everywhere are the same grid
 BAD_VOXELS = 1e-3            # share of NaN or infinite voxels above which a file is refused
+ECHO_CONTRAST = 0.1          # of the mean; PD exceeds T2 by more, every second slice of one echo hardly differs
 HIGH_PERCENTILE = 99.5       # of the foreground; it becomes 1, a few bright vessels must not set the scale
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
 
@@ -81,17 +82,18 @@ def is_nifti(path):
     return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
 
 
-def read_volume(path, max_voxels=MAX_VOXELS):
+def read_volume(path, max_voxels=MAX_VOXELS, echo=None):
     """Read a NIfTI-1 or NIfTI-2 file, decide by its bytes (not its name) whether it is compressed, turn it to RAS+.
 
-    A 2-D image becomes one slice; trailing axes of length 1 are dropped. DataError if the file is missing, damaged,
-    not NIfTI, too large, 4-D, complex or coloured, has a singular affine, or too many NaN.
+    A 2-D image becomes one slice; trailing axes of length 1 are dropped. echo: of a file that holds the two echoes of
+    a PD/T2 series, 0 gives PD and 1 gives T2 (see split_echoes). DataError if the file is missing, damaged, not NIfTI,
+    too large, 4-D (but for two echoes), complex or coloured, has a singular affine, or too many NaN.
     """
     path = Path(path)
     if not is_nifti(path):
         raise DataError(f"{path}: only .nii and .nii.gz are read; convert the file to NIfTI")
     try:
-        header, array, packed = _decode(path, max_voxels)
+        header, array, packed = _decode(path, max_voxels, echoes=1 if echo is None else 2)
     except FileNotFoundError:
         if path.is_symlink():
             raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist; repair it") from None
@@ -111,10 +113,16 @@ def read_volume(path, max_voxels=MAX_VOXELS):
     named_gz = path.name.lower().endswith(".gz")
     if packed != named_gz:
         notes.append("is compressed although its name ends in .nii" if packed else "is not compressed despite .gz")
+    array = _without_bad_voxels(array, path, notes)
+    if echo is not None:
+        array = split_echoes(array, path)[echo]
+        header.set_data_shape(array.shape)                                  # of one echo, before the affine is made
     affine = _checked_affine(header, path)
+    if echo is not None:
+        extent = array.shape[2] * np.linalg.norm(affine[:3, 2])
+        notes.append(f"holds both echoes; with its header's slice distance each covers {extent:.0f} mm")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append("has no orientation in its header; the NIfTI default is assumed, left and right may be swapped")
-    array = _without_bad_voxels(array, path, notes)
     if array.min() < 0:
         notes.append("has negative voxels; they are kept, the scale starts at the background")
     orientation = io_orientation(affine)
@@ -122,14 +130,42 @@ def read_volume(path, max_voxels=MAX_VOXELS):
     return Volume(turned, affine @ inv_ornt_aff(orientation, array.shape), path, header, orientation, notes)
 
 
-def _decode(path, max_voxels):
-    """The header, the voxels as float32 (X, Y, Z) in stored orientation, and whether the file was gzipped."""
+def split_echoes(array, path):
+    """The stored voxels of a dual-echo series -> (PD, T2), each (X, Y, Z).
+
+    array: (X, Y, Z, 2), or (X, Y, 2 Z) with echoes that alternate from slice to slice or follow each other as halves;
+    of these two the one is taken whose groups differ more in their mean. PD is the brighter, its echo time is shorter.
+    Both echoes lie where the header puts its first Z slices: the scanner takes them at the same places, and the slice
+    distance in the header is believed to be that of the acquired slices, not half of it. DataError (naming path) if the
+    number of slices is odd, or if neither echo is brighter.
+    """
+    if array.ndim == 4:
+        pairs = [(array[..., 0], array[..., 1])]
+    else:
+        count = array.shape[2]
+        if count % 2:
+            raise DataError(f"{path}: has {count} slices, an odd number, so not PD and T2 of each; convert it again")
+        pairs = [(array[..., ::2], array[..., 1::2]), (array[..., :count // 2], array[..., count // 2:])]
+    means = [[echo.mean(dtype=np.float64) for echo in pair] for pair in pairs]
+    gaps = [abs(first - second) for first, second in means]
+    best = int(np.argmax(gaps))
+    if gaps[best] <= ECHO_CONTRAST * np.abs(array).mean(dtype=np.float64):
+        raise DataError(f"{path}: no half of it is brighter, so it does not hold PD and T2; convert the series again")
+    first, second = pairs[best]
+    return (first, second) if means[best][0] > means[best][1] else (second, first)
+
+
+def _decode(path, max_voxels, echoes):
+    """The header, the voxels as float32 (X, Y, Z) in stored orientation, and whether the file was gzipped.
+
+    echoes: 2 lets a file of two volumes pass, as (X, Y, Z, 2).
+    """
     with open(path, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
         header, consumed = _read_header(stream, path)
-        shape, dtype = _checked_shape(header, path, max_voxels), _checked_dtype(header, path)
+        shape, dtype = _checked_shape(header, path, max_voxels, echoes), _checked_dtype(header, path)
         stream.read(max(0, int(header["vox_offset"]) - consumed))           # extensions hold nothing we need
         wanted = int(np.prod(shape)) * dtype.itemsize
         voxels = stream.read(wanted)
@@ -162,18 +198,18 @@ def _read_header(stream, path):
     raise DataError(f"{path}: is not a NIfTI file (no NIfTI header in its first {len(block)} bytes); convert it again")
 
 
-def _checked_shape(header, path, max_voxels):
+def _checked_shape(header, path, max_voxels, echoes):
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 2 or min(shape) < 0:
         raise DataError(f"{path}: has shape {shape}, not that of an image or a volume")
     if 0 in shape:
         raise DataError(f"{path}: has an axis of length 0 (shape {shape}); export it again")
-    if any(n > 1 for n in shape[3:]):
+    if any(n > 1 for n in shape[3:]) and shape[3:] != (echoes,):
         raise DataError(f"{path}: is {len(shape)}-D with shape {shape}; split it into one 3-D file per contrast")
     if np.prod(shape, dtype=np.float64) > max_voxels:
         raise DataError(f"{path}: has {np.prod(shape, dtype=np.float64):.0f} voxels (shape {shape}), more than "
                         f"{max_voxels}; crop or resample it")
-    return (shape + (1,))[:3]
+    return shape if shape[3:] == (2,) else (shape + (1,))[:3]
 
 
 def _checked_dtype(header, path):

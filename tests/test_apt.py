@@ -154,18 +154,18 @@ def test_inversion_acts_on_the_foreground_only():
 
 # ---- codebook ---------------------------------------------------------------------------------------------------------
 
-class Ncc:
-    """An encoder without training: the mean-free picture itself, so that cosine similarity is normalised cross-correlation."""
-
-    def encode_image(self, x):
-        x = F.adaptive_avg_pool2d(x, 16).flatten(1)
-        return SimpleNamespace(pooled=x - x.mean(1, keepdim=True))
+def test_pixels_are_the_mean_free_picture_in_coarse_squares():
+    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    feature = apt.Pixels().encode_image(x).pooled
+    assert feature.shape == (2, 256) and feature[1].sum().abs() < 1e-4
+    assert float(feature[1, 16 + 3]) == pytest.approx(float(x[1, 0, 2:4, 6:8].mean() - x[1].mean()), abs=1e-6)
+    assert apt.feature_width(apt.Config(encoder="pixels")) == 256 and apt.feature_width(apt.Config()) == apt.clip.SIZES["base"]["embed"]
 
 
 def codebook_of(u, curves="identity"):
     book = apt.Codebook(u.shape[1], curves)
-    book.add(Ncc(), u[:3])
-    book.add(Ncc(), u[3:])
+    book.add(apt.Pixels(), u[:3])
+    book.add(apt.Pixels(), u[3:])
     return book
 
 
@@ -200,7 +200,7 @@ def test_codebook_similarities_equal_explicit_loops():
     book = codebook_of(u, "points")
 
     def feature(image):
-        return Ncc().encode_image(image[None, None]).pooled[0]
+        return apt.Pixels().encode_image(image[None, None]).pooled[0]
     for t, s, k in [(0, 1, 0), (1, 0, 1), (0, 2, 3), (2, 0, 3), (1, 2, 2), (2, 1, 2)]:
         cosines = [F.cosine_similarity(feature(x[t]), feature(apt.warp(x[s], book.curves[k])), dim=0) for x in u]
         assert float(book.similarity[t, s, k]) == pytest.approx(float(sum(cosines)), abs=1e-4)

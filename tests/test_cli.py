@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 import apt
-from common.cli import parse
+from common.cli import flags, parse
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Config:
 
 
 PRESETS = {"demo": dict(steps=8, rate=0.25, refine=False, mult=(3,)), "paper": {}}
+TABLES = {"table1": {"title": "one"}, "fig2": {"title": "two"}}
 LIMITS = dict(steps=(1, 1000), rate=(0.125, 2), mult=(1, 16), parts=(1, 64))
 
 
 def read(*words, preset="demo"):
-    return parse(Config, PRESETS, LIMITS, lambda folder: preset, "A script.", ["--data", "data/brats", *words])
+    return parse(Config, PRESETS, TABLES, LIMITS, lambda folder: preset, "A script.", ["--data", "data/brats", *words])
 
 
 def refused(capsys, *words):
@@ -75,9 +76,9 @@ def test_values_get_the_type_of_their_field():
 def test_run_flags(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somewhere/apt.py"])
     seen = []
-    args = parse(Config, PRESETS, LIMITS, lambda folder: seen.append(folder) or "paper", "", ["--data", "x/My Scans/"])[1]
+    args = parse(Config, PRESETS, TABLES, LIMITS, lambda folder: seen.append(folder) or "paper", "", ["--data", "x/My Scans/"])[1]
     assert args.out == Path("runs") / "apt-My Scans" and seen == [Path("x/My Scans")] and args.preset == "paper"
-    assert parse(Config, PRESETS, LIMITS, lambda folder: "demo", "", ["--data", "x/.."])[1].out.name == f"apt-{Path.cwd().name}"
+    assert parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo", "", ["--data", "x/.."])[1].out.name == f"apt-{Path.cwd().name}"
     assert read("--out", "here")[1].out == Path("here")
     assert read()[1].seed is None and read("--seed", "0")[1].seed == 0                    # not typed is not 0: see Run.settle
 
@@ -125,8 +126,23 @@ def test_words_that_are_not_understood_are_refused(capsys, words, message):
 
 def test_the_data_folder_is_required(capsys):
     with pytest.raises(SystemExit) as end:
-        parse(Config, PRESETS, LIMITS, lambda folder: "demo", "", [])
-    assert end.value.code == 2 and "required: --data" in capsys.readouterr().err
+        parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo", "", [])
+    assert end.value.code == 2 and "--data is missing: the folder" in capsys.readouterr().err
+
+
+def test_tables_are_asked_for_by_name_and_listed_without_data(capsys):
+    assert read("--reproduce", "fig2", "--seeds", "3")[1].reproduce == "fig2" and read()[1].reproduce is None and read()[1].seeds == 1
+    assert "invalid choice: 'table7'" in refused(capsys, "--reproduce", "table7")
+    assert refused(capsys, "--seeds", "0") == "--seeds 0: allowed are 1 and more"
+    assert parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo", "", ["--reproduce", "list"])[1].reproduce == "list"
+
+
+def test_flags_are_written_as_they_are_typed():
+    values = {"steps": 8, "rate": 0.25, "mult": (1, 3), "refine": False, "plain": True, "kind": "mean"}
+    assert flags(values) == "--steps 8 --rate 0.25 --mult 1,3 --no-refine --plain --kind mean"
+    config, _ = read(*flags(values).split())
+    assert {name: getattr(config, name) for name in values} == values
+    assert flags({"test_slices": 2}) == "--test-slices 2" and flags({}) == ""
 
 
 def help_of(capsys, *what):
@@ -137,7 +153,7 @@ def help_of(capsys, *what):
 
 
 def test_help_shows_the_comment_and_the_default_and_percent_signs(capsys):
-    text = help_of(capsys, Config, PRESETS, LIMITS, None, "A script, 99 % sure.")
+    text = help_of(capsys, Config, PRESETS, TABLES, LIMITS, None, "A script, 99 % sure.")
     assert "A script, 99 % sure." in text
     assert "--steps INT how long; 50 % of it is warm-up (%s, %(prog)s stay as they are) [100]" in text
     assert "--mult A,B,... widths [1,2]" in text and "--kind {sum,mean} which reduction [sum]" in text
@@ -146,7 +162,7 @@ def test_help_shows_the_comment_and_the_default_and_percent_signs(capsys):
 
 def test_every_field_of_the_scripts_has_help_and_fits_its_limits_and_presets(capsys):
     for script in (apt,):
-        text = help_of(capsys, script.Config, script.PRESETS, script.LIMITS, None, script.__doc__)
+        text = help_of(capsys, script.Config, script.PRESETS, script.TABLES, script.LIMITS, None, script.__doc__)
         fields = {f.name: f for f in dataclasses.fields(script.Config)}
         for name in fields:
             flag = name.replace("_", "-")
@@ -154,5 +170,5 @@ def test_every_field_of_the_scripts_has_help_and_fits_its_limits_and_presets(cap
         assert set(script.LIMITS) <= set(fields) and set(script.SAMPLING) <= set(fields)
         for preset in script.PRESETS:
             words = ["--data", "x", "--preset", preset]
-            config, _ = parse(script.Config, script.PRESETS, script.LIMITS, None, "", words)
+            config, _ = parse(script.Config, script.PRESETS, script.TABLES, script.LIMITS, None, "", words)
             assert config == script.Config(**script.PRESETS[preset])

@@ -824,6 +824,294 @@ def test_lesion_on_both_sides():
     assert describe_lesion(labels, 6.5, 1.0) == "right, 6 mm2"
 
 
+# ---- IXI and ADNI ----------------------------------------------------------------------------------------------------
+
+FINE = AFFINE @ np.diag([1, 1, 0.5, 1])  # 2 mm between slices: every second one is one of AFFINE's
+
+
+def sagittal(array, affine):
+    """Canonical (X, Y, Z) as a sagittal scan stores it: axes to the back, to the head, to the right."""
+    turn = np.array([[0, 0, 1, 0], [-1, 0, 0, array.shape[1] - 1], [0, 1, 0, 0], [0, 0, 0, 1]])
+    return np.ascontiguousarray(array[:, ::-1].transpose(1, 2, 0)), affine @ turn
+
+
+def fine_head(seed):
+    return head((14, 18, 17), seed)
+
+
+def echoes(seed):
+    """PD and T2 of one head, brighter towards the crown, as coil and anatomy have it; they overlap in value."""
+    ramp = np.linspace(0.8, 1.2, SHAPE[2])
+    return (1.5 * head(seed=seed) * ramp).astype(np.float32), (head(seed=seed + 1) * ramp).astype(np.float32)
+
+
+def in_one_file(first, second, form):
+    if form == "4-D":
+        return np.stack([first, second], -1)
+    stack = np.concatenate([first, second], 2)
+    if form == "alternating":
+        stack[..., ::2], stack[..., 1::2] = first, second
+    return stack
+
+
+def make_ixi(folder, names, in_one_folder=False):
+    for seed, name in enumerate(names):
+        pd, t2 = echoes(10 * seed)
+        for contrast, (array, affine) in {"T1": sagittal(fine_head(10 * seed + 2), FINE), "T2": (t2, AFFINE),
+                                          "PD": (pd, AFFINE)}.items():
+            save(folder / ("" if in_one_folder else f"IXI-{contrast}") / f"{name}-{contrast}.nii.gz", array, affine)
+    return folder
+
+
+IXI_NAMES = ("IXI002-Guys-0828", "IXI012-HH-1211", "IXI035-IOP-0873")
+
+
+@pytest.mark.parametrize("in_one_folder", [False, True])
+def test_ixi_as_downloaded(tmp_path, in_one_folder):
+    folder = make_ixi(tmp_path / "set", IXI_NAMES, in_one_folder)
+    save(folder / "IXI-MRA" / "IXI002-Guys-0828-MRA.nii.gz", head())
+    os.remove(next(folder.rglob("IXI035-IOP-0873-PD.nii.gz")))
+    layout = find_layout(folder)
+    assert layout.name == "IXI" and layout.contrasts == ("t1", "t2", "pd")
+    assert [(s.name, s.person) for s in layout.subjects] == [(name, name[:6]) for name in IXI_NAMES]
+    assert {contrast: path.name for contrast, path in layout.subjects[1].files.items()} == {
+        contrast: f"IXI012-HH-1211-{contrast.upper()}.nii.gz" for contrast in ("t1", "t2", "pd")}
+    assert [s.meta for s in layout.subjects] == [{"site": "Guys", "scanner": "Philips", "field": 1.5},
+                                                 {"site": "HH", "scanner": "Philips", "field": 3.0},
+                                                 {"site": "IOP", "scanner": "GE", "field": 1.5}]
+    assert [path.name for path in layout.ignored] == ["IXI002-Guys-0828-MRA.nii.gz"]
+    assert layout.notes == ["1 subjects lack pd: IXI035-IOP-0873"]
+    dataset, said = opened(folder)
+    assert "(IXI), 2 subjects with t1, t2, pd, 1 incomplete" in said and len(dataset.incomplete) == 1
+    assert "IXI002-Guys-0828-T1.nii.gz and 1 more: is on another grid than t2; resampled by the affines" in said
+    rows = dataset.subject == "IXI012-HH-1211"
+    truth = np.stack([fit(normalise(array)[0], 20) for array in (fine_head(12)[..., ::2], *echoes(10)[::-1])], 1)
+    scale = normalise(fine_head(12))[1].high / normalise(fine_head(12)[..., ::2])[1].high
+    truth[:, 0] = np.minimum(truth[:, 0] / scale, 1)  # a scale belongs to the whole scan, before it is resampled
+    inside = truth[dataset.z[rows]][:, 0] < 0.98  # above, only one of the two was clipped
+    np.testing.assert_allclose(dataset.images[rows][:, 0][inside], truth[dataset.z[rows]][:, 0][inside], atol=2e-3)
+    np.testing.assert_allclose(dataset.images[rows][:, 1:], truth[dataset.z[rows]][:, 1:], atol=1e-3)
+    lines = []
+    assert check(folder, say=lines.append)
+    rows = [line.split()[:5] for line in lines if line.startswith("IXI002")]
+    assert rows == [["IXI002-Guys-0828", "t2", "14x18x9", "2.00x3.00x4.00", "RAS"],
+                    ["IXI002-Guys-0828", "pd", "14x18x9", "2.00x3.00x4.00", "RAS"],
+                    ["IXI002-Guys-0828", "t1", "14x18x17", "2.00x3.00x2.00", "PSR"]]
+
+
+def test_reference_grid_of_ixi(tmp_path):
+    """T2's, else PD's, else the first contrast's; what is synthesised is written there."""
+    subject = find_layout(make_ixi(tmp_path / "set", IXI_NAMES[:1])).subjects[0]
+    contrasts = ("t1", "t2", "pd")
+    for use, name in ((contrasts, "t2"), (("t1", "pd"), "pd"), (("t1",), "t1"), (("pd", "t2"), "t2")):
+        slices = load_subject(subject, contrasts, 20, use=use)
+        assert slices.reference.path == subject.files[name] and len(slices.images) == (17 if name == "t1" else 9)
+        assert slices.present.tolist() == [contrast in use for contrast in contrasts]
+    slices = load_subject(subject, contrasts, 20)
+    np.testing.assert_allclose(slices.brain, (echoes(0)[1] > 0).sum((0, 1)) / 400)
+    slices.write(tmp_path / "out.nii", slices.images[:, 0], "t1")
+    written = nib.load(tmp_path / "out.nii")
+    np.testing.assert_array_equal(written.affine, AFFINE)
+    np.testing.assert_allclose(written.get_fdata(), normalise(fine_head(2))[0][..., ::2], atol=1e-5)
+
+
+def test_ixi_names_must_be_all_there_is(tmp_path):
+    folder = make_ixi(tmp_path / "set", IXI_NAMES[:2])
+    copy = save(folder / "other" / "IXI002-Guys-0828-T1.nii", head())
+    with pytest.raises(DataError, match=r"T1\.nii: IXI002-Guys-0828 has another t1, .*IXI-T1.*; remove one"):
+        find_layout(folder)
+    os.remove(copy)
+    save(folder / "mine" / "t1.nii", head())
+    with pytest.raises(DataError, match="IXI-PD: holds 3 files of each contrast"):  # nor a folder per subject
+        find_layout(make_ixi(folder, IXI_NAMES))
+    own = make_set(tmp_path / "own", subjects=1)
+    for contrast in ("T1", "T2"):
+        save(own / "IXI002-Guys-0828" / f"IXI002-Guys-0828-{contrast}.nii", head())
+    layout = find_layout(own, ("t1",))
+    assert layout.name == "one folder per subject" and len(layout.subjects) == 2 and layout.subjects[1].grid == ()
+
+
+HEADER = "IXI_ID{0}\"SEX_ID (1=m, 2=f)\"{0}HEIGHT{0}AGE"
+
+
+@pytest.mark.parametrize(("rows", "facts"), [
+    (["2,2,164,35.8", "12,1,0,38.78"], [{"sex": "F", "age": 35.8}, {"sex": "M", "age": 38.78}]),
+    (["2;2;164;35,8", "12;1;0;38,78"], [{"sex": "F", "age": 35.8}, {"sex": "M", "age": 38.78}]),  # a German Excel
+    (["2.0\t2\t1\t35.8", "\t1\t1\t40", "012\t1\t1\t0"], [{"sex": "F", "age": 35.8}, {"sex": "M"}]),
+    (["2,0,164,", "12,3,n/a,-4", "35"], [{}, {}]),
+    (["2,2,164,35.8", "2,2,164,35.8", "12,1,0,0", "12,0,0,38.78"],
+     [{"sex": "F", "age": 35.8}, {"sex": "M", "age": 38.78}]),
+    (["2,2,164,35.8", "2,2,164,45.8", "12,1,0,50"], [{}, {"sex": "M", "age": 50}]),
+    (["2,2,164,35.8", "2,1,164,35.8", "12,1,0,50"], [{}, {"sex": "M", "age": 50}]),
+])
+def test_ixi_sheet(tmp_path, rows, facts):
+    folder = make_ixi(tmp_path / "set", IXI_NAMES[:2])
+    delimiter = next(mark for mark in ";\t," if mark in rows[0])
+    text = "\n".join([HEADER.format(delimiter), *rows, ""])
+    (folder / "IXI.csv").write_text(text, encoding="utf-8-sig")
+    layout = find_layout(folder)
+    for subject, known in zip(layout.subjects, facts):
+        assert {key: subject.meta[key] for key in ("sex", "age") if key in subject.meta} == known
+        assert subject.meta["site"] == ("Guys" if subject.name == "IXI002-Guys-0828" else "HH")
+    contradictory = "IXI.csv: the rows of IXI002 contradict each other; its age and sex stay unknown"
+    assert layout.notes == ([contradictory] if rows[1].startswith("2,") and rows[0] != rows[1] else [])
+
+
+def test_ixi_sheet_that_is_missing_or_odd(tmp_path):
+    folder = make_ixi(tmp_path / "set", IXI_NAMES)
+    (folder / "IXI.xls").write_bytes(b"\xd0\xcf\x11\xe0")
+    assert find_layout(folder).notes == ["IXI.xls: Excel is not read; save it as IXI.csv to have age and sex"]
+    (folder / "IXI-demographics.CSV").write_text(HEADER.format(",") + "\n12,1,180,50\n")
+    layout = find_layout(folder)
+    assert layout.notes == ["2 subjects have no row in the sheet of IXI: IXI002-Guys-0828, IXI035-IOP-0873"]
+    assert [s.meta.get("age") for s in layout.subjects] == [None, 50, None]
+    for content in (b"", b"name,age\n1,2\n", HEADER.format(",").encode("utf-16")):
+        (folder / "IXI-demographics.CSV").write_bytes(content)
+        assert find_layout(folder).notes == ["IXI-demographics.CSV: has no columns IXI_ID, SEX_ID, AGE; "
+                                             "age and sex stay unknown"]
+    (folder / "IXI.csv").write_text(HEADER.format(",") + "\n2,2,164,35\n12,2,164,36\n35,2,164,37\n")
+    layout = find_layout(folder)
+    assert "IXI-demographics.CSV is used, not IXI.csv" in layout.notes
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("pd_first", [True, False])
+@pytest.mark.parametrize("form", ["4-D", "alternating", "halves"])
+def test_two_echoes_in_one_file(tmp_path, form, pd_first, turned):
+    pd, t2 = echoes(5)
+    affine, stored = AFFINE, (pd, t2) if pd_first else (t2, pd)
+    if turned:  # stored from left to right, back to front, crown to neck
+        affine = AFFINE @ np.array([[-1, 0, 0, 13], [0, -1, 0, 17], [0, 0, -1, 8], [0, 0, 0, 1]])
+        stored = [array[::-1, ::-1, ::-1] for array in stored]
+    path = save(tmp_path / "pd_t2.nii.gz", in_one_file(*stored, form), affine)
+    for echo, truth in enumerate((pd, t2)):
+        volume = read_volume(path, echo=echo)
+        np.testing.assert_array_equal(volume.array, truth)
+        np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)  # spacing and origin of one echo's slices
+        assert volume.notes == ["holds both echoes; with its header's slice distance each covers 36 mm"]
+        write_volume(tmp_path / f"{echo}.nii", volume.array, volume, "test")
+        written = nib.load(tmp_path / f"{echo}.nii")
+        assert written.shape == SHAPE and written.header.get_zooms() == (2, 3, 4)
+        np.testing.assert_array_equal(read_volume(tmp_path / f"{echo}.nii").array, truth)
+
+
+def test_no_two_echoes(tmp_path):
+    pd, t2 = echoes(5)
+    odd = in_one_file(pd, t2, "halves")[..., :-1]
+    with pytest.raises(DataError, match=r"a\.nii: has 17 slices, an odd number"):
+        read_volume(save(tmp_path / "a.nii", odd), echo=0)
+    half = head()[..., :4]
+    alike = np.concatenate([half, half[..., ::-1]], 2)  # two halves and two sets of slices of equal brightness
+    with pytest.raises(DataError, match=r"b\.nii: no half of it is brighter"):
+        read_volume(save(tmp_path / "b.nii", alike), echo=1)
+    with pytest.raises(DataError, match=r"is 4-D with shape \(14, 18, 9, 3\)"):
+        read_volume(save(tmp_path / "c.nii", np.stack([pd, t2, t2], -1)), echo=0)
+    bad = in_one_file(t2, pd, "4-D")
+    bad[7, 9, 4, 1], bad[0, 0, 0, 0] = np.nan, np.inf
+    volume = read_volume(save(tmp_path / "d.nii", bad), echo=0)
+    assert "has 2 NaN" in volume.notes[0] and volume.array[7, 9, 4] == 0 and volume.array[8, 9, 4] == pd[8, 9, 4]
+
+
+def test_two_echoes_without_orientation(tmp_path):
+    """NIfTI's default puts the middle of the image at 0: the middle of one echo, not of the stack."""
+    def bare(name, array):
+        header = nib.Nifti1Image(array, AFFINE).header.copy()
+        header["vox_offset"], header["magic"], header["sform_code"], header["qform_code"] = 352, b"n+1", 0, 0
+        (tmp_path / name).write_bytes(header.binaryblock + bytes(4) + array.tobytes(order="F"))
+        return tmp_path / name
+    pd, t2 = echoes(5)
+    stacked = read_volume(bare("both.nii", in_one_file(pd, t2, "halves")), echo=1)
+    single = read_volume(bare("t2.nii", t2))
+    np.testing.assert_array_equal(stacked.affine, single.affine)
+
+
+def adni(folder, person, series, day, files, time="09_47_59.0"):
+    """files: {end of the name: (array, affine)} of one series."""
+    for end, (array, affine) in files.items():
+        name = f"ADNI_{person}_MR_{series}__br_raw_20061115094759_1_S22556_I29704{end}"
+        save(folder / person / series / f"{day}_{time}" / "I29704" / name, array, affine)
+
+
+def make_adni(folder):
+    """Five visits of three persons, each with its PD/T2 in another form; the last lacks PD/T2."""
+    forms = (("002_S_0413", "2006-11-15", "Axial_PD_T2_FSE", "4-D"),
+             ("002_S_0413", "2007-05-20", "Axial_PD_T2_TSE", "alternating"),
+             ("005_S_0221", "2006-01-02", "Double_TSE", "halves"), ("011_S_0002", "2005-08-26", "AX_PD-T2", None))
+    for seed, (person, day, series, form) in enumerate(forms):
+        pd, t2 = echoes(10 * seed)
+        files = {".nii": (in_one_file(t2, pd, form), AFFINE)} if form else {"_e1.nii": (pd, AFFINE),
+                                                                             "_e2.nii": (t2, AFFINE)}
+        adni(folder, person, series, day, files)
+        adni(folder, person, "MPRAGE", day, {".nii": sagittal(fine_head(10 * seed + 2), FINE)}, "09_12_00.0")
+        adni(folder, person, "MP-RAGE_Repeat", day, {".nii": sagittal(fine_head(99), FINE)}, "09_20_00.0")
+    adni(folder, "005_S_0221", "MP-RAGE_REPEAT", "2006-07-08", {".nii": sagittal(fine_head(50), FINE)})
+    adni(folder, "005_S_0221", "3-plane_localizer", "2006-07-08", {".nii": (head(), AFFINE)})
+    return folder
+
+
+ADNI_NAMES = ["002_S_0413_2006-11-15", "002_S_0413_2007-05-20", "005_S_0221_2006-01-02", "005_S_0221_2006-07-08",
+              "011_S_0002_2005-08-26"]
+
+
+def test_adni_as_downloaded(tmp_path):
+    folder = make_adni(tmp_path / "ADNI")
+    layout = find_layout(folder)
+    assert layout.name == "ADNI" and layout.contrasts == ("t1", "t2", "pd")
+    assert [s.name for s in layout.subjects] == ADNI_NAMES and {s.name[:10] for s in layout.subjects} == {
+        s.person for s in layout.subjects}
+    assert [s.files["t1"].parents[2].name for s in layout.subjects] == ["MPRAGE"] * 3 + ["MP-RAGE_REPEAT", "MPRAGE"]
+    assert [path.parents[2].name for path in layout.ignored] == ["3-plane_localizer"]
+    assert layout.notes[0].startswith("4 files repeat a scan of the same day") and "Repeat" in layout.notes[0]
+    assert layout.notes[1] == "1 subjects lack t2, pd: 005_S_0221_2006-07-08"
+    for seed, subject in enumerate([*layout.subjects[:3], layout.subjects[4]]):
+        pd, t2 = echoes(10 * seed)
+        for contrast, truth in (("pd", pd), ("t2", t2)):
+            volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast))
+            np.testing.assert_array_equal(volume.array, truth)
+        slices = load_subject(subject, ("t1", "t2", "pd"), 20)
+        t1 = fit(normalise(fine_head(10 * seed + 2))[0][..., ::2], 20)
+        truth = np.stack([t1, fit(normalise(t2)[0], 20), fit(normalise(pd)[0], 20)], 1)
+        np.testing.assert_allclose(slices.images, truth, atol=1e-5)
+    dataset, said = opened(folder, test_subjects=1, train_fraction=0.5)
+    assert "(ADNI), 4 subjects with t1, t2, pd, 1 incomplete" in said
+    together = [part for part, names in dataset.split.items() if ADNI_NAMES[0] in names]
+    assert [part for part, names in dataset.split.items() if ADNI_NAMES[1] in names] == together
+    assert find_layout(folder / "..").subjects[0].person == "002_S_0413"
+    lines = []
+    assert check(folder, say=lines.append)
+    assert "4 complete subjects of 3 persons" in lines[-1]
+    rows = {tuple(line.split()[:2]): line.split()[2:5] for line in lines if line.startswith("002_S_0413_2007")}
+    assert rows == {(ADNI_NAMES[1], "t2"): ["14x18x9", "2.00x3.00x4.00", "RAS"],
+                    (ADNI_NAMES[1], "pd"): ["14x18x9", "2.00x3.00x4.00", "RAS"],
+                    (ADNI_NAMES[1], "t1"): ["14x18x17", "2.00x3.00x2.00", "PSR"]}
+
+
+@pytest.mark.parametrize(("ends", "roles"), [
+    (["_e2.nii", ".nii"], {"pd": ".nii", "t2": "_e2.nii"}),
+    (["_E1.NII.GZ", "_E2.NII.GZ"], {"pd": "_E1.NII.GZ", "t2": "_E2.NII.GZ"}),
+    (["_e1.nii"], {"pd": "_e1.nii"}), (["_e2.nii"], {"t2": "_e2.nii"}),
+    ([".nii", ".nii.gz"], {"pd": ".nii", "t2": ".nii"}),
+])
+def test_echoes_by_name(tmp_path, ends, roles):
+    place = tmp_path / "002_S_0413" / "Axial_PD_T2_FSE" / "2006-11-15_09_47_59.0" / "I29704"
+    place.mkdir(parents=True)
+    for end in ends:
+        (place / f"Axial{end}").write_bytes(b"")
+    layout = find_layout(tmp_path)
+    assert {contrast: path.name[5:] for contrast, path in layout.subjects[0].files.items()} == roles
+    shared = roles.get("pd") == roles.get("t2")
+    assert layout.subjects[0].echoes == ({"pd": 0, "t2": 1} if shared else {})
+    assert len(layout.notes) == len(set(ends)) - len(set(roles.values()))
+
+
+def test_adni_in_dicom(tmp_path):
+    place = tmp_path / "002_S_0413" / "MP-RAGE" / "2006-11-15_09_47_59.0" / "I29704"
+    place.mkdir(parents=True)
+    (place / "ADNI_002_S_0413.dcm").write_bytes(b"")
+    with pytest.raises(DataError, match="holds DICOM files; convert with dcm2niix"):
+        find_layout(tmp_path)
+
+
 # ---- Split -----------------------------------------------------------------------------------------------------------
 
 def people(n):

@@ -338,15 +338,14 @@ def test_baselines_learn_from_training_slices_only():
     """Channel 1 is like the target in training, channel 0 in testing: a peek at the test truth would copy channel 0."""
     train = np.stack([A3 * 0.2, A3 + 0.02, A3], axis=1)
     test = np.stack([A3 ** 2, A3 * 0.2, A3 ** 2], axis=1)
-    found = M.baselines(train, test, [0, 1], 2)
+    learned, given = ({c: images[:, c] for c in range(3)} for images in (train, test))
+    found = M.baselines(learned, {c: given[c] for c in (0, 1)}, 2)
     assert list(found) == ["copy-source", "mean-of-train", "intensity-lookup"]
     assert np.array_equal(found["copy-source"], test[:, 1])
     assert found["mean-of-train"].shape == (4, 64, 64)
     assert found["mean-of-train"][3] == pytest.approx(A3.mean(0))
     expected = M.IntensityLookup({0: train[:, 0], 1: train[:, 1]}, A3).predict({0: test[:, 0], 1: test[:, 1]})
     assert np.array_equal(found["intensity-lookup"], expected)
-    blind = M.baselines(train, np.stack([A3 ** 2, A3 * 0.2, 1 - A3], axis=1), [0, 1], 2)
-    assert all(np.array_equal(found[name], blind[name]) for name in found)          # the test target is not looked at
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -362,7 +361,7 @@ def test_markdown_table():
     lines = M.markdown_table(every, region="foreground").splitlines()
     assert lines[0] == ("PSNR in dB, mean ± std over subjects (n) / SSIM, mean.  "
                         "Unit: subject, the mean of its slices; n = 0 to 2; foreground; range [0,1].")
-    assert lines[1:] == ["", "| method | t1->t2 | t2->t1 |", "|---|---|---|",
+    assert lines[1:] == ["", "| method | t1->t2 | t2->t1 |", "| --- | --- | --- |",
                          "| model | 21.50 ± 1.50 (2) / 0.850 | 30.00 (1) / 0.950 |",
                          "| copy | 11.00 ± 0.00 (2) / 0.500 | – / – |",
                          "| model (max) | – / – | – / 1.000 |"]

@@ -350,18 +350,49 @@ def test_log_and_results(tmp_path):
     train(run, 3)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3 and lines[-1]["stage"] == "fit"
-    run.results([{"mean": 1}], "words")
+    run.results([{"mean": 1}], {"x": np.full(2, 1)}, "words")
     run.config.lr = 5
-    run.results([{"mean": 2}], "words")
+    run.results([{"mean": 2}], {"x": np.full(2, 2)}, "words")
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [{"mean": 2}]
     assert json.loads((tmp_path / "results_1.json").read_text())["rows"] == [{"mean": 1}]  # nothing is overwritten silently
     (tmp_path / "results_1.json").rename(tmp_path / "results_2.json")
-    run.results([{"mean": 3}], "words", data="elsewhere")                                # other data, same configuration
+    run.results([{"mean": 3}], {"x": np.full(2, 3)}, "words", data="elsewhere")                                # other data, same configuration
     run.seed = 7
-    run.results([{"mean": 4}], "words", data="elsewhere")
-    run.results([{"mean": 5}], "words", data="elsewhere")                                # the same again replaces
+    run.results([{"mean": 4}], {"x": np.full(2, 4)}, "words", data="elsewhere")
+    run.results([{"mean": 5}], {"x": np.full(2, 5)}, "words", data="elsewhere")                                # the same again replaces
     kept = [json.loads((tmp_path / f"results{n}.json").read_text())["rows"][0]["mean"] for n in ("", "_1", "_2", "_3")]
     assert kept == [5, 2, 1, 3]
+    assert [np.load(tmp_path / f"results{n}.npz")["x"][0] for n in ("", "_1", "_3")] == [5, 2, 3]          # images go along
+
+
+def test_a_stage_of_no_steps_leaves_its_parts_as_they_are(tmp_path):
+    run, part = start(tmp_path), torch.nn.Linear(1, 1)
+    assert not run.finished(["fit"])
+    assert list(run.steps("fit", 0, {"part": part})) == [] and run.finished(["fit"])
+    run.close()
+    again, other = start(tmp_path), torch.nn.Linear(1, 1)
+    assert again.load() and list(again.steps("fit", 0, {"part": other})) == []
+    assert torch.equal(other.weight, part.weight) and not again.finished(["fit", "more"])
+
+
+def test_batches_cover_all_items_and_end_between_two_at_a_signal(tmp_path):
+    run, said = start(tmp_path), []
+    run.say = said.append
+    assert list(run.batches("work", [1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]] and said[-1].startswith("work 5/5")
+    assert list(run.batches("work", [], 2)) == []
+    done = []
+    with pytest.raises(SystemExit) as end:
+        for part in run.batches("work", list(range(9)), 3):
+            done.append(part)
+            signal.raise_signal(signal.SIGINT)
+    assert end.value.code == 130 and done == [[0, 1, 2]] and "work: stopped at 3 of 9; the same command" in said[-1]
+
+
+def test_claim_keeps_what_the_checkpoint_knows(tmp_path):
+    run = start(tmp_path)
+    run.about = {"encoder": {"words": 3}, "data": "old"}
+    run.claim([], {"data": "new"})
+    assert run.about == {"encoder": {"words": 3}, "data": "new"}
 
 
 def test_log_lines_are_json_even_without_finite_numbers(tmp_path, monkeypatch):

@@ -1,0 +1,204 @@
+"""common/results.py: tables of a paper against numbers worked by hand, and against what a row does when it is run by itself."""
+import argparse
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import apt
+from common import cli, metrics, results
+from common.run import RunError
+
+SUBJECTS = [f"s{i}" for i in range(8)]
+NOISE = np.array([3.0, -1.0, 2.0, 0.5, -0.2, 1.7, 0.9, 2.5])
+
+
+def content(offsets, seed=0):
+    """A results.json: method "M" and a baseline on tasks a->b, b->a; psnr 20 + NOISE + offset of the task, ssim half of it / 100."""
+    rows = []
+    for task, offset in offsets.items():
+        psnr = dict(zip(SUBJECTS, 20 + offset + NOISE * (1 + offset)))
+        rows += [metrics.row(task, "M", "psnr", psnr), metrics.row(task, "M", "ssim", {s: v / 200 for s, v in psnr.items()}),
+                 metrics.row(task, "copy", "psnr", dict.fromkeys(SUBJECTS, 15.0)), metrics.row(task, "copy", "ssim", dict.fromkeys(SUBJECTS, 0.5))]
+    return {"rows": rows, "protocol": "2 slices", "phantom": True, "data": "data/x", "config": {}, "seed": seed}
+
+
+TABLE = {"title": "a title", "against": "full", "rows": {"full": {}, "worse": {"M": 10, "stage2": False}, "other": {"prior": "zero"}}}
+PAPER = {"Theirs": {"a->b": {"psnr": 21.5, "ssim": 0.9}}, "full": {"a->b": {"psnr": 25.25, "ssim": 0.912}}}
+
+
+@pytest.fixture
+def found():
+    return {"full": [content({"a->b": 0.0, "b->a": 1.0}), content({"a->b": 0.4, "b->a": 1.0}, 1)],
+            "worse": [content({"a->b": -1.0, "b->a": 0.5}), content({"a->b": -1.0, "b->a": 0.1}, 1)],
+            "other": [content({"a->b": 0.1, "b->a": 0.9}), content({"a->b": 0.3, "b->a": 1.1}, 1)]}
+
+
+def test_a_subjects_value_is_its_mean_over_seeds_and_rows_are_compared_on_it(found):
+    lines = {(line["row"], line["task"], line["metric"]): line for line in results.compare(TABLE, found, PAPER, "M")}
+    full, worse = lines["full", "a->b", "psnr"], lines["worse", "a->b", "psnr"]
+    ours = (20 + NOISE + 20.4 + 1.4 * NOISE) / 2                                            # by hand, both seeds
+    assert full["values"]["s2"] == pytest.approx(ours[2]) and full["mean"] == pytest.approx(ours.mean())
+    assert full["seeds"] == pytest.approx([20 + NOISE.mean(), 20.4 + 1.4 * NOISE.mean()])
+    theirs = np.full(8, 19.0)
+    assert worse["difference"] == pytest.approx((theirs - ours).mean()) and worse["difference"] < 0
+    assert worse["p"] == pytest.approx(stats.wilcoxon(theirs - ours).pvalue)
+    assert "p" not in full and full["paper"] == 25.25 and worse["paper"] is None and worse["flags"] == "--M 10 --no-stage2"
+
+
+def test_the_mean_over_tasks_is_taken_subject_by_subject(found):
+    line = next(x for x in results.compare(TABLE, found, PAPER, "M") if (x["row"], x["task"], x["metric"]) == ("other", "mean", "psnr"))
+    by_hand = np.mean([20 + o + NOISE * (1 + o) for o in (0.1, 0.9, 0.3, 1.1)], axis=0)
+    assert [line["values"][s] for s in SUBJECTS] == pytest.approx(by_hand.tolist())
+
+
+def test_p_values_are_corrected_over_the_rows_of_the_table(found):
+    lines = [x for x in results.compare(TABLE, found, PAPER, "M") if x["task"] == "a->b" and x["metric"] == "psnr" and "p" in x]
+    assert [x["row"] for x in lines] == ["worse", "other", "copy"]
+    assert [x["p_holm"] for x in lines] == metrics.holm([x["p"] for x in lines])
+    smallest = min(lines, key=lambda x: x["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 3 * smallest["p"]))
+
+
+def test_methods_of_others_show_the_papers_number_only(found):
+    lines = [x for x in results.compare(TABLE, found, PAPER, "M") if x["row"] == "Theirs"]
+    assert [(x["kind"], x["metric"], x["paper"]) for x in lines] == [("paper only", "psnr", 21.5), ("paper only", "ssim", 0.9)]
+
+
+def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
+    lines = results.compare(TABLE, found, PAPER, "M")
+    pairs = {row: [(c, None) for c in contents] for row, contents in found.items()}
+    text = results.markdown("table9", TABLE, lines, pairs, 0)
+    cells = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("| ")}
+    full = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("full", "a->b", "psnr"))
+    assert f"{full['mean']:.2f} ± {full['std']:.2f} / " in cells["full"] and "(25.25 / 0.912)" in cells["full"]
+    assert "(21.50 / 0.900)" in cells["Theirs"] and "`--M 10 --no-stage2`" in cells["worse"] and "15.00 ± 0.00 / 0.500" in cells["copy"]
+    assert "8 test subjects; 2 training seeds" in text and "digital phantoms" in text and "3 comparisons" in text
+    assert "cannot fall below 0.023" in text                                                # 3 x 2 / 2^8
+    worse = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("worse", "mean", "psnr"))
+    assert f"{worse['difference']:+.2f} dB, p = {worse['p_holm']:.2g}" in cells["worse"]
+    read = list(csv.DictReader(io.StringIO(results.as_csv(lines))))
+    assert len(read) == len(lines)
+    row = next(r for r in read if (r["row"], r["task"], r["metric"]) == ("full", "a->b", "psnr"))
+    assert float(row["mean"]) == full["mean"] and float(row["ci95_low"]) == full["ci95"][0] and float(row["paper"]) == 25.25
+    assert [float(s) for s in row["seeds"].split()] == pytest.approx(full["seeds"], abs=1e-4)
+
+
+def test_too_few_subjects_are_said_to_be_too_few(found):
+    few = {row: [{**c, "rows": [{**r, "values": dict(list(r["values"].items())[:4])} for r in c["rows"]]} for c in contents]
+           for row, contents in found.items()}
+    lines = results.compare(TABLE, few, PAPER, "M")
+    text = results.markdown("t", TABLE, lines, {row: [(c, None) for c in contents] for row, contents in few.items()}, 0)
+    assert "n = 4, too few to test" in text and "4 test subjects" in text
+
+
+def test_many_tasks_become_lines(found):
+    wide = {row: [content({f"{k}->x": 0.0 for k in range(9)})] for row in found}
+    lines = results.compare(TABLE, wide, {}, "M")
+    text = results.markdown("t", TABLE, lines, {row: [(c, None) for c in contents] for row, contents in wide.items()}, 0)
+    assert "| task | full | worse | other | copy |" in text and sum(line.startswith(("| 0->x |", "| 8->x |", "| mean |")) for line in text.splitlines()) == 3
+
+
+def test_only_stages_before_the_first_difference_are_taken_over():
+    stages = {"encoder": (), "mif": ("mif_epochs",), "codebook": (), "diffusion": ("steps", "mif")}
+    assert results.unaffected(stages, {"steps": 3}) == ["encoder", "mif", "codebook"]
+    assert results.unaffected(stages, {"mif": "zero", "mif_epochs": 0}) == ["encoder"]
+    assert results.unaffected(stages, {"size": 3}) == results.unaffected(stages, {"steps": 1, "size": 3}) == []
+    assert results.unaffected(stages, {}) == []                                             # another seed: nothing can be shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    steps: int = 5
+    M: int = 400
+    missing: tuple = ("each",)
+
+
+@pytest.fixture
+def rehearsal(tmp_path, monkeypatch):
+    """reproduce() with a work() that only leaves a results.json and a checkpoint behind; returns (start, list of what ran)."""
+    ran = []
+    (tmp_path / "data").mkdir()
+    args = argparse.Namespace(out=tmp_path / "out", data=tmp_path / "data", seed=3, seeds=2)
+    table = {"title": "t", "against": "full", "rows": {"full": {}, "M": {"M": 100}, "short": {"steps": 2}}}
+
+    def work(cfg, args):
+        if "stop" in [what for what, *_ in ran[-1:]]:
+            raise RunError("interrupted")
+        taken = results.read_checkpoint(args.out / "last.pt")["stages"] if (args.out / "last.pt").exists() else {}
+        ran.append((cfg.steps, cfg.M, args.seed, args.out.relative_to(tmp_path).as_posix(), sorted(taken)))
+        args.out.mkdir(parents=True, exist_ok=True)
+        number = len(list(args.out.glob("results*.json")))
+        text = json.dumps({**content({"a->b": 0.1 * cfg.M}, args.seed), "config": vars(cfg), "data": str(args.data)})
+        (args.out / f"results_{number}.json").write_text(text)
+        np.savez(args.out / f"results_{number}.npz", **{"a->b|M": np.zeros((16, 16)), "a->b|truth": np.ones((16, 16))})
+        torch.save({"format": 1, "stages": {s: {"finished": True, "parts": {}} for s in ("one", "two")}}, args.out / "last.pt")
+
+    def start(**changes):
+        results.reproduce("apt", "t", table, Fake(), argparse.Namespace(**{**vars(args), **changes}), ("M", "missing"),
+                          {"one": (), "two": ("steps",)}, "M", work)
+    return start, ran
+
+
+def test_each_row_runs_once_and_one_model_serves_all_rows_that_it_can(rehearsal):
+    start, ran = rehearsal
+    start()
+    assert ran == [(5, 400, 3, "out", []), (5, 100, 3, "out", ["one", "two"]), (2, 400, 3, "out/rows/steps=2", ["one"]),
+                   (5, 400, 4, "out/rows/seed+1", []), (5, 100, 4, "out/rows/seed+1", ["one", "two"]),
+                   (2, 400, 4, "out/rows/steps=2,seed+1", ["one"])]
+    start()
+    assert len(ran) == 6                                                                    # all was there
+    start(seeds=3)
+    assert [(seed, out) for _, _, seed, out, _ in ran[6:]] == [(5, "out/rows/seed+2")] * 2 + [(5, "out/rows/steps=2,seed+2")]
+
+
+def test_an_interrupted_table_goes_on_where_it_was(rehearsal, tmp_path):
+    start, ran = rehearsal
+    start(seeds=1)
+    (tmp_path / "out" / "rows" / "steps=2" / "results_0.json").unlink()
+    del ran[:]
+    start(seeds=1)
+    assert [out for *_, out, _ in ran] == ["out/rows/steps=2"]
+    assert (tmp_path / "out" / "tables" / "t.md").exists() and (tmp_path / "out" / "tables" / "t.png").exists()
+
+
+def test_results_of_another_folder_or_seed_do_not_count(rehearsal, tmp_path):
+    start, ran = rehearsal
+    start(seeds=1)
+    (tmp_path / "other").mkdir()
+    start(seeds=1, data=tmp_path / "other")
+    start(seeds=1, seed=7)
+    assert len(ran) == 9
+
+
+def test_flags_are_what_the_parser_reads():
+    changes = dict(prior="noise", M=1000, stage2=False, missing=("t1", "t2"), alpha=0.0, paste="both")
+    words = ["--data", "x", *results.flags(changes).split()]
+    cfg, _ = cli.parse(apt.Config, apt.PRESETS, apt.TABLES, apt.LIMITS, lambda folder: "demo", "", words)
+    assert {k: getattr(cfg, k) for k in changes} == changes
+
+
+def test_the_rows_of_apt_fit_its_config_and_the_papers_tables():
+    """Every row is a valid configuration; tables 1 to 7 need one model only; the paper's rows are ours, but for other methods."""
+    paper = json.loads((Path(__file__).parent.parent / "data" / "paper_tables" / "apt.json").read_text(encoding="utf-8"))["tables"]
+    assert list(paper) == [f"table{n}" for n in range(1, 8)]
+    for name, table in apt.TABLES.items():
+        for row, changes in table.get("rows", {}).items():
+            for preset in apt.PRESETS.values():
+                dataclasses.replace(apt.Config(**preset), **changes)
+            assert not name.startswith("table") or set(changes) <= set(apt.SAMPLING), (name, row)
+        if "rows" in table:
+            assert table["against"] in table["rows"]
+        if name in paper:
+            extra = set(paper[name]["rows"]) ^ set(table["rows"])
+            assert extra == ({"MM-GAN", "HiNET", "ResViT", "ADM", "SynDiff", "M2DN"} if name == "table1" else set()), name
+    assert paper["table2"]["rows"]["U+A"]["t1+t1ce+t2->flair"] == {"psnr": 25.09, "ssim": 0.915}
+    assert paper["table7"]["rows"]["APT"]["pd->t1"] == {"psnr": 17.04, "ssim": 0.663}
+    for field in (field for fields in apt.STAGES.values() for field in fields):
+        assert field in {f.name for f in dataclasses.fields(apt.Config)} and field not in apt.SAMPLING
