@@ -8,15 +8,15 @@ then filled in like holes in a picture, except that the holes are whole channels
   1. an anatomy vector z, trained to be the same with one contrast left out, steers the attention layers of the U-Net;
   2. sampling does not start from noise but from a guess: another contrast, passed through an intensity curve.  A *codebook*,
      computed once from the training data, says which contrast and which curve resemble the missing one most (stage 1);
-  3. the result is refined by many small noise-and-denoise rounds whose outcomes are averaged (stage 2).
+  3. the result is refined by many small noise-and-denoise rounds, each averaged with what came before (stage 2).
 
-PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K = 4 curves, L context tokens)
-  x (B,C,H,W) --image encoder, frozen--> (B,C,D) --MIF--> z (B,1,D)           stages "encoder", "mif"
-  training slices --encoder--> cosine of contrast c and curve k of contrast c' --> codebook (C,C,K)   stage "codebook"
-  x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)                     stage "diffusion"
+PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K = 4 curves, L = 1 context token; -> "stage" of training)
+  x (B,C,H,W) --image encoder, frozen--> (B,C,D) --MIF--> z (B,L,D)           "encoder", "mif"
+  training slices --encoder--> cosine of contrast c and curve k of contrast c' --> codebook (C,C,K)   "codebook"
+  x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)                     "diffusion"
   y (known) --codebook--> prior --noise to M--> S+1 guided evaluations (stage 1) --> N more (stage 2) --> missing contrasts
 
-EQUATIONS, as implemented
+EQUATIONS (1) to (5); where they are read or changed: [D2], [D3], [D6]
   Eq. (1)  L_anatomy   = -log exp(z_all.z_sub/tau) / (exp(z_all.z_sub/tau) + sum_i exp(z_all.z_sub_i/tau)),  i: others
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
@@ -56,7 +56,8 @@ DEPARTURES FROM THE PAPER
         mean intensities over these slices.  Decreasing curves act on the foreground only.
   [D8]  The "zero" prior is mid-grey (0 in the model's range), noised to M like any other prior.
   [D9]  S counts intervals: stage 1 takes S + 1 evaluations, the last at step 0.  N counts all evaluations of stage 2: N - 2
-        averaged ones at the second step of the grid (2 M / S: the 40 and 20 of Table 4), then two descending ones.
+        averaged ones at the second step of the grid (2 M / S: Table 4's 40 for M = 400, and 20 for ADNI's M = 200), then two
+        descending ones.
   [D10] Slices are centre-padded to the image size (the paper resizes); only larger ones are resampled.
   [D11] Where the paper is silent: intensities are normalised per volume, background to 0 and 99.5th percentile to 1;
         averaged weights (EMA) sample, those with the lowest validation loss; gradients are clipped at norm 1.
@@ -162,36 +163,10 @@ PRESETS = {
 LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
               encoder_batch=(2, 65536), mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# The stages of training, each with the fields that matter to it and to later stages only.
+# The stages of training, each with the fields that matter to it and to later stages only; any other field changes them all.
 STAGES = {"encoder": (), "mif": ("mif_epochs", "mif_batch", "mif_lr"), "codebook": (),
           "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch", "lr", "ema", "schedule",
                         "context", "mif")}
-
-# --reproduce: a row is what is typed beyond the command, "against" the row that the others are compared with.  For ADNI the
-# paper has M = 200 and alpha = 50: type --M 200 --alpha 50.
-TABLES = {
-    "table1": {"title": "each contrast from all others", "against": "APT", "rows": {"APT": {}}},
-    "table2": {"title": "components (U joint model, A adaptive prior, I stage 2)", "against": "U+A+I", "rows": {
-        "U, M=1000, S=50": dict(prior="noise", M=1000, S=50, stage2=False),
-        "U, M=1000, S=20": dict(prior="noise", M=1000, stage2=False),
-        "U": dict(prior="noise", stage2=False), "U+A": dict(stage2=False), "U+A+I": {}}},
-    "table3": {"title": "what sampling starts from, without stage 2", "against": "adaptive", "rows": {
-        prior: dict(prior=prior, stage2=False) for prior in ("zero", "noise", "random", "adaptive")}},
-    "table4": {"title": "evaluations of stage 2", "against": "N=50", "rows": {
-        f"N={N}": dict(N=N) for N in (10, 25, 50, 100, 200)}},
-    "table5": {"title": "start step, without stage 2", "against": "M=400", "rows": {
-        f"M={M}": dict(M=M, stage2=False) for M in (1000, 500, 400, 200, 100, 40, 20)}},
-    "table6": {"title": "every missing pattern, four contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
-    "table7": {"title": "every missing pattern, three contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
-    "fig6": {"title": "what z alone knows of the anatomy (a picture)"},
-    "anatomy": {"title": "ours: does z matter, how it is trained, and what the encoder is?", "against": "APT", "rows": {
-        "APT": {}, "fusion untrained": dict(mif_epochs=0), "mean feature for z": dict(mif="mean"), "no z": dict(mif="zero"),
-        "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels")}},
-    "readings": {"title": "ours: where the paper can be read in more than one way", "against": "APT", "rows": {
-        "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"), "w = 1": dict(w=1.0),
-        "curves as scalars": dict(curves="scalar"), "identity and inversion": dict(curves="identity"),
-        "a token per contrast": dict(context="tokens"), "linear schedule": dict(schedule="linear")}},
-}
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 
@@ -306,7 +281,7 @@ def condition(cfg, mif, f, present):
     z = mif(f, present).unsqueeze(1)                                            # (B, 1, D)
     if cfg.context == "pooled":
         return z
-    return torch.where(here, mif.out(mif.tokens(f, present)), z)                # (B, C, D)  where absent: z
+    return torch.where(here, mif.out(mif.tokens(f, present)), z)                # (B, C, D)  where absent (sampling only): z
 
 
 # ---- 4. Maths and losses ---------------------------------------------------------------------------------------------
@@ -343,7 +318,7 @@ def bezier(P, r):
 
 # Two increasing and two decreasing curves (Sec. 4.1), each as the x and the y of its control points.  The paper prints one
 # number per point: P1 = (-1, -1, 1, 1) and P2 = (-1, -.5, .5, 1), and both reversed [D6].  Equal x and y give the identity,
-# y reversed its inversion; the second of "points" is flat in the middle.
+# y reversed its inversion; the second of "points" is flatter in the middle.
 STRAIGHT, P1, P2 = (-1, -1 / 3, 1 / 3, 1), (-1, -1, 1, 1), (-1, -0.5, 0.5, 1)
 CURVES = {
     "points": [(P1, P1), (P2, (-1, 0.5, -0.5, 1)), (P1, P1[::-1]), (P2, (1, -0.5, 0.5, -1))],
@@ -399,7 +374,7 @@ class Codebook:
         s = torch.einsum("btd,bskd->btsk", plain, other.unflatten(1, (C, -1)))          # (B, C, C, K)  cosine
         itself = torch.eye(C, dtype=torch.bool, device=s.device)[None, :, :, None]
         s = s.masked_fill(itself, -1)                                                   # (B, C, C, K)
-        best = F.one_hot(s.flatten(2).argmax(2), s[0, 0].numel()).sum(0)                # (C, C*K)
+        best = F.one_hot(s.flatten(2).argmax(2), C * len(self.curves)).sum(0)           # (C, C*K)
         self.votes += best.view(self.votes.shape).cpu()
         self.similarity += s.sum(0).cpu()
         self.level += u.mean((2, 3)).sum(0).cpu()                                       # means over all pixels
@@ -420,12 +395,15 @@ class Codebook:
         return float(self.level[target] / self.warped[source, curve].clamp(min=1e-6))
 
     def readable(self, contrasts):
-        """The whole table for people: {target: [{source, curve, votes, gain}, ...]}, best first."""
+        """The whole table for people: {target: [{source, curve, votes, gain}, ...]}, in the order of look_up."""
         C, K = self.warped.shape
-        return {contrasts[t]: sorted(({"source": contrasts[s], "curve": k, "votes": int(self.votes[t, s, k]),
-                                       "gain": round(self.gain(t, s, k), 4)}
-                                      for s in range(C) if s != t for k in range(K)), key=lambda entry: -entry["votes"])
-                for t in range(C)}
+        table = {}
+        for t in range(C):
+            order = sorted(((s, k) for s in range(C) if s != t for k in range(K)),
+                           key=lambda at: (float(self.votes[t][at]), float(self.similarity[t][at])), reverse=True)
+            table[contrasts[t]] = [{"source": contrasts[s], "curve": k, "votes": int(self.votes[t, s, k]),
+                                    "gain": round(self.gain(t, s, k), 4)} for s, k in order]
+        return table
 
 
 # ---- 5. Sampler ------------------------------------------------------------------------------------------------------
@@ -443,9 +421,9 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, known, alpha):
     the clamp, and subtracted from x0, as printed.  Missing contrasts move too: they influence the estimate of known ones.
     """
     a = alpha_bar[t]
-    guide = alpha > 0 and a >= 0.01                 # below, 1/sqrt(alpha_bar) blows the gradient up [D3]
-    with torch.set_grad_enabled(bool(guide)):
-        x_t = x_t.detach().requires_grad_(bool(guide))
+    guide = alpha > 0 and bool(a >= 0.01)           # below, 1/sqrt(alpha_bar) blows the gradient up [D3]
+    with torch.set_grad_enabled(guide):
+        x_t = x_t.detach().requires_grad_(guide)
         eps = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))             # (B, C, H, W)
         x0 = x0_from_eps(x_t, a, eps).clamp(-1, 1)                                      # (B, C, H, W)
         if not guide:
@@ -455,16 +433,29 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, known, alpha):
     return x0.detach() - alpha * gradient
 
 
+def make_eps_model(run, model, context, watch=None):
+    """eps_theta of the sampler: the U-Net with its context, (B, L, D), fixed.  watch: a list that gets each (t, x_t, x0)."""
+    def eps_model(x_t, t):
+        with run.autocast():
+            eps = model.unet(x_t, t, context).float()                                   # (B, C, H, W)
+        if watch is not None:
+            x0 = x0_from_eps(x_t, model.alpha_bar[int(t[0])], eps).clamp(-1, 1)         # (B, C, H, W)  before Eq. (4)
+            watch.append((int(t[0]), x_t.detach().cpu(), x0.detach().cpu()))
+        return eps
+    return eps_model
+
+
 def stage1(eps_model, y, known, prior, noise, alpha_bar, grid, alpha):
     """Sec. 3.4, stage 1: from the prior at step M down to 0.
 
     y: (B, C, H, W) known contrasts in [-1,1]; prior: (B, C, H, W) start images, or None to start the missing contrasts
     from pure noise; noise(): fresh N(0,1) of that shape.  len(grid) network evaluations.  Returns x0: (B, C, H, W).
     """
-    start, eps = y if prior is None else known * y + (1 - known) * prior, noise()
-    x_t = q_sample(start, alpha_bar[grid[-1]], eps)                                     # step M
-    if prior is None:
-        x_t = known * x_t + (1 - known) * eps                                           # also if M < 1000, as in Table 3
+    eps = noise()
+    start = y if prior is None else known * y + (1 - known) * prior                     # (B, C, H, W)
+    x_t = q_sample(start, alpha_bar[grid[-1]], eps)                                     # (B, C, H, W)  at step M
+    if prior is None:       # pure noise, even where M < 1000 and the network expects an image in it: Table 3 does the same
+        x_t = known * x_t + (1 - known) * eps                                           # (B, C, H, W)
     for j in range(len(grid) - 1, -1, -1):                          # j = S, ..., 0; step 0 is the least noisy, not clean
         x0 = guided_x0(eps_model, x_t, grid[j], alpha_bar, y, known, alpha)
         x0 = known * y + (1 - known) * x0                                               # paste what is known [D4]
@@ -484,18 +475,13 @@ def stage2(eps_model, x0, y, known, noise, alpha_bar, grid, alpha, N, w, paste):
     for n in range(N):
         x0 = guided_x0(eps_model, x_t, times[n], alpha_bar, y, known, alpha)
         if n < N - 2:
-            x0 = weighted_average(previous, x0, w)
+            x0 = (1 - w) * previous + w * x0                                            # Eq. (5)
         if paste:
             x0 = known * y + (1 - known) * x0
         previous = x0
         if n < N - 1:
             x_t = q_sample(x0, alpha_bar[times[n + 1]], noise())
     return x0
-
-
-def weighted_average(previous, x0, w):
-    """Eq. (5): the previous prediction keeps 1 - w."""
-    return (1 - w) * previous + w * x0
 
 
 def prior_images(cfg, codebook, u, known, generators):
@@ -518,41 +504,30 @@ def prior_images(cfg, codebook, u, known, generators):
     return prior
 
 
-def network(run, model, context, watch=None):
-    """eps_theta of the sampler: the U-Net with its context, (B, L, D), fixed.  watch: a list that gets each (t, x_t, x0)."""
-    def eps_model(x_t, t):
-        with run.autocast():
-            eps = model.unet(x_t, t, context).float()                                   # (B, C, H, W)
-        if watch is not None:
-            x0 = x0_from_eps(x_t, model.alpha_bar[int(t[0])], eps).clamp(-1, 1)         # (B, C, H, W)  before Eq. (4)
-            watch.append((int(t[0]), x_t.detach().cpu(), x0.detach().cpu()))
-        return eps
-    return eps_model
-
-
 def impute(cfg, run, model, u, known, keys, watch=None):
     """Fill in the missing contrasts of a batch of slices.
 
     u: (B, C, H, W) in [0,1], anything where missing.  known: (B, C) bool.  keys: (subject, slice) of each; they fix the
-    noise, so that a slice comes out the same, up to rounding, in any batch, order or number of processes.  watch: see network.
+    noise, so that a slice comes out the same, up to rounding, in any batch, order or number of processes.  watch: see
+    make_eps_model.
     Returns (B, C, H, W) in [0,1], and the prior or None.
     """
     mask = known[:, :, None, None]                                                      # (B, C, 1, 1)
     u = torch.where(mask, u, 0)                     # nothing of a missing contrast gets past this line
-    generators = [run.generator("sample", *key) for key in keys]
+    generators = [run.generator("sample", *key) for key in keys]    # prior "random" draws from them too, before the noise
 
     def noise():
         return torch.stack([torch.randn(u.shape[1:], generator=g, device=u.device) for g in generators])
 
     context = condition(cfg, model.mif, encode(model.encoder, u), known)                # (B, L, D)  once, not at every step
-    eps_model = network(run, model, context, watch)
+    eps_model = make_eps_model(run, model, context, watch)
     prior = None if cfg.prior == "noise" else prior_images(cfg, model.codebooks[cfg.curves], u, known, generators)
-    y, known, grid = 2 * u - 1, mask.float(), time_grid(cfg.M, cfg.S)
+    y, A, grid = 2 * u - 1, mask.float(), time_grid(cfg.M, cfg.S)
     start = None if prior is None else 2 * prior - 1
     alpha = cfg.alpha * u.shape[-1] / 256                                               # [D3]
-    x0 = stage1(eps_model, y, known, start, noise, model.alpha_bar, grid, alpha)
+    x0 = stage1(eps_model, y, A, start, noise, model.alpha_bar, grid, alpha)
     if cfg.stage2:
-        x0 = stage2(eps_model, x0, y, known, noise, model.alpha_bar, grid, alpha, cfg.N, cfg.w, cfg.paste == "both")
+        x0 = stage2(eps_model, x0, y, A, noise, model.alpha_bar, grid, alpha, cfg.N, cfg.w, cfg.paste == "both")
     return torch.where(mask, u, (x0.clamp(-1, 1) + 1) / 2), prior
 
 
@@ -574,8 +549,7 @@ def train_encoder(cfg, run, ds, slices):
     """Stage "encoder" [D1]: a CLIP on (slice, caption), with a term that makes two contrasts of one slice find each other
     (losses and optimiser in common/clip.py)."""
     if cfg.encoder == "pixels":
-        for _ in run.steps("encoder", 0, {}):
-            pass                                    # nothing to train
+        list(run.steps("encoder", 0, {}))           # nothing to train, which finishes the stage
         return Pixels()
     texts = captions(ds, ds.rows("train"))
     encoder = clip.build(cfg.encoder, [t for row in texts for t in row], cfg.size, seed=run.seed).to(run.device)
@@ -606,7 +580,7 @@ def train_mif(cfg, run, ds, features):
     everything = torch.ones(batch, C, dtype=torch.bool, device=run.device)
     for step in run.steps("mif", math.ceil(n * cfg.mif_epochs / batch), {"mif": mif, "optimiser": optimiser}, batch):
         pick = torch.from_numpy(run.order("mif", n, batch, step)).to(run.device)
-        drop = np.random.default_rng(seed_of(run.seed, "mif drop", step)).integers(C)   # one contrast, for the whole batch
+        drop = np.random.default_rng(seed_of(run.seed, "mif drop", step)).integers(C)   # one contrast, for all
         subset = everything.clone()
         subset[:, drop] = False
         z_all, z_sub = mif(features[pick], everything), mif(features[pick], subset)     # (B, D) each
@@ -620,14 +594,15 @@ def train_mif(cfg, run, ds, features):
 
 
 def make_codebooks(cfg, run, ds, slices, encoder):
-    """Stage "codebook": one for each reading of the curves [D6], from at most 2,000 slices spread over the subjects."""
+    """Stage "codebook": one for each reading of the curves [D6], from at most 2,000 slices spread over the subjects.  Each
+    process computes all of it."""
     codebooks = {name: Codebook(len(ds.contrasts), name) for name in CURVES}
     chosen = evenly(np.arange(len(slices)), 2000)
     parts = np.array_split(chosen, math.ceil(len(chosen) / 16))
     for step in run.steps("codebook", len(parts), codebooks, 16):
         for codebook in codebooks.values():
             codebook.add(encoder, run.fetch(slices, parts[step]))
-    run.write_json("codebook.json", codebooks[cfg.curves].readable(ds.contrasts))
+    run.write_json("codebook.json", {name: codebook.readable(ds.contrasts) for name, codebook in codebooks.items()})
     if run.rank == 0:
         draw_codebook(run.out / "codebook.png", codebooks[cfg.curves], ds.contrasts, slices[len(slices) // 2])
 
@@ -720,11 +695,39 @@ def load_model(cfg, run):
 # ---- 7. Evaluation ---------------------------------------------------------------------------------------------------
 
 
+# --reproduce: a row is what is typed beyond the command, "against" the row that the others are compared with.  For ADNI the
+# paper has M = 200 and alpha = 50: type --M 200 --alpha 50.
+TABLES = {
+    "table1": {"title": "each contrast from all others", "against": "APT", "rows": {"APT": {}}},
+    "table2": {"title": "components (U joint model, A adaptive prior, I stage 2)", "against": "U+A+I", "rows": {
+        "U, M=1000, S=50": dict(prior="noise", M=1000, S=50, stage2=False),
+        "U, M=1000, S=20": dict(prior="noise", M=1000, stage2=False),
+        "U": dict(prior="noise", stage2=False), "U+A": dict(stage2=False), "U+A+I": {}}},
+    "table3": {"title": "what sampling starts from, without stage 2", "against": "adaptive", "rows": {
+        prior: dict(prior=prior, stage2=False) for prior in ("zero", "noise", "random", "adaptive")}},
+    "table4": {"title": "evaluations of stage 2", "against": "N=50", "rows": {
+        f"N={N}": dict(N=N) for N in (10, 25, 50, 100, 200)}},
+    "table5": {"title": "start step, without stage 2", "against": "M=400", "rows": {
+        f"M={M}": dict(M=M, stage2=False) for M in (1000, 500, 400, 200, 100, 40, 20)}},
+    "table6": {"title": "every missing pattern, four contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
+    "table7": {"title": "every missing pattern, three contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
+    "fig6": {"title": "what z alone knows of the anatomy (a picture)"},
+    "anatomy": {"title": "ours: does z matter, and how it is made? (the encoder makes the codebook too)", "against": "APT",
+                "rows": {
+        "APT": {}, "fusion untrained": dict(mif_epochs=0), "mean feature for z": dict(mif="mean"), "no z": dict(mif="zero"),
+        "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels")}},
+    "readings": {"title": "ours: where the paper can be read in more than one way", "against": "APT", "rows": {
+        "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"), "w = 1": dict(w=1.0),
+        "curves as scalars": dict(curves="scalar"), "identity and inversion": dict(curves="identity"),
+        "a token per contrast": dict(context="tokens"), "linear schedule": dict(schedule="linear")}},
+}
+
+
 def evaluate(cfg, run, ds, model):
     """Every test subject once, every pattern of --missing, beside the standing baselines.  results.json and pictures."""
-    tasks = patterns(ds.contrasts, cfg.missing)
+    tasks, rows = patterns(ds.contrasts, cfg.missing), ds.spread("test", cfg.test_slices)
     mine = set(ds.split["test"][run.rank::run.world])                                   # whole subjects per process
-    work = [(task, r) for task in tasks for r in ds.spread("test", cfg.test_slices) if ds.subject[r] in mine]
+    work = [(task, r) for task in tasks for r in rows if ds.subject[r] in mine]
     done = []                                                                           # ((task, row), result, prior)
     for part in run.batches("sampling", work, cfg.sample_batch):
         u = run.fetch(ds.images, [r for _, r in part])                                  # (B, C, H, W)
@@ -732,40 +735,41 @@ def evaluate(cfg, run, ds, model):
         result, prior = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r]) for _, r in part])
         prior = u * 0 if prior is None else prior
         done += zip(part, result.cpu().numpy(), prior.cpu().numpy())
-    done = sorted(run.gather(done), key=lambda item: item[0][1])                        # by row
+    done = {key: images for key, *images in run.gather(done)}
     if run.rank > 0:
         return
-    scored = []
+    scored, truth = [], np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
     for task in tasks:
-        rows, ours, start = zip(*((r, result, prior) for (t, r), result, prior in done if t == task))
-        rows, ours, start = np.array(rows), np.stack(ours), np.stack(start)             # (n,), (n, C, H, W), (n, C, H, W)
-        truth = np.asarray(ds.images[rows], dtype=np.float32)                           # (n, C, H, W)
+        ours, start = (np.stack(images) for images in zip(*(done[task, r] for r in rows)))    # (n, C, H, W) each
         sources = {name: truth[:, c] for c, name in enumerate(ds.contrasts) if name not in task}
         for c, name in ((c, name) for c, name in enumerate(ds.contrasts) if name in task):
             results = {"APT": ours[:, c]} if cfg.prior == "noise" else {"prior alone": start[:, c], "APT": ours[:, c]}
             scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
-    some = ds.part("train")[evenly(np.arange(len(ds.part("train"))), 2000)].astype(np.float32)   # (m, C, H, W)
+    some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},
            f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices",
            data=str(ds.folder), phantom=ds.phantom)
-    draw_steps(cfg, run, ds, model, tasks[:4])
+    draw_steps(cfg, run, ds, model, tasks[:4], rows[len(rows) // 2])
 
 
-def draw_steps(cfg, run, ds, model, tasks):
-    """steps.png: what the network is given and what it makes of it, on the way to one test slice."""
-    r, watched = ds.spread("test", cfg.test_slices)[cfg.test_slices // 2], []
+def draw_steps(cfg, run, ds, model, tasks, r):
+    """steps.png: what the network is given and what it makes of it, on the way to slice r."""
+    watched = []
     u = run.fetch(ds.images, [r] * len(tasks))                                          # (B, C, H, W)
     known = torch.tensor([[c not in task for c in ds.contrasts] for task in tasks], device=run.device)
     result, _ = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r])] * len(tasks), watched)
-    shown = [watched[i] for i in sorted({*evenly(np.arange(cfg.S + 1), 4), *evenly(np.arange(cfg.S, len(watched)), 4)})]
-    rows, labels = [], []
+    first, second = np.arange(cfg.S + 1), np.arange(cfg.S + 1, len(watched))            # evaluations of stage 1, of stage 2
+    shown = [*evenly(first, 4), *(evenly(second, 3) if cfg.stage2 else ())]
+    columns, rows, labels = [f"{i + 1}: t = {watched[i][0]}" for i in shown], [], []
+    shown = [watched[i] for i in shown]
     for b, task in enumerate(tasks):
         c = list(ds.contrasts).index(task[0])
         ends = [result[b, c].cpu(), u[b, c].cpu()]
         rows += [[(x_t[b, c] + 1) / 2 for _, x_t, _ in shown] + ends, [(x0[b, c] + 1) / 2 for _, _, x0 in shown] + ends]
         labels += [f"{task[0]}: x_t", "estimate of x0"]
-    pictures.grid(run.out / "steps.png", rows, [f"t = {t}" for t, _, _ in shown] + ["result", "truth"], labels,
-                  note=f"from the start at step {cfg.M} down (stage 1)" + ", then stage 2" * cfg.stage2)
+    pictures.grid(run.out / "steps.png", rows, [*columns, "result", "truth"], labels,
+                  note=f"number and time of the evaluation; prior: {cfg.prior}; the first {cfg.S + 1} are stage 1's; estimates "
+                       "are the network's own, before guidance and averaging")
 
 
 def draw_codebook(path, codebook, contrasts, u):
@@ -775,7 +779,7 @@ def draw_codebook(path, codebook, contrasts, u):
     for target, entries in codebook.readable(contrasts).items():
         for entry in entries[:2]:
             source, points = u[contrasts.index(entry["source"])], codebook.curves[entry["curve"]]
-            curve = torch.linspace(1, 0, H)[:, None] > warp(torch.linspace(0, 1, W), points)    # (H, W)  dark below it
+            curve = torch.linspace(1, 0, H)[:, None] > warp(torch.linspace(0, 1, W), points)    # (H, W)  grey below it
             prior = (entry["gain"] * warp(source, points)).clamp(0, 1)                          # (H, W)
             rows.append([source, (1 + curve) / 2, prior, u[contrasts.index(target)]])
             votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
@@ -798,7 +802,7 @@ def figure6(cfg, run, ds, model):
     def noise():
         return torch.randn(1, *u.shape[1:], generator=g, device=u.device).expand_as(u)
 
-    x0 = stage1(network(run, model, context), u, nothing, None, noise, model.alpha_bar, time_grid(T, 50), alpha=0)
+    x0 = stage1(make_eps_model(run, model, context), u * 0, nothing, None, noise, model.alpha_bar, time_grid(T, 50), alpha=0)
     if run.rank > 0:
         return
     truth, made = u.cpu().numpy(), ((x0 + 1) / 2).cpu().numpy()
@@ -814,29 +818,21 @@ def benchmark(cfg, run, ds):
     """Times a training step and a guided evaluation of the sampler, at the sizes of the config, on an untrained network."""
     slices, dim, alpha_bar = ds.part("train"), feature_width(cfg), schedule(cfg).to(run.device)
     unet = make_unet(cfg, len(ds.contrasts), dim).to(run.device, memory_format=torch.channels_last)
-    network = torch.compile(unet) if run.args.compile else unet
+    model = Model(ds.contrasts, None, None, None, torch.compile(unet) if run.args.compile else unet, alpha_bar)
+    eps_model = make_eps_model(run, model, torch.zeros(1, 1, dim, device=run.device))
     optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
-
-    def predict(x_t, t):
-        with run.autocast():
-            return network(x_t, t, torch.zeros(len(x_t), 1, dim, device=run.device)).float()
+    y = 2 * run.fetch(slices, np.arange(cfg.sample_batch) % len(slices)) - 1
+    forward = run.flops(lambda: eps_model(y[:1], torch.zeros(1, device=run.device)))
 
     def training_step():
         x0 = 2 * run.fetch(slices, run.order("benchmark", len(slices), cfg.batch, 0)) - 1
         t = torch.randint(T, (cfg.batch,), device=run.device)
-        loss = diffusion_loss(lambda x_t, t, _: predict(x_t, t), x0, t, torch.randn_like(x0), None, alpha_bar)
-        run.update(loss, optimiser)
+        run.update(diffusion_loss(lambda x_t, t, _: eps_model(x_t, t), x0, t, torch.randn_like(x0), None, alpha_bar), optimiser)
 
-    y = 2 * run.fetch(slices, np.arange(cfg.sample_batch) % len(slices)) - 1
-    forward = run.flops(lambda: predict(y[:1], torch.zeros(1, device=run.device)))
     run.time("training step", training_step, cfg.batch, 3 * forward)                    # backward costs twice a forward
     unet.requires_grad_(False)                                                          # as in sampling: gradients of x_t only
-    known = torch.ones(1, y.shape[1], 1, 1, device=run.device)
-
-    def guided():
-        guided_x0(predict, y, 200, alpha_bar, y, known, cfg.alpha)
-
-    seconds = run.time("guided evaluation", guided, len(y), 2 * forward)
+    seconds = run.time("guided evaluation", lambda: guided_x0(eps_model, y, 200, alpha_bar, y, torch.ones_like(y), cfg.alpha),
+                       len(y), 2 * forward)
     evaluations = cfg.S + 1 + cfg.N * cfg.stage2
     run.say(f"a sample takes {evaluations} evaluations: {len(y) / seconds / evaluations:.3g} slices/s")
 
@@ -894,7 +890,7 @@ def work(cfg, args, score=evaluate):
         score(cfg, run, ds, load_model(cfg, run))
     if args.synthesize:
         model, subjects = load_model(cfg, run), data.find_layout(args.data, run.about["contrasts"]).subjects
-        unseen = [s for s in subjects if s.name not in run.about["train"]]              # the others' scores would flatter
+        unseen = [s for s in subjects if s.name not in run.about["train"]]              # never those it was trained on
         asked = () if cfg.missing in (("each",), ("all",)) else patterns(model.contrasts, cfg.missing)[0]
         todo = data.to_synthesize(unseen[run.rank::run.world], model.contrasts, asked, cfg.size, run.out / "synthetic", run.say)
         synthesize(run, todo, model.contrasts, cfg.sample_batch, lambda *batch: impute(cfg, run, model, *batch)[0], "APT")

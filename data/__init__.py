@@ -491,6 +491,7 @@ def check(folder, contrasts=None, say=print):
     """Open every file of a folder, say what was found and what is wrong; True if open_dataset can use it."""
     folder = Path(folder)
     try:
+        _make_phantom(folder, say)
         layout = find_layout(folder, contrasts)
     except DataError as error:
         say(f"error: {error}")
