@@ -40,7 +40,8 @@ DEPARTURES FROM THE PAPER
         extra term that makes two contrasts of a slice find each other: captions alone would let it forget anatomy.  It gives
         one pooled vector per contrast (as released); the "feature maps" of the text are these.
   [D2]  Eq. (1) is used in both directions, z_all -> z_sub and back, as in CLIP; slices of one subject are no negatives;
-        z is a unit vector behind a linear layer, and 1/tau is capped at 100.
+        z is a unit vector behind a linear layer, and 1/tau is capped at 100.  As in the paper, the U-Net is trained with z
+        of all contrasts, and samples with z of those at hand.
   [D3]  Eq. (4) prints a squared norm; with the printed alpha that diverges.  As in the authors' release the norm is not
         squared.  Ours is one norm per sample; alpha is scaled with the image size, because a step of fixed length moves
         each of fewer pixels further; steps with alpha_bar < 0.01 (never reached from M = 400) go unguided; x0_hat is
@@ -54,13 +55,14 @@ DEPARTURES FROM THE PAPER
   [D7]  The codebook is one table for the data set, from at most 2,000 training slices, not a retrieval per test image.  It
         compares contrasts of one slice, by the cosine of their features (the "attention map"); the gain is the ratio of
         mean intensities over these slices.  Decreasing curves act on the foreground only.
-  [D8]  The "zero" prior is mid-grey (0 in the model's range), noised to M like any other prior.
+  [D8]  The "zero" prior is mid-grey (0 in the model's range), noised to M like any other; "noise" is pure noise at step M.
   [D9]  S counts intervals: stage 1 takes S + 1 evaluations, the last at step 0.  N counts all evaluations of stage 2: N - 2
         averaged ones at the second step of the grid (2 M / S: Table 4's 40 for M = 400, and 20 for ADNI's M = 200), then two
         descending ones.
   [D10] Slices are centre-padded to the image size (the paper resizes); only larger ones are resampled.
   [D11] Where the paper is silent: intensities are normalised per volume, background to 0 and 99.5th percentile to 1;
-        averaged weights (EMA) sample, those with the lowest validation loss; gradients are clipped at norm 1.
+        averaged weights (EMA) sample, those with the lowest validation loss; gradients are clipped at norm 1; the fusion
+        module is trained by AdamW with weight decay 0.2.
 
 NEEDS  common/{unet,schedules,clip,run,results,cli,metrics,pictures}.py  data/
 """
@@ -193,13 +195,13 @@ def captions(ds, rows):
 
 
 def patterns(contrasts, missing):
-    """The tasks, as tuples of the contrasts (names) that are missing.  "each": one at a time; "all": as in Table 6."""
+    """The tasks, as tuples of the contrasts (names) that are missing.  "each": one at a time; "all": every one."""
     if missing == ("each",):
         return [(c,) for c in contrasts]
     if missing == ("all",):
         return [m for n in range(1, len(contrasts)) for m in combinations(contrasts, n)]
     unknown = [c for c in missing if c not in contrasts]
-    if unknown or len(set(missing)) >= len(contrasts):
+    if unknown or not missing or len(set(missing)) >= len(contrasts):
         raise RunError(f"--missing {','.join(missing)}: name some, but not all, of {', '.join(contrasts)}; or each; or all",
                        status=2)
     return [tuple(c for c in contrasts if c in missing)]
@@ -281,7 +283,7 @@ def condition(cfg, mif, f, present):
     z = mif(f, present).unsqueeze(1)                                            # (B, 1, D)
     if cfg.context == "pooled":
         return z
-    return torch.where(here, mif.out(mif.tokens(f, present)), z)                # (B, C, D)  where absent (sampling only): z
+    return torch.where(here, F.normalize(mif.out(mif.tokens(f, present)), dim=2), z)    # (B, C, D)  absent (sampling only): z
 
 
 # ---- 4. Maths and losses ---------------------------------------------------------------------------------------------
@@ -363,6 +365,8 @@ class Codebook:
         return {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
 
     def load_state_dict(self, state):
+        if set(state) != set(self.state_dict()):
+            raise KeyError("not a codebook")
         vars(self).update(state)
 
     def add(self, encoder, u):
@@ -536,6 +540,7 @@ def impute(cfg, run, model, u, known, keys, watch=None):
 
 def train(cfg, run, ds):
     """All stages; what is finished is loaded from the checkpoint.  Leaves in run.stages what load_model needs."""
+    run.shard(cfg.batch)                            # an impossible batch is refused before the first stage, not after the third
     slices = ds.part("train")                                                           # (n, C, H, W), memory-mapped
     encoder = train_encoder(cfg, run, ds, slices)
     parts = np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32))
@@ -685,7 +690,7 @@ def load_model(cfg, run):
     restore(mif, parts["mif"]["mif"], f"the fusion module in {run.out}")
     restore(unet, weights, f"the U-Net in {run.out}")
     for name, codebook in codebooks.items():
-        restore(codebook, parts["codebook"][name], f"the codebook in {run.out}")
+        restore(codebook, parts["codebook"].get(name, {}), f"the codebook in {run.out}")
     encoder, mif, unet = (m.to(run.device).eval().requires_grad_(False) for m in (encoder, mif, unet))
     unet = unet.to(memory_format=torch.channels_last)
     unet = torch.compile(unet) if run.args.compile else unet
@@ -696,30 +701,34 @@ def load_model(cfg, run):
 
 
 # --reproduce: a row is what is typed beyond the command, "against" the row that the others are compared with.  For ADNI the
-# paper has M = 200 and alpha = 50: type --M 200 --alpha 50.
+# paper has other settings: --M 200 --alpha 50 --steps 350000 --test-subjects 30 --test-slices 5.
 TABLES = {
     "table1": {"title": "each contrast from all others", "against": "APT", "rows": {"APT": {}}},
     "table2": {"title": "components (U joint model, A adaptive prior, I stage 2)", "against": "U+A+I", "rows": {
         "U, M=1000, S=50": dict(prior="noise", M=1000, S=50, stage2=False),
-        "U, M=1000, S=20": dict(prior="noise", M=1000, stage2=False),
-        "U": dict(prior="noise", stage2=False), "U+A": dict(stage2=False), "U+A+I": {}}},
+        "U, M=1000, S=20": dict(prior="noise", M=1000, S=20, stage2=False),
+        "U": dict(prior="noise", stage2=False), "U+A": dict(prior="adaptive", stage2=False),
+        "U+A+I": dict(prior="adaptive", stage2=True)}},
     "table3": {"title": "what sampling starts from, without stage 2", "against": "adaptive", "rows": {
         prior: dict(prior=prior, stage2=False) for prior in ("zero", "noise", "random", "adaptive")}},
     "table4": {"title": "evaluations of stage 2", "against": "N=50", "rows": {
-        f"N={N}": dict(N=N) for N in (10, 25, 50, 100, 200)}},
+        f"N={N}": dict(N=N, stage2=True) for N in (10, 25, 50, 100, 200)}},
     "table5": {"title": "start step, without stage 2", "against": "M=400", "rows": {
         f"M={M}": dict(M=M, stage2=False) for M in (1000, 500, 400, 200, 100, 40, 20)}},
-    "table6": {"title": "every missing pattern, four contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
-    "table7": {"title": "every missing pattern, three contrasts", "against": "APT", "rows": {"APT": dict(missing=("all",))}},
+    "table6": {"title": "every missing pattern, four contrasts (the mean includes Table 1's)", "against": "APT", "rows": {
+        "APT": dict(missing=("all",))}},
+    "table7": {"title": "every missing pattern, three contrasts (the mean includes Table 1's)", "against": "APT", "rows": {
+        "APT": dict(missing=("all",))}},
     "fig6": {"title": "what z alone knows of the anatomy (a picture)"},
     "anatomy": {"title": "ours: does z matter, and how it is made? (the encoder makes the codebook too)", "against": "APT",
                 "rows": {
         "APT": {}, "fusion untrained": dict(mif_epochs=0), "mean feature for z": dict(mif="mean"), "no z": dict(mif="zero"),
         "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels")}},
     "readings": {"title": "ours: where the paper can be read in more than one way", "against": "APT", "rows": {
-        "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"), "w = 1": dict(w=1.0),
+        "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"),
+        "paste in both, no guidance": dict(alpha=0.0, paste="both"), "w = 1": dict(w=1.0),
         "curves as scalars": dict(curves="scalar"), "identity and inversion": dict(curves="identity"),
-        "a token per contrast": dict(context="tokens"), "linear schedule": dict(schedule="linear")}},
+        "a token per contrast": dict(context="tokens"), "linear schedule": dict(schedule="linear")}},  # M: noisier then
 }
 
 
@@ -747,8 +756,7 @@ def evaluate(cfg, run, ds, model):
             scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
     some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},
-           f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices",
-           data=str(ds.folder), phantom=ds.phantom)
+           f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices")
     draw_steps(cfg, run, ds, model, tasks[:4], rows[len(rows) // 2])
 
 
@@ -789,7 +797,7 @@ def draw_codebook(path, codebook, contrasts, u):
 
 
 def figure6(cfg, run, ds, model):
-    """Fig. 6: slices from noise with z alone: no known contrast, no prior, no guidance, no stage 2.  fig6.png
+    """Fig. 6: slices from noise with z alone, M = 1000, S = 50: nothing known, no prior, no guidance, no stage 2.  fig6.png
 
     The noise is the same in every row, so that rows differ by z only.
     """
@@ -819,7 +827,7 @@ def benchmark(cfg, run, ds):
     slices, dim, alpha_bar = ds.part("train"), feature_width(cfg), schedule(cfg).to(run.device)
     unet = make_unet(cfg, len(ds.contrasts), dim).to(run.device, memory_format=torch.channels_last)
     model = Model(ds.contrasts, None, None, None, torch.compile(unet) if run.args.compile else unet, alpha_bar)
-    eps_model = make_eps_model(run, model, torch.zeros(1, 1, dim, device=run.device))
+    eps_model = make_eps_model(run, model, torch.zeros(1, 1, dim, device=run.device))   # one z for all
     optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
     y = 2 * run.fetch(slices, np.arange(cfg.sample_batch) % len(slices)) - 1
     forward = run.flops(lambda: eps_model(y[:1], torch.zeros(1, device=run.device)))
@@ -851,13 +859,13 @@ def dry_run(cfg, run, ds):
 
 def main():
     cfg, args = parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo" if data.is_phantom(folder) else "paper", __doc__)
-    if args.check:
-        raise SystemExit(0 if data.check(args.data, cfg.contrasts or None) else 1)
     if args.reproduce == "list":
         print(list_tables(TABLES))
+    elif args.check:
+        raise SystemExit(0 if data.check(args.data, cfg.contrasts or None) else 1)
     elif args.reproduce:
-        cfg, args.seed = stored_config(args.out, cfg, args, SAMPLING)
-        args.train = args.evaluate = True
+        cfg, args.seed = stored_config(args.out, cfg, args, SAMPLING)       # of a run that is there already
+        args.train, args.evaluate, args.synthesize, args.benchmark = True, True, False, False
         if args.reproduce == "fig6":
             work(cfg, args, figure6)
         else:
@@ -867,7 +875,7 @@ def main():
 
 
 def work(cfg, args, score=evaluate):
-    """All that was asked for, in one run folder."""
+    """All that was asked for, in one run folder.  Returns the path of the results that belong to it, if any."""
     run = Run("apt", cfg, args)
     cfg = run.settle(SAMPLING)
     if run.load():
@@ -876,9 +884,12 @@ def work(cfg, args, score=evaluate):
         raise RunError(f"{run.out} holds no trained model; add --train, or name the folder of a finished run with --out")
     if args.train or args.evaluate or not args.synthesize:
         ds = open_data(cfg, args, run)
+        patterns(ds.contrasts, cfg.missing)                 # a wrong --missing is told now, not after the training
+        run.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint, "test": ds.split["test"]}
     if args.train:
         about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"])}
         run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
+        run.write_json("split.json", ds.split)
         if run.finished(STAGES):
             run.say("training: finished")
         else:
@@ -887,7 +898,10 @@ def work(cfg, args, score=evaluate):
         seen = sorted(set(run.about["train"]) & set(ds.split["test"]))
         if seen:
             raise RunError(f"{len(seen)} test subjects were trained on ({', '.join(seen[:3])}, ...); give the same --split")
-        score(cfg, run, ds, load_model(cfg, run))
+        if args.reproduce and score is evaluate and run.find_results():
+            run.say(f"found: {run.find_results()}")
+        else:
+            score(cfg, run, ds, load_model(cfg, run))
     if args.synthesize:
         model, subjects = load_model(cfg, run), data.find_layout(args.data, run.about["contrasts"]).subjects
         unseen = [s for s in subjects if s.name not in run.about["train"]]              # never those it was trained on
@@ -899,6 +913,7 @@ def work(cfg, args, score=evaluate):
     elif not (args.train or args.evaluate or args.synthesize):
         dry_run(cfg, run, ds)
     run.close()
+    return run.find_results() if run.rank == 0 else None
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
     fields = dataclasses.fields(config_class)
     values = {field.name: vars(args).pop(field.name) for field in fields}
     args.typed = {name: value for name, value in values.items() if value is not None}
-    args.preset = args.preset or choose_preset(args.data)
+    preset_typed, args.preset = args.preset is not None, args.preset or choose_preset(args.data)
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
     args.cache = args.out.parent / "cache"                  # of decoded slices, shared by all runs beside this one
     for name, least in (("workers", 0), ("seed", 0), ("seeds", 1)):
@@ -49,6 +49,8 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
         low, high = limits.get(name, (1e-12 if float in map(type, numbers) else 1, 10 ** 9))
         if name in limits and not many or not all(math.isfinite(n) and low <= n <= high for n in numbers):
             parser.error(f"--{name.replace('_', '-')} {show(value)}: allowed are {low} to {high}")
+    if preset_typed:                                        # all of its fields are then asked for
+        args.typed = chosen
     try:
         return config_class(**chosen), args
     except ValueError as error:                             # from Config.__post_init__: values that do not go together

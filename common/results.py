@@ -21,7 +21,7 @@ import torch
 
 from common import metrics, pictures
 from common.cli import flags
-from common.run import read_checkpoint, replace
+from common.run import RunError, read_checkpoint, replace
 
 SHOWN = 0.3                                     # error at which an error map is white
 
@@ -47,7 +47,7 @@ class Task:
         return "+".join(self.sources) + "->" + self.target
 
 
-def report(run, tasks, train, protocol, **facts):
+def report(run, tasks, train, protocol):
     """Score every task beside the standing baselines: results.json, results.npz, samples.png, and a table on the screen.
 
     train: {contrast: (m, H, W)}, slices of training subjects for the baselines.  protocol: what a value is, in words.
@@ -67,7 +67,7 @@ def report(run, tasks, train, protocol, **facts):
         kept.update({f"{task.name}|{method}": images[middle].astype(np.float16) for method, images in task.results.items()})
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
     run.say("\n" + metrics.markdown_table(rows) + "\n")
-    run.results(rows, kept, protocol, **facts)
+    run.results(rows, kept, protocol)
     columns = [*(f"source {i + 1}" for i in range(width)), *tasks[0].results, "truth", "error"]
     pictures.grid(run.out / "samples.png", [images for _, images in sheet[:12]], columns, [label for label, _ in sheet[:12]],
                   note=f"error: |truth - {list(tasks[0].results)[-1]}|, white from {SHOWN} on")
@@ -87,7 +87,8 @@ def synthesize(run, work, contrasts, batch, fill, label):
         for part in run.batches(f"synthesis of {subject.name}", filled, batch):
             keys = [(subject.name, int(z)) for z in part]
             out[part] = fill(run.fetch(volume.images, part), known.expand(len(part), -1), keys).cpu().numpy()
-        for c in (c for c in absent if not paths[c].exists()):
+        absent = [c for c in absent if not paths[c].exists()]
+        for c in absent:
             volume.write(paths[c], out[:, list(contrasts).index(c)], f"synthetic {c}, {label}, normalised")
         shown, folder = sources + absent, paths[absent[0]].parent
         some = filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1]
@@ -112,33 +113,43 @@ def reproduce(script, name, table, cfg, args, free, stages, method, work):
     table   {"title": ..., "against": the row that all are compared with, "rows": {row: {field: value}}}
     free    fields that need no training;  stages {stage: fields that matter to it and later ones only}: a row that trains
             otherwise takes over from the first model what does not differ
-    method  the model's name in results.json;  work(cfg, args): trains and evaluates in one run folder
+    method  the model's name in results.json
+    work    work(cfg, args) -> path: trains and evaluates in one run folder, or finds that this was done; the results.json
+            (None in all processes but the first)
     """
-    seed = args.seed
-    jobs = [(row, changes, seed + k) for k in range(args.seeds) for row, changes in table["rows"].items()]
-    found = {}
-    for number, (row, changes, job_seed) in enumerate(jobs, 1):
-        wanted = dataclasses.replace(cfg, **changes)
-        trained = {k: v for k, v in changes.items() if k not in free and getattr(cfg, k) != v}
-        folder = row_folder(args.out, trained, job_seed - seed)
-        results = find_results(folder, wanted, job_seed, args.data)
-        if results is None:
-            say(f"\n{name}, run {number} of {len(jobs)}: {row}, seed {job_seed}, in {folder}")
-            take_over(row_folder(args.out, {}, job_seed - seed), folder, unaffected(stages, trained))
-            work(wanted, argparse.Namespace(**{**vars(args), "out": folder, "seed": job_seed}))
-            results = find_results(folder, wanted, job_seed, args.data)
-        found.setdefault(row, []).append(results)
-    if int(os.environ.get("RANK", 0)) == 0:
-        printed = Path(__file__).parent.parent / "data" / "paper_tables" / f"{script}.json"
-        paper = json.loads(printed.read_text(encoding="utf-8"))["tables"].get(name, {}).get("rows", {})
-        lines = compare(table, {row: [content for content, _ in seeds] for row, seeds in found.items()}, paper, method)
+    printed = Path(__file__).parent.parent / "data" / "paper_tables" / f"{script}.json"
+    paper = json.loads(printed.read_text(encoding="utf-8"))["tables"].get(name, {}).get("rows", {})
+    seed, jobs, found = args.seed, [], {}
+    for further in range(args.seeds):
+        for row, changes in table["rows"].items():
+            try:
+                wanted = dataclasses.replace(cfg, **changes)
+            except ValueError as error:                     # before hours of work, not after
+                raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
+            trained = {k: v for k, v in changes.items() if k not in free and getattr(cfg, k) != v}
+            jobs.append((row, wanted, trained, further))
+    for number, (row, wanted, trained, further) in enumerate(jobs, 1):
+        folder, first = row_folder(args.out, trained, further), row_folder(args.out, {}, further)
+        here = argparse.Namespace(**{**vars(args), "out": folder, "seed": seed + further})
+        say(f"\n{name}, run {number} of {len(jobs)}: {row}, seed {here.seed}, in {folder}")
+        if not any(folder.glob("results*.json")):           # the model first, so that config.json holds its own flags
+            take_over(first, folder, unaffected(stages, trained))
+            work(dataclasses.replace(cfg, **trained), argparse.Namespace(**{**vars(here), "evaluate": False}))
+        path = work(wanted, here)
+        if path:                                            # read now: the next row may give the file another name
+            with np.load(path.with_suffix(".npz")) as images:
+                found.setdefault(row, []).append((json.loads(path.read_text(encoding="utf-8")), dict(images)))
+    if found:
+        contents = {row: [content for content, _ in seeds] for row, seeds in found.items()}
+        lines = compare(table, contents, paper, method)
+        text = markdown(name, table, lines, contents[table["against"]], seed, free)
         home = args.out / "tables"
+        say(f"\n{text}")
         home.mkdir(exist_ok=True)
-        text = markdown(name, table, lines, found, seed)
         replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
         replace(home / f"{name}.csv", lambda tmp: tmp.write_text(as_csv(lines), encoding="utf-8", newline=""))
         picture(home / f"{name}.png", {row: seeds[0][1] for row, seeds in found.items()}, method)
-        say(f"\n{text}\nwritten: {home / name}.md, .csv, .png")
+        say(f"written: {home / name}.md, .csv, .png")
 
 
 def say(text):
@@ -146,10 +157,10 @@ def say(text):
         print(text, flush=True)
 
 
-def row_folder(out, trained, seed):
-    """OUT for the model as configured; OUT/rows/... for one trained otherwise, or with the seed-th further seed."""
-    parts = [f"{k}={v}" for k, v in sorted(trained.items())] + ([f"seed+{seed}"] if seed else [])
-    return out / "rows" / ",".join(parts) if parts else out
+def row_folder(out, trained, further):
+    """OUT for the model as configured; OUT/rows/... for one trained otherwise, or with a further seed."""
+    parts = [f"{k}={v}" for k, v in sorted(trained.items())] + ([f"seed{further}"] if further else [])
+    return out / "rows" / "+".join(parts) if parts else out
 
 
 def unaffected(stages, trained):
@@ -169,38 +180,30 @@ def take_over(source, folder, stages):
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
 
 
-def find_results(folder, cfg, seed, data):
-    """(content, path of the images) of the results in a folder that were made with this configuration, or None."""
-    for path in sorted(folder.glob("results*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        same = content["config"] == json.loads(json.dumps(vars(cfg))) and content["seed"] == seed
-        if same and Path(content["data"]).resolve() == data.resolve():
-            return content, path.with_suffix(".npz")
-    return None
-
-
 def compare(table, found, paper, method):
     """One dict per row, task and metric, with the mean over all tasks as a task of its own ("mean").
 
     found: {row: [content of results.json, one per seed]}.  A subject's value is its mean over the seeds.  difference, p and
-    p_holm: against the same subjects in the row table["against"]; Holm over the comparisons within one task and metric.
+    p_holm, over `pairs` subjects: against the row table["against"]; Holm over the comparisons within one task and metric.
     """
     reference = table["against"]
     scores = {(row, "ours"): subject_values(contents, method) for row, contents in found.items()}
     others = dict.fromkeys(r["method"] for r in found[reference][0]["rows"] if r["method"] != method)
     scores.update({(other, "baseline"): subject_values(found[reference], other) for other in others})
     lines = []
+    known = {task for values in scores.values() for task, _ in values}
     for row in (row for row in paper if row not in table["rows"]):
         lines += [{"row": row, "kind": "paper only", "task": task, "metric": metric, "paper": value}
-                  for task, cells in paper[row].items() for metric, value in cells.items()]
+                  for task, cells in paper[row].items() if task in known for metric, value in cells.items()]
     for (row, kind), values in scores.items():
         for (task, metric), by_seed in values.items():
             merged = over_seeds(by_seed)
             line = {"row": row, "kind": kind, "task": task, "metric": metric, **metrics.summary(merged),
-                    "seeds": [float(np.mean(list(v.values()))) for v in by_seed],
+                    "seeds": [float(np.mean(list(v.values()))) for v in by_seed if v],
                     "flags": flags(table["rows"].get(row, {})), "paper": paper.get(row, {}).get(task, {}).get(metric)}
-            if (row, kind) != (reference, "ours"):
-                line.update(metrics.wilcoxon(merged, over_seeds(scores[reference, "ours"][task, metric])))
+            if (row, kind) != (reference, "ours") and (task, metric) in scores[reference, "ours"]:
+                test = metrics.wilcoxon(merged, over_seeds(scores[reference, "ours"][task, metric]))
+                line.update(p=test["p"], difference=test["difference"], pairs=test["n"])
             lines.append(line)
     for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in lines):
         tested = [line for line in lines if (line["task"], line["metric"]) == (task, metric) and "p" in line]
@@ -227,31 +230,34 @@ def over_seeds(values):
     return {s: float(np.mean([v[s] for v in values])) for s in values[0] if all(s in v for v in values)}
 
 
-def markdown(name, table, lines, found, seed):
-    """The table for people: PSNR ± std over subjects / SSIM, and the paper's numbers in brackets."""
+def markdown(name, table, lines, contents, seed, free):
+    """The table for people: PSNR ± std over subjects / SSIM, and the paper's numbers in brackets.
+
+    contents: of the results.json of the row table["against"], one per seed.
+    """
     ours = [line for line in lines if line["kind"] != "paper only"]
-    content, n = found[table["against"]][0][0], max(line["n"] for line in ours)
-    seeds, tested = len(found[table["against"]]), len({line["row"] for line in ours}) - 1
+    content, n, seeds = contents[0], max(line["n"] for line in ours), len(contents)
+    tested = len({line["row"] for line in ours}) - 1
+    least = 2 * tested / 2 ** n                             # Wilcoxon's smallest p without ties, corrected
+    floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})" if n >= metrics.FEWEST and least > 1e-3 else ""
     tasks = [t for t in dict.fromkeys(line["task"] for line in ours) if t != "mean"]
     cells = {(line["row"], line["task"], line["metric"]): line for line in lines}
     text = [f"## {name}: {table['title']}", "",
-            f"Data: {Path(content['data']).name}{', digital phantoms' if content['phantom'] else ''}; {n} test subjects; "
-            f"{seeds} training seed{'s' if seeds > 1 else ''} (from {seed}), a subject's value is its mean over them.  "
-            f"{content['protocol']}.", "",
+            f"Data: {Path(content['data']).resolve().name}{', digital phantoms' if content['phantom'] else ''}; {n} test "
+            f"subjects; {seeds} training seed{'s' if seeds > 1 else ''} (from {seed}), a subject's value is its mean over "
+            f"them.  {content['protocol']}.  Beside a row's flags: {flags({k: content['config'][k] for k in free})}.", "",
             f"PSNR in dB ± std over subjects / SSIM; in brackets what the paper prints, for its own data.  Mean: over the "
             f"tasks, with a 95 % bootstrap interval over subjects{', and the mean of each seed' if seeds > 1 else ''}.  "
             f"Difference of that mean to \"{table['against']}\", with Wilcoxon's paired p over subjects, Holm-corrected for "
-            f"{tested} comparisons"
-            + (f" (with {n} subjects it cannot fall below {min(1, 2 * tested / 2 ** n):.2g})." if n >= metrics.FEWEST else ".")]
+            f"the {tested} comparisons of this column{floor}."]
     rows = {line["row"]: line for line in lines}            # the last line of each; its kind and flags are the row's
-    if len(tasks) > 6:                                      # one line per task
-        shown = [row for row, line in rows.items() if line["kind"] != "paper only"]
-        body = [["task", *shown]] + [[t, *(cell(cells, row, t) for row in shown)] for t in [*tasks, "mean"]]
-    else:
-        body = [["row", "flags", *tasks, "mean PSNR", "difference"]]
-        body += [[row, f"`{line['flags']}`" if line.get("flags") else "", *(cell(cells, row, t) for t in tasks),
-                  average(cells.get((row, "mean", "psnr"))), difference(cells.get((row, "mean", "psnr")))]
-                 for row, line in rows.items()]
+    body = [["row", "flags", *tasks, "mean PSNR", "difference"]]
+    for row, line in rows.items():
+        mean = cells.get((row, "mean", "psnr"), {})
+        body.append([row, f"`{line['flags']}`" if line.get("flags") else "", *(cell(cells, row, task) for task in tasks),
+                     average(mean), difference(mean)])
+    if len(tasks) > 6:                                      # too wide to read: one line per task
+        body = [list(line) for line in zip(*body)]
     body.insert(1, ["---"] * len(body[0]))
     return "\n".join([*text, "", *("| " + " | ".join(row) + " |" for row in body), ""])
 
@@ -268,7 +274,7 @@ def cell(cells, row, task):
 
 
 def average(line):
-    if not line:
+    if not line.get("n"):
         return ""
     low_high = f" [{line['ci95'][0]:.2f}, {line['ci95'][1]:.2f}]" if line["ci95"] else ""
     seeds = "; " + ", ".join(f"{s:.2f}" for s in line["seeds"]) if len(line["seeds"]) > 1 else ""
@@ -276,16 +282,16 @@ def average(line):
 
 
 def difference(line):
-    if not line or "p" not in line:
+    if line.get("difference") is None:
         return ""
-    return f"{line['difference']:+.2f} dB, " + (f"n = {line['n']}, too few to test" if line["p"] is None
-                                                else f"p = {line['p_holm']:.2g}")
+    p = f"n = {line['pairs']}, too few to test" if line["p"] is None else f"p = {line['p_holm']:.2g}"
+    return f"{line['difference']:+.2f} dB, {p}"
 
 
 def as_csv(lines):
     """Every row, task and metric, for programs."""
     columns = ["row", "kind", "flags", "task", "metric", "mean", "std", "ci95_low", "ci95_high", "n", "seeds", "paper",
-               "difference", "p", "p_holm"]
+               "difference", "pairs", "p", "p_holm"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="")
     writer.writeheader()
@@ -296,16 +302,12 @@ def as_csv(lines):
     return text.getvalue()
 
 
-def picture(path, files, method):
-    """The same slice in every row of the table: result above its error map.  files: {row: npz of one seed}"""
-    tasks, sheet, labels = {}, [], []
-    for row, file in files.items():
-        with np.load(file) as images:
-            tasks.update({(key.rsplit("|", 1)[0], row): images[key] for key in images if key.endswith("|" + method)})
-            truth = {key.rsplit("|", 1)[0]: images[key] for key in images if key.endswith("|truth")}
-    for task in list(truth)[:6]:
-        results = [tasks[task, row] for row in files]
-        sheet += [[truth[task], *results],
-                  [np.ones_like(truth[task]), *(pictures.error_map(truth[task], image, SHOWN) for image in results)]]
+def picture(path, found, method):
+    """The same slice in every row of the table: result above its error map.  found: {row: {"task|method": image}}"""
+    sheet, labels = [], []
+    for key, truth in [(k, image) for k, image in next(iter(found.values())).items() if k.endswith("|truth")][:6]:
+        task = key.removesuffix("|truth")
+        results = [images.get(f"{task}|{method}", np.full_like(truth, np.nan)) for images in found.values()]
+        sheet += [[truth, *results], [np.ones_like(truth), *(pictures.error_map(truth, image, SHOWN) for image in results)]]
         labels += [task, "error"]
-    pictures.grid(path, sheet, ["truth", *files], labels, note=f"error: |truth - result|, white from {SHOWN} on")
+    pictures.grid(path, sheet, ["truth", *found], labels, note=f"error: |truth - result|, white from {SHOWN} on")

@@ -100,6 +100,7 @@ class Run:
               and locked if args ask for training, evaluation or synthesis: nothing else writes into it
     device    torch.device;  precision "fp32" or "bf16";  rank, world  of torchrun (0, 1 without it)
     about     plain facts that go into every checkpoint (contrasts, data fingerprint, training subjects, ...)
+    facts     plain facts that belong to results: on which data, on whom
     stages    {name: {"step", "total", "finished", "parts": {name: state_dict}}}: what the checkpoint knows
     """
 
@@ -108,7 +109,7 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, device_why = pick_device(args.device)
         self.precision, precision_why = pick_precision(args.precision, self.device)
-        self.about, self.stages = {}, {}
+        self.about, self.facts, self.stages = {}, {}, {}
         self.stop, self.bad_steps, self.waited, self._sums, self._lock = None, 0, 0.0, {}, None
         self._fell_back = self._open_line = False
         if self.rank == 0 and any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize")):
@@ -305,10 +306,11 @@ class Run:
     def claim(self, fields, about):
         """Check that this folder's run is the same one (`fields` of the config and `about`), else stop and name what differs.
 
-        A run that has saved nothing yet may change: it may have failed for its flags.
+        A run that has saved nothing yet may change: it may have failed for its flags.  Afterwards config.json stays.
         """
         mine = {**{f: self.config_dict()[f] for f in fields}, "seed": self.seed, **about}
         path = self.out / "config.json"
+        self.about = {**self.about, **about}
         if path.exists() and self.stages:
             theirs = json.loads(path.read_text(encoding="utf-8"))["identity"]
             differ = [f"{k} was {json.dumps(theirs.get(k))[:60]}, now {json.dumps(v)[:60]}"
@@ -316,7 +318,8 @@ class Run:
             if differ:
                 raise RunError(f"{self.out} holds a run with another configuration: {'; '.join(differ)}; "
                                "use the old values or another --out")
-        self.about = {**self.about, **about}
+            return
+        self.barrier()                                      # others may still read it
         self.write_json("config.json", {"script": self.script, "command": " ".join(sys.argv), "identity": mine,
                                         "config": self.config_dict(), "versions": versions()})
 
@@ -335,28 +338,34 @@ class Run:
                     self.say(f"{what} {done}/{len(items)}  ETA {clock((now - begin) * (len(items) - done) / done)}")
                     shown = now
 
-    def results(self, rows, images, protocol, **facts):
+    def results(self, rows, images, protocol):
         """results.json: rows of numbers with all that is needed to know where they come from; results.npz: images.
 
-        Files with other settings, another seed or other `facts` (data) are kept under a number.
+        Files with other settings, another seed or other facts are kept under a number.
         """
-        content = {"script": self.script, "command": " ".join(sys.argv), "config": self.config_dict(), "seed": self.seed,
-                   "versions": versions(), "protocol": protocol, **facts, "rows": rows}
-        path = self.out / "results.json"
         if self.rank > 0:
             return
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            if any(old.get(k) != content[k] for k in ("config", "seed", *facts)):
-                names = (self.out / f"results_{number}.json" for number in itertools.count(1))
-                kept = next(name for name in names if not name.exists())
-                for suffix in (".json", ".npz"):
+        path, identity = self.out / "results.json", {"config": self.config_dict(), "seed": self.seed, **self.facts}
+        if path.exists() and not same_results(path, identity):
+            names = (self.out / f"results_{number}.json" for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            for suffix in (".npz", ".json"):                # the numbers last: they count only together with the images
+                if path.with_suffix(suffix).exists():
                     os.replace(path.with_suffix(suffix), kept.with_suffix(suffix))
-                self.say(f"the results of another configuration are kept as {kept.name}")
-        with open(self.out / "results.npz.tmp", "wb") as f:
-            np.savez_compressed(f, **images)
-        os.replace(self.out / "results.npz.tmp", self.out / "results.npz")
-        self.write_json("results.json", content)
+            self.say(f"the results of another configuration are kept as {kept.name}")
+
+        def save(temporary):
+            with open(temporary, "wb") as f:                # given a name, numpy would add .npz to it
+                np.savez_compressed(f, **images)
+        replace(path.with_suffix(".npz"), save)
+        self.write_json("results.json", {"script": self.script, "command": " ".join(sys.argv), **identity,
+                                         "versions": versions(), "protocol": protocol, "rows": rows})
+
+    def find_results(self):
+        """The newest results.json in this folder that has this configuration, seed and facts, and its images; or None."""
+        identity = {"config": self.config_dict(), "seed": self.seed, **self.facts}
+        paths = sorted(self.out.glob("results*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return next((path for path in paths if same_results(path, identity) and path.with_suffix(".npz").exists()), None)
 
     def flops(self, work):
         """Floating-point operations of work(), counted by torch (a multiply-add is two)."""
@@ -603,8 +612,8 @@ def replace(path, write, keep=None):
 def stored_config(folder, config, args, free):
     """What a run folder's config.json says, changed by the flags that were typed -> (config, seed); see Run.settle."""
     path = folder / "config.json"
-    if not path.exists():
-        return config, args.seed or 0
+    if not path.exists() or not any((folder / name).exists() for name in ("last.pt", "last_prev.pt")):
+        return config, args.seed or 0                       # nothing was trained under it
     stored = json.loads(path.read_text(encoding="utf-8"))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
     known = {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
@@ -617,6 +626,15 @@ def stored_config(folder, config, args, free):
     except ValueError as error:                             # what was typed does not go with what was trained
         raise RunError(f"{error} (the other values come from {path})", status=2) from error
     return config, stored["identity"]["seed"] if args.seed is None else args.seed
+
+
+def same_results(path, identity):
+    """True if a results.json was made with this configuration, seed and facts."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return all(content[key] == value for key, value in identity.items())
+    except (ValueError, KeyError, TypeError):               # somebody else's file, or one edited by hand
+        return False
 
 
 def read_checkpoint(path):

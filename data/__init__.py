@@ -378,6 +378,8 @@ def _fingerprint(folder, subjects, contrasts, size):
     """Hash of the settings and of every file's name, size, time stamp, first and last bytes (not of all voxels)."""
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, contrasts, size]).encode())
     for subject in subjects:
+        if subject.echoes or subject.grid:
+            digest.update(json.dumps([subject.name, subject.grid, subject.echoes]).encode())
         for path in [*subject.files.values(), *([subject.segmentation] if subject.segmentation else [])]:
             try:
                 stat = path.stat()

@@ -43,8 +43,8 @@ IXI_SCANNERS = {"Guys": {"scanner": "Philips", "field": 1.5}, "HH": {"scanner": 
 IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")                                   # the sheet says "SEX_ID (1=m, 2=f)"
 # ADNI/002_S_0413/MP-RAGE/2006-11-15_09_47_59.0/I29704/any.nii: person, series, day; time and image id are not needed.
 ADNI_FILE = re.compile(r"(?:^|/)(\d{3}_S_\d{4})/([^/]+)/(\d{4}-\d\d-\d\d)_[^/]+/[^/]+/[^/]+$")
-ADNI_T1 = re.compile(r"MP.?RAGE", re.IGNORECASE)
-ADNI_DUAL_ECHO = re.compile(r"PD.?T2|DOUBLE.?TSE", re.IGNORECASE)
+ADNI_T1 = re.compile(r"MP.?RAGE|(?:^|_)MPR(?:$|[_-])", re.IGNORECASE)
+ADNI_DUAL_ECHO = re.compile(r"PD[^A-Z0-9]*T2|DOUBLE.?TSE", re.IGNORECASE)
 # T1 of these sets is a sagittal 3-D scan, T2 and PD are axial slices: resampling those up to T1 would invent slices.
 AXIAL_GRID = ("t2", "pd")
 OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",

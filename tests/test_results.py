@@ -26,7 +26,7 @@ def content(offsets, seed=0):
         psnr = dict(zip(SUBJECTS, 20 + offset + NOISE * (1 + offset)))
         rows += [metrics.row(task, "M", "psnr", psnr), metrics.row(task, "M", "ssim", {s: v / 200 for s, v in psnr.items()}),
                  metrics.row(task, "copy", "psnr", dict.fromkeys(SUBJECTS, 15.0)), metrics.row(task, "copy", "ssim", dict.fromkeys(SUBJECTS, 0.5))]
-    return {"rows": rows, "protocol": "2 slices", "phantom": True, "data": "data/x", "config": {}, "seed": seed}
+    return {"rows": rows, "protocol": "2 slices", "phantom": True, "data": "data/x", "config": {"M": 400}, "seed": seed}
 
 
 TABLE = {"title": "a title", "against": "full", "rows": {"full": {}, "worse": {"M": 10, "stage2": False}, "other": {"prior": "zero"}}}
@@ -73,13 +73,12 @@ def test_methods_of_others_show_the_papers_number_only(found):
 
 def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
     lines = results.compare(TABLE, found, PAPER, "M")
-    pairs = {row: [(c, None) for c in contents] for row, contents in found.items()}
-    text = results.markdown("table9", TABLE, lines, pairs, 0)
+    text = results.markdown("table9", TABLE, lines, found["full"], 0, ["M"])
     cells = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("| ")}
     full = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("full", "a->b", "psnr"))
     assert f"{full['mean']:.2f} ± {full['std']:.2f} / " in cells["full"] and "(25.25 / 0.912)" in cells["full"]
     assert "(21.50 / 0.900)" in cells["Theirs"] and "`--M 10 --no-stage2`" in cells["worse"] and "15.00 ± 0.00 / 0.500" in cells["copy"]
-    assert "8 test subjects; 2 training seeds" in text and "digital phantoms" in text and "3 comparisons" in text
+    assert "8 test subjects; 2 training seeds" in text and "digital phantoms" in text and "3 comparisons" in text and "flags: --M 400." in text
     assert "cannot fall below 0.023" in text                                                # 3 x 2 / 2^8
     worse = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("worse", "mean", "psnr"))
     assert f"{worse['difference']:+.2f} dB, p = {worse['p_holm']:.2g}" in cells["worse"]
@@ -94,15 +93,17 @@ def test_too_few_subjects_are_said_to_be_too_few(found):
     few = {row: [{**c, "rows": [{**r, "values": dict(list(r["values"].items())[:4])} for r in c["rows"]]} for c in contents]
            for row, contents in found.items()}
     lines = results.compare(TABLE, few, PAPER, "M")
-    text = results.markdown("t", TABLE, lines, {row: [(c, None) for c in contents] for row, contents in few.items()}, 0)
+    text = results.markdown("t", TABLE, lines, few["full"], 0, [])
     assert "n = 4, too few to test" in text and "4 test subjects" in text
 
 
 def test_many_tasks_become_lines(found):
     wide = {row: [content({f"{k}->x": 0.0 for k in range(9)})] for row in found}
     lines = results.compare(TABLE, wide, {}, "M")
-    text = results.markdown("t", TABLE, lines, {row: [(c, None) for c in contents] for row, contents in wide.items()}, 0)
-    assert "| task | full | worse | other | copy |" in text and sum(line.startswith(("| 0->x |", "| 8->x |", "| mean |")) for line in text.splitlines()) == 3
+    text = results.markdown("t", TABLE, lines, wide["full"], 0, [])
+    lines = text.splitlines()
+    assert "| row | full | worse | other | copy |" in lines and sum(line.startswith(("| 0->x |", "| 8->x |", "| mean PSNR |", "| difference |")) for line in lines) == 4
+    assert "| flags |  | `--M 10 --no-stage2` | `--prior zero` |  |" in lines
 
 
 def test_only_stages_before_the_first_difference_are_taken_over():
@@ -119,62 +120,74 @@ class Fake:
     M: int = 400
     missing: tuple = ("each",)
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError("steps must be positive")
+
 
 @pytest.fixture
-def rehearsal(tmp_path, monkeypatch):
-    """reproduce() with a work() that only leaves a results.json and a checkpoint behind; returns (start, list of what ran)."""
+def rehearsal(tmp_path):
+    """reproduce() with a work() that only leaves files behind; returns (start, list of what was trained or scored)."""
     ran = []
-    (tmp_path / "data").mkdir()
-    args = argparse.Namespace(out=tmp_path / "out", data=tmp_path / "data", seed=3, seeds=2)
+    args = argparse.Namespace(out=tmp_path / "out", data=tmp_path / "data", seed=3, seeds=2, evaluate=True)
     table = {"title": "t", "against": "full", "rows": {"full": {}, "M": {"M": 100}, "short": {"steps": 2}}}
 
     def work(cfg, args):
-        if "stop" in [what for what, *_ in ran[-1:]]:
-            raise RunError("interrupted")
-        taken = results.read_checkpoint(args.out / "last.pt")["stages"] if (args.out / "last.pt").exists() else {}
-        ran.append((cfg.steps, cfg.M, args.seed, args.out.relative_to(tmp_path).as_posix(), sorted(taken)))
+        out = args.out.relative_to(tmp_path).as_posix()
+        taken = sorted(results.read_checkpoint(args.out / "last.pt")["stages"]) if (args.out / "last.pt").exists() else []
         args.out.mkdir(parents=True, exist_ok=True)
-        number = len(list(args.out.glob("results*.json")))
-        text = json.dumps({**content({"a->b": 0.1 * cfg.M}, args.seed), "config": vars(cfg), "data": str(args.data)})
-        (args.out / f"results_{number}.json").write_text(text)
-        np.savez(args.out / f"results_{number}.npz", **{"a->b|M": np.zeros((16, 16)), "a->b|truth": np.ones((16, 16))})
-        torch.save({"format": 1, "stages": {s: {"finished": True, "parts": {}} for s in ("one", "two")}}, args.out / "last.pt")
+        path = args.out / f"results_{cfg.M}.json"
+        if not args.evaluate:
+            ran.append((cfg.steps, cfg.M, args.seed, out, taken))
+            torch.save({"format": 1, "stages": {s: {"finished": True, "parts": {}} for s in ("one", "two")}}, args.out / "last.pt")
+        elif not path.exists():
+            ran.append((cfg.steps, cfg.M, args.seed, out, "scored"))
+            path.write_text(json.dumps({**content({"a->b": 0.1 * cfg.M}, args.seed), "config": vars(cfg)}))
+            np.savez(path.with_suffix(".npz"), **{"a->b|M": np.zeros((16, 16)), "a->b|truth": np.ones((16, 16))})
+        return path
 
-    def start(**changes):
-        results.reproduce("apt", "t", table, Fake(), argparse.Namespace(**{**vars(args), **changes}), ("M", "missing"),
-                          {"one": (), "two": ("steps",)}, "M", work)
+    def start(rows=table["rows"], **changes):
+        results.reproduce("apt", "t", {**table, "rows": rows}, Fake(), argparse.Namespace(**{**vars(args), **changes}),
+                          ("M", "missing"), {"one": (), "two": ("steps",)}, "M", work)
     return start, ran
 
 
-def test_each_row_runs_once_and_one_model_serves_all_rows_that_it_can(rehearsal):
+def test_each_model_is_trained_once_under_its_own_flags_and_serves_all_rows_that_it_can(rehearsal):
+    """The model of a folder is trained with the base's sampling flags, whatever row comes first."""
     start, ran = rehearsal
     start()
-    assert ran == [(5, 400, 3, "out", []), (5, 100, 3, "out", ["one", "two"]), (2, 400, 3, "out/rows/steps=2", ["one"]),
-                   (5, 400, 4, "out/rows/seed+1", []), (5, 100, 4, "out/rows/seed+1", ["one", "two"]),
-                   (2, 400, 4, "out/rows/steps=2,seed+1", ["one"])]
+    assert ran == [(5, 400, 3, "out", []), (5, 400, 3, "out", "scored"), (5, 100, 3, "out", "scored"),
+                   (2, 400, 3, "out/rows/steps=2", ["one"]), (2, 400, 3, "out/rows/steps=2", "scored"),
+                   (5, 400, 4, "out/rows/seed1", []), (5, 400, 4, "out/rows/seed1", "scored"), (5, 100, 4, "out/rows/seed1", "scored"),
+                   (2, 400, 4, "out/rows/steps=2+seed1", ["one"]), (2, 400, 4, "out/rows/steps=2+seed1", "scored")]
+    del ran[:]
     start()
-    assert len(ran) == 6                                                                    # all was there
+    assert ran == []                                                                        # all was there
     start(seeds=3)
-    assert [(seed, out) for _, _, seed, out, _ in ran[6:]] == [(5, "out/rows/seed+2")] * 2 + [(5, "out/rows/steps=2,seed+2")]
+    assert [(seed, out) for _, _, seed, out, what in ran if what == "scored"] == [(5, "out/rows/seed2")] * 2 + [(5, "out/rows/steps=2+seed2")]
+
+
+def test_a_row_of_sampling_flags_that_comes_first_does_not_become_the_model(rehearsal):
+    start, ran = rehearsal
+    start(rows={"M": {"M": 100}, "full": {}}, seeds=1)
+    assert ran == [(5, 400, 3, "out", []), (5, 100, 3, "out", "scored"), (5, 400, 3, "out", "scored")]
 
 
 def test_an_interrupted_table_goes_on_where_it_was(rehearsal, tmp_path):
     start, ran = rehearsal
     start(seeds=1)
-    (tmp_path / "out" / "rows" / "steps=2" / "results_0.json").unlink()
+    (tmp_path / "out" / "rows" / "steps=2" / "results_400.json").unlink()
     del ran[:]
     start(seeds=1)
-    assert [out for *_, out, _ in ran] == ["out/rows/steps=2"]
-    assert (tmp_path / "out" / "tables" / "t.md").exists() and (tmp_path / "out" / "tables" / "t.png").exists()
+    assert [(out, what) for *_, out, what in ran] == [("out/rows/steps=2", ["one", "two"]), ("out/rows/steps=2", "scored")]
+    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"t.md", "t.csv", "t.png"}
 
 
-def test_results_of_another_folder_or_seed_do_not_count(rehearsal, tmp_path):
+def test_rows_that_do_not_fit_the_typed_flags_are_refused_before_any_work(rehearsal):
     start, ran = rehearsal
-    start(seeds=1)
-    (tmp_path / "other").mkdir()
-    start(seeds=1, data=tmp_path / "other")
-    start(seeds=1, seed=7)
-    assert len(ran) == 9
+    with pytest.raises(RunError, match="t, row short .--steps 0.: steps must be positive"):
+        start(rows={"full": {}, "short": {"steps": 0}})
+    assert ran == []
 
 
 def test_flags_are_what_the_parser_reads():

@@ -356,13 +356,43 @@ def test_log_and_results(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [{"mean": 2}]
     assert json.loads((tmp_path / "results_1.json").read_text())["rows"] == [{"mean": 1}]  # nothing is overwritten silently
     (tmp_path / "results_1.json").rename(tmp_path / "results_2.json")
-    run.results([{"mean": 3}], {"x": np.full(2, 3)}, "words", data="elsewhere")                                # other data, same configuration
+    run.facts = {"data": "elsewhere"}
+    run.results([{"mean": 3}], {"x": np.full(2, 3)}, "words")                                # other data, same configuration
     run.seed = 7
-    run.results([{"mean": 4}], {"x": np.full(2, 4)}, "words", data="elsewhere")
-    run.results([{"mean": 5}], {"x": np.full(2, 5)}, "words", data="elsewhere")                                # the same again replaces
+    run.results([{"mean": 4}], {"x": np.full(2, 4)}, "words")
+    run.results([{"mean": 5}], {"x": np.full(2, 5)}, "words")                                # the same again replaces
     kept = [json.loads((tmp_path / f"results{n}.json").read_text())["rows"][0]["mean"] for n in ("", "_1", "_2", "_3")]
     assert kept == [5, 2, 1, 3]
     assert [np.load(tmp_path / f"results{n}.npz")["x"][0] for n in ("", "_1", "_3")] == [5, 2, 3]          # images go along
+
+
+def test_results_are_found_again_only_for_the_same_configuration_seed_and_facts(tmp_path):
+    run = start(tmp_path)
+    assert run.find_results() is None
+    run.facts = {"data": "here", "test": ["a", "b"]}
+    run.results([], {}, "words")
+    assert run.find_results() == tmp_path / "results.json"
+    for change in ({"facts": {"data": "here", "test": ["a"]}}, {"seed": 9}, {"config": Config(lr=7)}):
+        other = start(tmp_path / "elsewhere")
+        other.out, other.facts = tmp_path, run.facts
+        other.close()
+        for name, value in change.items():
+            setattr(other, name, value)
+        assert other.find_results() is None
+    (tmp_path / "results_7.json").write_text("{}")                                        # somebody else's
+    (tmp_path / "results_8.json").write_text("not JSON")
+    assert run.find_results() == tmp_path / "results.json"
+    (tmp_path / "results.npz").unlink()                                                    # killed in between
+    assert run.find_results() is None
+
+
+def test_config_json_keeps_what_the_run_was_trained_with(tmp_path):
+    run = start(tmp_path)
+    run.claim([], {})
+    train(run, 3)
+    run.config.lr = 99
+    run.claim([], {})
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["lr"] == 0.1
 
 
 def test_a_stage_of_no_steps_leaves_its_parts_as_they_are(tmp_path):
@@ -433,6 +463,8 @@ def test_settle_reports_values_that_do_not_go_together(tmp_path):
                 raise ValueError("--S must not exceed --M")
     args = SimpleNamespace(out=tmp_path, seed=None, device="cpu", precision="auto", train=False, typed={"S": 9})
     (tmp_path / "config.json").write_text(json.dumps({"config": {"M": 9, "S": 2, "gone": 1}, "identity": {"seed": 3}}))
+    assert Run("test", Strict(10, 9), args).settle(["S"]) == Strict(10, 9)               # nothing was trained under it
+    (tmp_path / "last.pt").write_bytes(b"")
     run = Run("test", Strict(10, 9), args)
     assert run.settle(["S"]) == Strict(9, 9) and run.seed == 3
     (tmp_path / "config.json").write_text(json.dumps({"config": {"M": 8, "S": 2}, "identity": {"seed": 3}}))
