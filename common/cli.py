@@ -121,4 +121,4 @@ def list_of(item):
 
 
 def show(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
