@@ -752,7 +752,7 @@ def evaluate(cfg, run, ds, model):
         ours, start = (np.stack(images) for images in zip(*(done[task, r] for r in rows)))    # (n, C, H, W) each
         sources = {name: truth[:, c] for c, name in enumerate(ds.contrasts) if name not in task}
         for c, name in ((c, name) for c, name in enumerate(ds.contrasts) if name in task):
-            results = {"APT": ours[:, c]} if cfg.prior == "noise" else {"prior alone": start[:, c], "APT": ours[:, c]}
+            results = {"APT": ours[:, c]} if cfg.prior == "noise" else {"APT": ours[:, c], "prior alone": start[:, c]}
             scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
     some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},

@@ -33,8 +33,8 @@ SHOWN = 0.3                                     # error at which an error map is
 class Task:
     """n synthesised slices of one kind.  All images (n, H, W) in [0,1].
 
-    sources: {contrast: images} that were known;  target: contrast;  results: {method: images}, the start images and the
-    model's;  subjects: (n,) names
+    sources: {contrast: images} that were known;  target: contrast;  results: {method: images}, the model's first;
+    subjects: (n,) names
     """
     sources: dict
     target: str
@@ -58,7 +58,7 @@ def report(run, tasks, train, protocol):
         methods = {**task.results, **metrics.baselines(train, task.sources, task.target)}
         rows += metrics.score_table(task.name, methods, task.truth, task.subjects, slices=len(task.truth))
         for i in (0, len(task.truth) // 2):
-            *start, model = (images[i] for images in task.results.values())
+            model, *start = (images[i] for images in task.results.values())
             error = pictures.error_map(task.truth[i], model, SHOWN)
             sources = [images[i] for images in task.sources.values()]
             blank = [np.ones_like(task.truth[i])] * (width - len(sources))
@@ -68,9 +68,10 @@ def report(run, tasks, train, protocol):
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
     run.say("\n" + metrics.markdown_table(rows) + "\n")
     run.results(rows, kept, protocol)
-    columns = [*(f"source {i + 1}" for i in range(width)), *tasks[0].results, "truth", "error"]
+    name, *others = tasks[0].results
+    columns = [*(f"source {i + 1}" for i in range(width)), *others, name, "truth", "error"]
     pictures.grid(run.out / "samples.png", [images for _, images in sheet[:12]], columns, [label for label, _ in sheet[:12]],
-                  note=f"error: |truth - {list(tasks[0].results)[-1]}|, white from {SHOWN} on")
+                  note=f"error: |truth - {name}|, white from {SHOWN} on")
     run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
 
 
