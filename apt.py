@@ -756,7 +756,7 @@ def evaluate(cfg, run, ds, model):
             scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
     some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},
-           f"{cfg.test_slices} slices per subject, whole slice, range [0,1]; unit: subject, the mean of its slices")
+           f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; unit: subject, the mean of its slices")
     draw_steps(cfg, run, ds, model, tasks[:4], rows[len(rows) // 2])
 
 
