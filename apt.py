@@ -469,7 +469,7 @@ def stage1(eps_model, y, known, prior, noise, alpha_bar, grid, alpha):
 
 
 def stage2(eps_model, x0, y, known, noise, alpha_bar, grid, alpha, N, w, paste):
-    """Sec. 3.4, stage 2: N - 2 rounds of noising to t_2 and denoising, each averaged with the one before; then down [D9]:
+    """Sec. 3.4, stage 2: N - 2 rounds of noising to t_2 and denoising, each averaged by Eq. (5); then down [D9]:
     with M = 400, S = 20, N = 50, 48 evaluations at step 40, one at 20, one at 0.
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too.  N network evaluations.
