@@ -122,7 +122,7 @@ class Config:
     ema: float = 0.9999                         # decay of the averaged weights that sample
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"              # noise (text: cosine; released scripts: linear)
-    context: Literal["pooled", "tokens"] = "pooled"               # U-Net attends to z, or to a token per contrast (ours)
+    context: Literal["pooled", "scaled", "tokens"] = "pooled"     # U-Net sees z, z of variance 1, a token per contrast (ours)
     mif: Literal["trained", "mean", "zero"] = "trained"           # z: fusion module, mean feature, or nothing
     # method, in sampling
     missing: tuple[str, ...] = ("each",)        # contrasts to synthesise; each: one at a time; all: every pattern
@@ -283,6 +283,8 @@ def condition(cfg, mif, f, present):
     z = mif(f, present).unsqueeze(1)                                            # (B, 1, D)
     if cfg.context == "pooled":
         return z
+    if cfg.context == "scaled":
+        return f.shape[2] ** 0.5 * z                                            # (B, 1, D)
     return torch.where(here, F.normalize(mif.out(mif.tokens(f, present)), dim=2), z)    # (B, C, D)  absent (sampling only): z
 
 
@@ -723,7 +725,8 @@ TABLES = {
     "anatomy": {"title": "ours: does z matter, and how it is made? (the encoder makes the codebook too)", "against": "APT",
                 "rows": {
         "APT": {}, "fusion untrained": dict(mif_epochs=0), "mean feature for z": dict(mif="mean"), "no z": dict(mif="zero"),
-        "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels")}},
+        "encoder untrained": dict(encoder_steps=0), "encoder: pixels": dict(encoder="pixels"),
+        "z of variance 1": dict(context="scaled")}},
     "readings": {"title": "ours: where the paper can be read in more than one way", "against": "APT", "rows": {
         "APT": {}, "no guidance": dict(alpha=0.0), "paste in both stages": dict(paste="both"),
         "paste in both, no guidance": dict(alpha=0.0, paste="both"), "w = 1": dict(w=1.0),

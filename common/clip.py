@@ -9,6 +9,12 @@ and remembers their names.
     clip.freeze()
     clip.encode_image(x).pooled, clip.encode_text(["t1, axial"]).pooled        # not normalised
 
+A network conditioned on prompts looks them up in a table, from this text tower or from a file of the user's own:
+
+    table = clip.remember(prompts)                      # or: table, D = load_embeddings("emb.npz")
+    report_closest(run, table, prompts)                 # can it tell them apart?
+    embed(table, prompts).pooled                        # (n, D), after LayerNorm
+
 Letters in shape comments: B batch, C contrasts, L text tokens, N image tokens and CLS, W tower width, D shared width.
 """
 import hashlib
@@ -17,6 +23,7 @@ import json
 import math
 import re
 import unicodedata
+import zipfile
 from collections import Counter, defaultdict, namedtuple
 
 import numpy as np
@@ -315,6 +322,12 @@ def loss_floor(groups):
     return (groups[:, None] == groups[None]).sum(1).float().log().mean()
 
 
+def groups_of(texts):
+    """Numbers (B,) that are equal where the texts are."""
+    names = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return torch.tensor([names[text] for text in texts])                            # (B,)
+
+
 def instance_loss(a, b, scale, slices):
     """Two contrasts of one slice must find each other among the slices of the batch.
 
@@ -357,26 +370,27 @@ class CLIP(nn.Module):
         if isinstance(texts, Tokens):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 return self.text(Tokens(*(part.to(device) for part in texts)))
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        features = self.recall(list(distinct)) if self.frozen else self.encode_text(self.tokenizer(list(distinct)))
-        rows = torch.tensor([distinct[text] for text in texts])                     # (B,)
+        distinct, rows = list(dict.fromkeys(texts)), groups_of(texts)               # rows (B,)
+        if self.frozen:
+            features = look_up(self.remember(distinct), distinct)
+        else:
+            features = self.encode_text(self.tokenizer(distinct))
         return Features(*(part[rows.to(part.device)].to(device) for part in features))
 
     @torch.no_grad()
-    def recall(self, texts):
-        """Features (on the CPU) of a frozen model, computed once per text and then remembered.
+    def remember(self, texts):
+        """A frozen model's table {text: [tokens (L, W), mask (L,), pooled (D,)]} on the CPU, each text computed once.
 
         One text at a time and in float32: the features of a text do not depend, even by rounding, on the batch that
-        held it, so that a resumed run sees the same bits.
+        held it, so that a resumed run sees the same bits.  ValueError if the model is not frozen.
         """
+        if not self.frozen:
+            raise ValueError("the encoder is still in training and its text features will change; call freeze() first")
         for text in texts:
             if text not in self.memo:
                 with torch.autocast(self.logit_scale.device.type, enabled=False):
                     self.memo[text] = [part[0].cpu() for part in self.encode_text(self.tokenizer([text]))]
-        tokens, masks, pooled = zip(*(self.memo[text] for text in texts))
-        tokens = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)          # (B, L, W)
-        masks = nn.utils.rnn.pad_sequence(list(masks), batch_first=True)            # (B, L)   padded with False
-        return Features(tokens, masks, torch.stack(pooled))                         # pooled (B, D)
+        return {text: self.memo[text] for text in texts}
 
     def loss(self, pooled, texts, groups=None):
         """Contrastive loss between images and their texts.
@@ -385,9 +399,7 @@ class CLIP(nn.Module):
         other; by default those with the same text.  Returns the loss and facts: excess (loss above its floor), top-1
         both ways, scale.
         """
-        if groups is None:
-            names = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            groups = torch.tensor([names[text] for text in texts])                  # (B,)
+        groups = groups_of(texts) if groups is None else groups                     # (B,)
         groups = groups.to(pooled.device)                                           # (B,)
         logits = self.scale() * cosines(pooled, self.encode_text(texts).pooled)     # (B, B)   row: image, column: text
         loss = contrastive_loss(logits, groups)                                     # ()
@@ -464,12 +476,31 @@ def two_contrasts(n, batch, generator):
     return first, (first + ahead) % n                                               # (B,), (B,)
 
 
-def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, instance=0.5, stage="encoder"):
+def hide_values(texts, share, generator):
+    """Of captions "Field: value; Field: value" a share loses one known value, any of them, to [MASK] or (half) to None.
+
+    For callers whose prompts hold these words: the tower would read them with the vectors it was born with.
+    """
+    draws = torch.rand(len(texts), 3, generator=generator, device=generator.device).tolist()
+    hidden = []
+    for text, (lot, which, word) in zip(texts, draws):
+        parts = [part.partition(": ") for part in text.split("; ")]
+        known = [i for i, (_, colon, value) in enumerate(parts) if colon and value not in ("None", "[MASK]")]
+        if known and lot < share:
+            i = known[int(which * len(known))]
+            parts[i] = (parts[i][0], ": ", "[MASK]" if word < 0.5 else "None")
+        hidden.append("; ".join("".join(part) for part in parts))
+    return hidden
+
+
+def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, instance=0.5, stage="encoder",
+               field_dropout=0.0):
     """Train in place on slices with captions; resumes exactly, since each step's randomness is a function of the step.
 
     run        common.run.Run, for order, randomness, checkpoints and progress
     images     array (n, C, H, W) in [0, 1], also memory-mapped;  captions: n lists of C str;  subjects: n names
     instance   weight of instance_loss; above 0 it needs C >= 2
+    field_dropout   share of captions that hide_values changes
     Several processes work on the same batch: every sample needs all others as negatives, and the towers are small.
     """
     n, contrasts = images.shape[:2]
@@ -485,11 +516,12 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
         rows = run.order(stage, n, batch, step)                                     # (B,)
         x = run.fetch(images, rows)                                                 # (B, C, H, W)
         a, b = two_contrasts(contrasts, batch, run.generator(stage, step))          # (B,), (B,)
-        texts = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
+        own = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
+        texts = hide_values(own, field_dropout, run.generator(f"{stage} fields", step)) if field_dropout else own
         each = torch.arange(batch)                                                  # (B,)
         with run.autocast():
             z_a = clip.encode_image(x[each, a, None]).pooled                        # (B, D)
-            loss, facts = clip.loss(z_a, texts)                                     # ()
+            loss, facts = clip.loss(z_a, texts, groups_of(own))                     # ()   hidden or not, one caption
             if instance:
                 z_b = clip.encode_image(x[each, b, None]).pooled                    # (B, D)
                 facts["instance"] = instance_loss(z_a, z_b, clip.scale(), torch.from_numpy(rows).to(run.device))  # ()
@@ -500,7 +532,7 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
         clip.clamp_scale()
         run.log(loss=loss, **facts)
         if step == max(steps // 5, 50):                                             # before, every tower looks stuck
-            warn_if_stuck(run, facts["excess"].item(), texts)
+            warn_if_stuck(run, facts["excess"].item(), own)
     return clip
 
 
@@ -559,3 +591,102 @@ def report(clip, images, captions):
         result["slice_to_slice"] = sum(retrieval(z[:, i], z[:, j]) for i, j in pairs) / len(pairs)
         result["slice_to_slice_chance"] = 1 / len(z)
     return result
+
+
+# ---- Prompts as a table ---------------------------------------------------------------------------------------------
+
+def look_up(table, prompts):
+    """Features (on the CPU) of prompts from a table {prompt: [tokens, mask, pooled]}; ValueError if one is not in it.
+
+    Its tokens and mask are None where the table has none.
+    """
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
+    if missing:
+        raise ValueError(f"{len(missing)} prompts have no embedding (first: {missing[0]!r}); add them to the file, "
+                         f"which needs every prompt as it is written, also those with [MASK] or None")
+    tokens, masks, pooled = zip(*(table[prompt] for prompt in prompts))
+    if tokens[0] is None:
+        return Features(None, None, torch.stack(pooled))                            # pooled (B, D)
+    tokens = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)              # (B, L, W)
+    masks = nn.utils.rnn.pad_sequence(list(masks), batch_first=True)                # (B, L)   padded with False
+    return Features(tokens, masks, torch.stack(pooled))                             # pooled (B, D)
+
+
+def embed(table, prompts):
+    """What a network is conditioned on: Features as by look_up, pooled (n, D) after LayerNorm (mean 0, variance 1).
+
+    Encoders differ in scale, and entries of a unit vector are tiny (512 of them: 0.04), so that maps would ignore them.
+    """
+    features = look_up(table, prompts)
+    return features._replace(pooled=F.layer_norm(features.pooled, features.pooled.shape[1:]))      # (n, D)
+
+
+def report_closest(run, table, prompts):
+    """Say how alike the two most alike of the distinct prompts are, and warn above 0.99.  Returns that cosine of embed.
+
+    Prompts that differ in a number alone (35 and 36 years) should be alike: give those that must be told apart.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) < 2:
+        run.say("text features: a single prompt, there is nothing to tell apart")
+        return None
+    e = embed(table, prompts).pooled                                                # (n, D)
+    alike = cosines(e, e).fill_diagonal_(-2)                                        # (n, n)
+    i, j = divmod(alike.argmax().item(), len(prompts))
+    cosine = alike[i, j].item()
+    run.say(f"text features of {len(prompts)} prompts: cosine at most {cosine:.3f}, "
+            f"of {prompts[i]!r} and {prompts[j]!r}")
+    if cosine > 0.99:
+        run.say("warning: these two can hardly be told apart, and what depends on them cannot differ; usual causes: "
+                "the encoder trained too briefly, or no training caption held these words")
+    return cosine
+
+
+def load_embeddings(path):
+    """A table as CLIP.remember's of text features made elsewhere (BiomedCLIP, say), and their width D.
+
+    path: .npz with prompts (n strings), pooled (n, D) and, for cross-attention, tokens (n, L, W) with mask (n, L), True
+    where a token is no padding.  ValueError if the file cannot be read or is not like that.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = dict(np.load(file))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"embeddings {path}: not readable as .npz ({error}); write the file with "
+                         f"numpy.savez(path, prompts=numpy.array(list_of_str), pooled=array)") from error
+    fault, shapes = fault_of(found), {name: part.shape for name, part in found.items()}
+    if fault:
+        raise ValueError(f"embeddings {path}: {fault}; it holds {shapes} and needs prompts (n strings), pooled "
+                         f"(n, D), and both or neither of tokens (n, L, W) and mask (n, L)")
+    n = len(found["prompts"])
+    pooled = torch.from_numpy(found["pooled"].astype(np.float32))                   # (n, D)
+    tokens = masks = [None] * n
+    if "tokens" in found:
+        tokens = torch.from_numpy(found["tokens"].astype(np.float32))               # (n, L, W)
+        masks = torch.from_numpy(found["mask"])                                     # (n, L)
+    table = {str(prompt): list(row) for prompt, *row in zip(found["prompts"], tokens, masks, pooled)}
+    return table, pooled.shape[1]
+
+
+def fault_of(found):
+    """Why the arrays {name: array} of a file are no embeddings, or None."""
+    if "prompts" not in found or "pooled" not in found or ("tokens" in found) != ("mask" in found):
+        return "an array is missing"
+    prompts, pooled = found["prompts"], found["pooled"]
+    if prompts.ndim != 1 or prompts.dtype.kind != "U" or not len(prompts):
+        return "prompts are not a list of strings"
+    if len(set(prompts.tolist())) < len(prompts):
+        return "a prompt is there twice"
+    if pooled.ndim != 2 or len(pooled) != len(prompts) or not finite(pooled):
+        return "pooled is not one row of finite numbers per prompt"
+    if "tokens" in found:
+        tokens, mask = found["tokens"], found["mask"]
+        if tokens.ndim != 3 or len(tokens) != len(prompts) or not finite(tokens):
+            return "tokens are not one matrix of finite numbers per prompt"
+        if mask.shape != tokens.shape[:2] or mask.dtype != bool or not mask.any(axis=1).all():
+            return "mask is not one bool per token, at least one of each prompt true"   # else attention gives NaN
+    return None
+
+
+def finite(array):
+    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())

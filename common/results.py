@@ -76,7 +76,7 @@ def report(run, tasks, train, protocol):
 
 
 def synthesize(run, work, contrasts, batch, fill, label):
-    """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid, in normalised units.
+    """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid; CT in HU, others in normalised units.
 
     work: from data.to_synthesize.  fill(u, known, keys): u (B, C, H, W) in [0,1], known (B, C) bool, keys (subject, slice)
     of each -> (B, C, H, W).  label: of the method, for the file's header.
@@ -90,7 +90,7 @@ def synthesize(run, work, contrasts, batch, fill, label):
             out[part] = fill(run.fetch(volume.images, part), known.expand(len(part), -1), keys).cpu().numpy()
         absent = [c for c in absent if not paths[c].exists()]
         for c in absent:
-            volume.write(paths[c], out[:, list(contrasts).index(c)], f"synthetic {c}, {label}, normalised")
+            volume.write(paths[c], out[:, list(contrasts).index(c)], f"synthetic {c}, {label}", contrast=c)
         shown, folder = sources + absent, paths[absent[0]].parent
         some = filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1]
         pictures.grid(folder / "panel.png", [[out[z, list(contrasts).index(c)] for c in shown] for z in some],
@@ -129,6 +129,7 @@ def reproduce(script, name, table, cfg, args, free, stages, method, work):
                 raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
             trained = {k: v for k, v in changes.items() if k not in free and getattr(cfg, k) != v}
             jobs.append((row, wanted, trained, further))
+    jobs.sort(key=lambda job: (job[3], bool(job[2])))       # the model as configured first: others take over its stages
     for number, (row, wanted, trained, further) in enumerate(jobs, 1):
         folder, first = row_folder(args.out, trained, further), row_folder(args.out, {}, further)
         here = argparse.Namespace(**{**vars(args), "out": folder, "seed": seed + further})
@@ -141,6 +142,7 @@ def reproduce(script, name, table, cfg, args, free, stages, method, work):
             with np.load(path.with_suffix(".npz")) as images:
                 found.setdefault(row, []).append((json.loads(path.read_text(encoding="utf-8")), dict(images)))
     if found:
+        found = {row: found[row] for row in table["rows"]}
         contents = {row: [content for content, _ in seeds] for row, seeds in found.items()}
         lines = compare(table, contents, paper, method)
         text = markdown(name, table, lines, contents[table["against"]], seed, free)
@@ -192,10 +194,10 @@ def compare(table, found, paper, method):
     others = dict.fromkeys(r["method"] for r in found[reference][0]["rows"] if r["method"] != method)
     scores.update({(other, "baseline"): subject_values(found[reference], other) for other in others})
     lines = []
-    known = {task for values in scores.values() for task, _ in values}
+    known = {key for values in scores.values() for key in values}
     for row in (row for row in paper if row not in table["rows"]):
         lines += [{"row": row, "kind": "paper only", "task": task, "metric": metric, "paper": value}
-                  for task, cells in paper[row].items() if task in known for metric, value in cells.items()]
+                  for task, cells in paper[row].items() for metric, value in cells.items() if (task, metric) in known]
     for (row, kind), values in scores.items():
         for (task, metric), by_seed in values.items():
             merged = over_seeds(by_seed)
@@ -268,7 +270,8 @@ def cell(cells, row, task):
     psnr, ssim = (cells.get((row, task, metric), {}) for metric in ("psnr", "ssim"))
     parts = []
     if psnr.get("n"):
-        parts.append(f"{psnr['mean']:.2f} ± {psnr['std']:.2f} / {ssim['mean']:.3f}")
+        spread = f" ± {psnr['std']:.2f}" if psnr["n"] > 1 else ""
+        parts.append(f"{psnr['mean']:.2f}{spread} / {ssim['mean']:.3f}")
     if psnr.get("paper"):
         parts.append(f"({psnr['paper']:.2f} / {ssim['paper']:.3f})")
     return " ".join(parts)

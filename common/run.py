@@ -10,6 +10,7 @@ A training loop reads
 Randomness is counted, not stored: every generator is derived from (seed, purpose, counters), so that a run killed at any
 moment and started again ends, on a CPU, with the same bits as one that was never disturbed.
 """
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -110,7 +111,8 @@ class Run:
         self.device, device_why = pick_device(args.device)
         self.precision, precision_why = pick_precision(args.precision, self.device)
         self.about, self.facts, self.stages = {}, {}, {}
-        self.stop, self.bad_steps, self.waited, self._sums, self._lock = None, 0, 0.0, {}, None
+        self.stop, self.waited, self._sums, self._lock = None, 0.0, {}, None
+        self.bad_steps = collections.Counter()              # of each optimiser, in a row
         self._fell_back = self._open_line = False
         if self.rank == 0 and any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize")):
             self._lock = lock(self.out)
@@ -235,12 +237,12 @@ class Run:
                 p.grad.copy_(gradient.view_as(p.grad))
         norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
         if torch.isfinite(norm + loss):                     # the one point of a step where the GPU is waited for
-            self.bad_steps = 0
+            self.bad_steps[id(optimiser)] = 0
             optimiser.step()
             return
-        self.bad_steps += 1
-        self.say(f"warning: loss or gradient is not finite, step skipped ({self.bad_steps} in a row)")
-        if self.bad_steps >= MAX_BAD_STEPS:
+        self.bad_steps[id(optimiser)] += 1
+        self.say(f"warning: loss or gradient is not finite, step skipped ({self.bad_steps[id(optimiser)]} in a row)")
+        if self.bad_steps[id(optimiser)] >= MAX_BAD_STEPS:
             last = self.out / "last.pt"
             raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; "
                            + (f"{last} holds the last good state; " if last.exists() else "")

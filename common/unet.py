@@ -81,11 +81,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, mask=None):
+        """x: (B, N, C); context: (B, L, D); mask: (B, L) True where the context is to be looked at.  Returns (B, N, C)."""
         context = x if context is None else context                           # (B, L, D)
         q, k, v = (f(s).unflatten(2, (self.heads, -1)).transpose(1, 2)         # (B, heads, N or L, C/heads)
                    for f, s in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        a = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, N, C/heads)
+        mask = None if mask is None else mask[:, None, None]                   # (B, 1, 1, L)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)            # (B, heads, N, C/heads)
         return self.out(a.transpose(1, 2).flatten(2))                          # (B, N, C)
 
 

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data.layouts import caption, describe_lesion, find_layout
+from data.layouts import caption, describe_lesion, find_layout, prompt
 from data.volumes import (
+    CT_WINDOW,
     DataError,
     Scale,
     Volume,
     denormalise,
     find_background,
     fit,
+    fit_slices,
     foreground,
     normalise,
+    read_slices,
     read_volume,
     resample_to,
     same_grid,
@@ -33,7 +36,7 @@ from data.volumes import (
 )
 
 __all__ = ["DataError", "Dataset", "SubjectSlices", "caption", "check", "denormalise", "find_layout", "is_phantom",
-           "load_subject", "open_dataset", "read_volume", "write_volume"]
+           "load_subject", "open_dataset", "prompt", "read_volume", "write_volume"]
 
 KEEP = 1 / 3                 # of the volume's largest in-slice foreground; see kept_slices
 CACHE_VERSION = 1            # raise it when the pixels that load_subject returns change
@@ -49,7 +52,8 @@ class SubjectSlices:
     The reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
     """
 
-    images: np.ndarray                              # (Z, C, S, S) float32 in [0, 1]; zeros where a contrast is missing
+    images: np.ndarray                              # (Z, C, S, S) in [0, 1], float32, float16 of .npy slices;
+                                                    # zeros where a contrast is missing
     present: np.ndarray                             # (C,) bool
     scales: dict                                    # contrast -> Scale
     kept: np.ndarray                                # (Z,) bool, see kept_slices
@@ -57,12 +61,21 @@ class SubjectSlices:
     position: np.ndarray                            # (Z,) 0 at the lowest, 1 at the highest kept slice
     brain: np.ndarray                               # (Z,) foreground of the reference / area of the picture
     lesion: list | None                             # (Z,) of str, None without a segmentation
-    reference: Volume                               # as read: the grid that outputs are written on
+    reference: Volume | None                        # as read: the grid that outputs are written on
     notes: list                                     # (file, sentence) pairs
 
-    def write(self, path, slices, description, overwrite=False):
-        """Put slices (Z, S, S) of one contrast back on the source's own grid and write them as NIfTI."""
-        write_volume(path, unfit(slices, self.reference.array.shape), self.reference, description, overwrite)
+    def write(self, path, slices, description, overwrite=False, contrast=None):
+        """Put slices (Z, S, S) in [0, 1] of one contrast back on the source's own grid and write them as NIfTI.
+
+        contrast: if given, the description in the header is followed by the unit, and CT is written in HU. MR is
+        normalised: its own intensities are arbitrary, and unknown where there was no scan.
+        """
+        array = unfit(slices, self.reference.array.shape)
+        if contrast == "ct":
+            array = denormalise(array, CT_WINDOW)
+        if contrast:
+            description = f"{description[:50]}, {'HU' if contrast == 'ct' else 'normalised'}"  # the header field is short
+        write_volume(path, array, self.reference, description, overwrite)
 
 
 def load_subject(subject, contrasts, size, use=None):
@@ -70,20 +83,22 @@ def load_subject(subject, contrasts, size, use=None):
 
     use: contrasts whose files are opened, by default all; the others count as missing and cannot influence anything.
     Every contrast is normalised on its own grid first, so the scale does not depend on where it is resampled to.
-    DataError names subject and contrast.
+    Outside of its box it is 0, in CT that is air. DataError names subject and contrast.
     """
+    if subject.in_slices:
+        return _load_slices(subject, contrasts, size, use)
     read = _reference_first(subject, [contrast for contrast in contrasts if use is None or contrast in use])
     reference, images, areas, scales, notes = None, None, [], {}, []
     for contrast in read:
-        volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast))
+        volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast), contrast=contrast)
         notes += [(volume.path.name, note) for note in volume.notes]
         background = find_background(volume.array)
         try:
-            u, scales[contrast] = normalise(volume.array, background)
+            u, scales[contrast] = normalise(volume.array, background, contrast)
         except DataError as error:
             where = f"subject {subject.name}, {contrast} ({volume.path})"
             raise DataError(f"{where} {error}; remove or replace it") from None
-        mask = foreground(volume.array, background)
+        mask = foreground(volume.array, background, contrast)
         if reference is None:
             reference = volume
             images = np.zeros((volume.array.shape[2], len(contrasts), size, size), np.float32)
@@ -105,6 +120,20 @@ def load_subject(subject, contrasts, size, use=None):
     frame = max(size, *reference.array.shape[:2]) ** 2                      # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept), areas[0] / frame, lesion,
                          reference, notes)
+
+
+def _load_slices(subject, contrasts, size, use):
+    """A subject of .npy slices; all are kept that are not constant. Where they lie in the body is not known."""
+    if use is not None:
+        raise DataError(f"{subject.name}: .npy slices have no place in space, so no volumes can be written from them; "
+                        "synthesise from NIfTI files")
+    images = np.zeros((len(subject.paths) // len(subject.files), len(contrasts), size, size), np.float16)
+    for contrast, paths in subject.files.items():
+        images[:, contrasts.index(contrast)] = fit_slices(read_slices(paths), size)
+    present = np.array([contrast in subject.files for contrast in contrasts])
+    flat = (images[:, present].min((2, 3)) == images[:, present].max((2, 3))).any(1)
+    brain = (images[:, np.argmax(present)] > 0).mean((1, 2))
+    return SubjectSlices(images, present, {}, ~flat, int(flat.sum()), np.full(len(images), 0.5), brain, None, None, [])
 
 
 def _reference_first(subject, contrasts):
@@ -250,8 +279,10 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         everyone = len(layout.subjects) + len(layout.skipped)
         raise DataError(f"{folder}: {len(complete)} of {everyone} subjects are complete "
                         f"(files: {', '.join(counts)}); at least 2 are needed, add subjects or choose fewer contrasts")
-    split = _read_split(split_file, complete, say) if split_file else make_split(complete, seed, train_fraction,
-                                                                                 test_subjects)
+    if split_file:
+        split = _read_split(split_file, complete, say)
+    else:
+        split = layout.split or make_split(complete, seed, train_fraction, test_subjects)
     if not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
     fingerprint = _fingerprint(folder, complete, layout.contrasts, size)
@@ -377,10 +408,12 @@ def _check_duplicates(digests, split, say):
 def _fingerprint(folder, subjects, contrasts, size):
     """Hash of the settings and of every file's name, size, time stamp, first and last bytes (not of all voxels)."""
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, contrasts, size]).encode())
+    if "ct" in contrasts:
+        digest.update(json.dumps(CT_WINDOW).encode())
     for subject in subjects:
         if subject.echoes or subject.grid:
             digest.update(json.dumps([subject.name, subject.grid, subject.echoes]).encode())
-        for path in [*subject.files.values(), *([subject.segmentation] if subject.segmentation else [])]:
+        for path in subject.paths:
             try:
                 stat = path.stat()
                 with open(path, "rb") as file:
@@ -472,7 +505,7 @@ def _index_subject(index, subject, contrasts, slices):
     if z.size == 0:
         raise DataError(f"subject {subject.name}: no slice has foreground in all of {', '.join(contrasts)}; look "
                         "whether its volumes overlap")
-    kept = slices.images[z].astype("<f2")
+    kept = slices.images[z].astype("<f2", copy=False)
     index["slices"] += len(slices.kept)
     index["constant"] += slices.constant
     index["notes"] += slices.notes
@@ -527,15 +560,17 @@ def _check_subject(subject, contrasts, say):
     """One table row per file -> (errors as sentences, notes as (file, sentence))."""
     errors, notes, reference, first_mask = [], [], None, None
     read = _reference_first(subject, contrasts)
+    if subject.in_slices:
+        return _check_slices(subject, read, say), []
     for contrast in read:
         try:
-            volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast))
+            volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast), contrast=contrast)
             background = find_background(volume.array)
-            mask = foreground(volume.array, background)
+            mask = foreground(volume.array, background, contrast)
             say(_table_row(subject, contrast, volume, background, mask))
             name = f"{subject.name} {contrast}"
             notes += [(name, note) for note in volume.notes]
-            normalise(volume.array, background)
+            normalise(volume.array, background, contrast)
             if reference is None:
                 reference, first_mask = volume, mask
             elif not same_grid(volume, reference):
@@ -554,6 +589,21 @@ def _check_subject(subject, contrasts, say):
         except DataError as error:
             errors.append(str(error))
     return errors, notes
+
+
+def _check_slices(subject, contrasts, say):
+    """One table row per stack of .npy slices -> errors as sentences."""
+    errors = []
+    for contrast in contrasts:
+        try:
+            slices = read_slices(subject.files[contrast])
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        shape = "x".join(str(n) for n in (*slices.shape[:0:-1], len(slices)))
+        say(f"{subject.name:24} {contrast:8} {shape:>13} {'-':>16} {'-':4} "
+            f"{f'{slices.min():.4g}..{slices.max():.4g}':>19} {0:>10} {(slices > 0).mean():10.3f}")
+    return errors
 
 
 def _table_row(subject, contrast, volume, background, mask):

@@ -1,9 +1,10 @@
-"""Which file is which: the naming of data sets on disk, and the sentence that describes a slice. No voxel is read here.
+"""Which file is which: the naming of data sets on disk, and sentences that describe a slice or a scan. No voxel is read.
 
 BraTS 2020, 2021 and 2023+ are read as downloaded, and so is any tree with one folder per subject and one NIfTI file
 per contrast. They share one reader, because after the subject's own name is taken off a file name, the contrast is a
-whole word of what remains; editions differ in the words only (table below). IXI, with a folder per contrast, and
-ADNI-1, with a folder per series and two contrasts in one file, have readers of their own.
+whole word of what remains; editions differ in the words only (table below). A table beside the folders may say who
+the patients are. IXI, with a folder per contrast, and ADNI-1, with a folder per series and two contrasts in one file,
+have readers of their own, and so have slices that were cut and split by somebody else: T1/train/slice_0.npy.
 """
 
 import csv
@@ -34,12 +35,22 @@ LABEL_WORDS = {"mask", "brainmask", "label", "labels", "lesion", "lesions", "tum
 # Caption fields in the order of the prompt template; only those that are known are written.
 META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("TE", "TE: {} ms"),
                ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))
+# The same for prompts, whose fields are those of MetaDB's Table 5.
+DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI", "t1ce": "contrast-enhanced T1-weighted MRI",
+                "t2": "T2-weighted MRI", "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI", "ct": "CT", "pet": "PET"}
+PROMPT_FIELDS = ("age", "gender", "scanner", "description")
 EDITIONS = (("BraTS 2020", r"BraTS20_(Training|Validation)_\d+"), ("BraTS 2021", r"BraTS2021_\d+"),
-            ("BraTS 2023", r"BraTS-[A-Za-z]+-\d+-\d+"))
-# brain-development.org/ixi-dataset: IXI002-Guys-0828-T1.nii.gz; the hospital tells the scanner (field in tesla).
+            ("BraTS 2023", r"BraTS-[A-Za-z]+-\d+-\d+"))                     # all of the brain
+PATIENT_SHEETS = ("meta.csv", "patient_info.csv")
+PATIENT_COLUMNS = ("PATIENT", "PATIENT_ID")
+UNKNOWN = {"", "-", "none", "nan", "n/a", "na", "unknown"}
+# brain-development.org/ixi-dataset: IXI002-Guys-0828-T1.nii.gz; the hospital tells the scanner (field in tesla) and
+# the times (TR, TE in ms), which IOP has not published.
 IXI_FILE = re.compile(r"((IXI\d+)-(Guys|HH|IOP)-\d+)-(T1|T2|PD)\.(?i:nii(\.gz)?)")
 IXI_SCANNERS = {"Guys": {"scanner": "Philips", "field": 1.5}, "HH": {"scanner": "Philips", "field": 3.0},
                 "IOP": {"scanner": "GE", "field": 1.5}}
+IXI_TIMES = {"Guys": {"t1": (9.813, 4.603), "t2": (8178.34, 100), "pd": (8178.34, 8)},
+             "HH": {"t1": (9.6, 4.6), "t2": (5725.79, 100), "pd": (5725.79, 8)}}
 IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")                                   # the sheet says "SEX_ID (1=m, 2=f)"
 # ADNI/002_S_0413/MP-RAGE/2006-11-15_09_47_59.0/I29704/any.nii: person, series, day; time and image id are not needed.
 ADNI_FILE = re.compile(r"(?:^|/)(\d{3}_S_\d{4})/([^/]+)/(\d{4}-\d\d-\d\d)_[^/]+/[^/]+/[^/]+$")
@@ -47,6 +58,7 @@ ADNI_T1 = re.compile(r"MP.?RAGE|(?:^|_)MPR(?:$|[_-])", re.IGNORECASE)
 ADNI_DUAL_ECHO = re.compile(r"PD[^A-Z0-9]*T2|DOUBLE.?TSE", re.IGNORECASE)
 # T1 of these sets is a sagittal 3-D scan, T2 and PD are axial slices: resampling those up to T1 would invent slices.
 AXIAL_GRID = ("t2", "pd")
+SLICE_FILE = re.compile(r"([^/]+)/(train|val|test)/slice_(\d+)\.npy")
 OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",
                  ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -57,11 +69,22 @@ class Subject:
 
     name: str
     person: str
-    files: dict                                     # contrast -> Path
+    files: dict                                     # contrast -> Path, or a tuple of Paths: .npy slices
     segmentation: Path | None = None
     meta: dict = field(default_factory=dict)        # acquisition and demographics, where a reader knows them
     echoes: dict = field(default_factory=dict)      # contrast -> its echo, where a file holds two; see read_volume
     grid: tuple = ()                                # whose grid to use, best first; by default the first contrast's
+
+    @property
+    def in_slices(self):
+        """True if the files are .npy slices, not volumes."""
+        return any(isinstance(paths, tuple) for paths in self.files.values())
+
+    @property
+    def paths(self):
+        """Every file of the subject."""
+        stacks = [paths if isinstance(paths, tuple) else (paths,) for paths in self.files.values()]
+        return [path for stack in stacks for path in stack] + ([self.segmentation] if self.segmentation else [])
 
 
 @dataclass
@@ -74,6 +97,7 @@ class Layout:
     ignored: list                                   # files that are no contrast: masks, labels, unknown names
     notes: list                                     # sentences for the user
     skipped: list                                   # (subject, why) that have none of the contrasts
+    split: dict | None = None                       # {"train": [names], ...} where the folders say it
 
 
 def find_layout(folder, contrasts=None):
@@ -89,6 +113,12 @@ def find_layout(folder, contrasts=None):
     notes = []
     files = _list_files(folder, notes)
     images = [path for path in files if is_nifti(path)]
+    subjects, split = _collect_slices(folder, files, notes) if not images else ([], None)
+    if split:
+        layout = _with_contrasts("slices in .npy files", subjects, _choose_contrasts(folder, subjects, contrasts, notes),
+                                 [], notes)
+        layout.split = split
+        return layout
     if not images:
         raise DataError(_why_no_images(folder, files))
     named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
@@ -99,6 +129,7 @@ def find_layout(folder, contrasts=None):
     else:
         subjects, ignored = _collect_subjects(folder, images, notes)
         name = _edition(subjects)
+        _read_patients(folder, files, subjects, notes)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as {examples}; "
@@ -120,8 +151,7 @@ def _require_folder(folder):
 
 
 def _entries(folder):
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+    return _few(sorted(entry.name for entry in folder.iterdir())) or "nothing"
 
 
 def _list_files(folder, notes):
@@ -156,8 +186,9 @@ def _why_no_images(folder, files):
     others = sorted({path.suffix.lower() for path in files} & set(OTHER_FORMATS))
     if others:
         return f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, convert them to NIfTI"
-    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI and one folder per "
-            f"subject with one .nii or .nii.gz per contrast; the folder holds {_entries(folder)}")
+    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, slices named like "
+            "T1/train/slice_0.npy and one folder per subject with one .nii or .nii.gz per contrast; the folder holds "
+            f"{_entries(folder)}")
 
 
 def _is_dicom(path):
@@ -232,8 +263,70 @@ def person_of(subject):
 def _edition(subjects):
     for name, pattern in EDITIONS:
         if all(re.fullmatch(pattern, subject.name) for subject in subjects):
+            for subject in subjects:
+                subject.meta["body"] = "brain"
             return name
     return "one folder per subject"
+
+
+def _read_patients(folder, files, subjects, notes):
+    """meta.csv or patient_info.csv beside the subjects' folders -> Subject.meta; what is unknown is left out.
+
+    Columns: patient (or patient_id), and any of age, sex, scanner (or one per contrast: scanner_t2, scanner_ct) and body,
+    the part of the body. A patient is a folder's name, or its last number where the sheet has numbers only.
+    """
+    sheets = [path for path in files if path.parent == folder and path.name.lower() in PATIENT_SHEETS]
+    if not sheets:
+        return
+    rows, columns = _read_sheet(sheets[0])
+    patient = next((columns[name] for name in PATIENT_COLUMNS if name in columns), None)
+    if patient is None:
+        notes.append(f"{sheets[0].name}: has no column patient; age, sex and scanner stay unknown")
+        return
+    known, contradictory = {}, set()
+    for row in rows:
+        facts = {column.lower(): fact for column, name in columns.items() if (fact := _fact(column, row[name])) is not None}
+        who = (row[patient] or "").strip()
+        if who and known.setdefault(who, facts) != facts:
+            contradictory.add(who)
+    for who in sorted(contradictory):
+        known[who] = {}
+        notes.append(f"{sheets[0].name}: the rows of {who} contradict each other; its facts stay unknown")
+    keys = {subject.name: subject.name for subject in subjects}
+    last = {subject.person: re.search(r"(\d+)\D*$", subject.person) for subject in subjects}
+    numbers = {person: int(found[1]) for person, found in last.items() if found}
+    if all(who.isdecimal() for who in known) and len(set(numbers.values())) == len(last):       # not two patients 1
+        known = {int(who): facts for who, facts in known.items()}
+        keys = {subject.name: numbers[subject.person] for subject in subjects}
+    absent = [subject.name for subject in subjects if keys[subject.name] not in known]
+    if absent:
+        notes.append(f"{len(absent)} subjects have no row in {sheets[0].name}: {_few(absent)}")
+    for subject in subjects:
+        subject.meta.update(known.get(keys[subject.name], {}))
+
+
+def _fact(column, cell):
+    """What a cell of a patients' sheet says: age in years, "M" or "F", or words; None if it is unknown."""
+    cell = (cell or "").strip()
+    if column == "AGE":
+        return _positive(cell)
+    if column == "SEX":
+        return {"m": "M", "male": "M", "f": "F", "female": "F"}.get(cell.lower())
+    return cell if column.startswith(("SCANNER", "BODY")) and cell.lower() not in UNKNOWN else None
+
+
+def _read_sheet(sheet):
+    """A .csv file, whatever its separator -> (rows, {column, its first word in upper case: its name in the rows})."""
+    try:
+        lines = sheet.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "").splitlines()
+    except OSError as error:
+        raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); repair or remove it") from None
+    rows = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ",")
+    return rows, {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
+
+
+def _few(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def canonical_contrast(name):
@@ -274,17 +367,19 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
         if missing:
             lacking.setdefault(", ".join(missing), []).append(subject.name)
         kept.append(subject)
-    for missing, names in lacking.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        notes.append(f"{len(names)} subjects lack {missing}: {', '.join(names[:5])}{more}")
+    notes += [f"{len(names)} subjects lack {missing}: {_few(names)}" for missing, names in lacking.items()]
     return Layout(name, contrasts, kept, ignored, notes, skipped)
 
 
 # ---- IXI -------------------------------------------------------------------------------------------------------------
 
 def _collect_ixi(files, images, notes):
-    """IXI's own names, in whatever folders -> (subjects sorted by name, ignored files: MRA, DTI and others)."""
+    """IXI's own names, in whatever folders -> (subjects sorted by name, ignored files: MRA, DTI and others).
+
+    Our phantoms bear names like these, but not all of them the hospitals' times, so those stay unknown there.
+    """
     subjects, ignored = {}, []
+    times = {} if any(path.name == "phantom.json" for path in files) else IXI_TIMES
     demographics = _read_ixi_sheet(files, notes)
     for path in images:
         parts = IXI_FILE.fullmatch(path.name)
@@ -292,7 +387,8 @@ def _collect_ixi(files, images, notes):
             ignored.append(path)
             continue
         name, person, site = parts[1], parts[2], parts[3]
-        meta = {"site": site, **IXI_SCANNERS[site], **demographics.get(person, {})}
+        meta = {"body": "brain", "site": site, **IXI_SCANNERS[site], **demographics.get(person, {})}
+        meta.update({"times": times[site]} if site in times else {})
         subject = subjects.setdefault(name, Subject(name, person, {}, meta=meta, grid=AXIAL_GRID))
         contrast = parts[4].lower()
         if contrast in subject.files:
@@ -300,8 +396,7 @@ def _collect_ixi(files, images, notes):
         subject.files[contrast] = path
     absent = [name for name, subject in sorted(subjects.items()) if subject.person not in demographics]
     if demographics and absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        notes.append(f"{len(absent)} subjects have no row in the sheet of IXI: {', '.join(absent[:5])}{more}")
+        notes.append(f"{len(absent)} subjects have no row in the sheet of IXI: {_few(absent)}")
     return [subjects[name] for name in sorted(subjects)], ignored
 
 
@@ -318,12 +413,7 @@ def _read_ixi_sheet(files, notes):
         return {}
     sheet = sheets[0]
     notes += [f"{sheet.name} is used, not {other.name}" for other in sheets[1:]]
-    try:
-        lines = sheet.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "").splitlines()
-    except OSError as error:
-        raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); repair or remove it") from None
-    rows = csv.DictReader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ",")
-    columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
+    rows, columns = _read_sheet(sheet)
     if not set(IXI_COLUMNS) <= set(columns):
         notes.append(f"{sheet.name}: has no columns {', '.join(IXI_COLUMNS)}; age and sex stay unknown")
         return {}
@@ -367,7 +457,7 @@ def _collect_adni(images, notes):
             ignored.append(path)
     subjects, unused = [], []
     for (person, day), series in sorted(visits.items()):
-        subject = Subject(f"{person}_{day}", person, {}, grid=AXIAL_GRID)
+        subject = Subject(f"{person}_{day}", person, {}, meta={"body": "brain"}, grid=AXIAL_GRID)
         if series["t1"]:
             subject.files["t1"] = _best_scan(series["t1"])[0]
         if series["dual"]:
@@ -401,7 +491,69 @@ def _dual_echo(paths):
     return {contrast: path for contrast, path in (("pd", first), ("t2", numbered.get("2"))) if path}, {}
 
 
-# ---- Captions --------------------------------------------------------------------------------------------------------
+# ---- Slices that are cut and split already ---------------------------------------------------------------------------
+
+def _collect_slices(folder, files, notes):
+    """T1/train/slice_0.npy, T2/train/slice_0.npy, ... -> (subjects, split), no split without such files.
+
+    This is the layout of SelfRDB (github.com/icon-lab/SelfRDB). Slice i is the same place in every contrast. Whose slice
+    it is, may stand in subject_ids.yaml, for the test part; other parts, and a test part without, are one subject each.
+    """
+    stacks, others = {}, []
+    for path in files:
+        place = SLICE_FILE.fullmatch(path.relative_to(folder).as_posix())
+        contrast = place and role_of(place[1], "")
+        if contrast in CONTRASTS:
+            stack = stacks.setdefault(place[2], {}).setdefault(contrast, {})
+            if stack.setdefault(int(place[3]), path) != path:
+                raise DataError(f"{path}: is {contrast} of the same slice as {stack[int(place[3])]}; remove one of them")
+        elif path.suffix == ".npy":
+            others.append(path)
+    if not stacks:
+        return [], None
+    if not {"train", "test"} <= set(stacks):
+        raise DataError(f"{folder}: has slices for {', '.join(stacks)} only; train and test are needed")
+    if others:
+        notes.append(f"{len(others)} other .npy files are not used, e.g. {others[0]}")
+    contrasts = sorted({contrast for stack in stacks.values() for contrast in stack})
+    subjects, split = [], {"train": [], "val": [], "test": []}
+    for part, stack in sorted(stacks.items()):
+        numbers = sorted({number for of in stack.values() for number in of})
+        for contrast in contrasts:
+            lacks = [number for number in numbers if number not in stack.get(contrast, {})]
+            if lacks:
+                raise DataError(f"{folder}: {contrast} has no {part}/slice_{lacks[0]}.npy, as {next(iter(stack))} has; "
+                                "each contrast needs the same slices")
+        owners = _slice_owners(folder, len(numbers)) if part == "test" else None
+        if owners is None:
+            notes.append(f"{part}: it is not known whose slices these are, they count as one subject"
+                         + ("; statistics over subjects are impossible" if part == "test" else ""))
+        names = [part] * len(numbers) if owners is None else [f"{part}_{owner}" for owner in owners]
+        split[part] = sorted(set(names))
+        for name in split[part]:
+            own = [number for number, of in zip(numbers, names) if of == name]
+            subjects.append(Subject(name, name, {c: tuple(stack[c][number] for number in own) for c in contrasts}))
+    return subjects, split
+
+
+def _slice_owners(folder, count):
+    """The subject of each of `count` test slices, in order of their numbers; None if no file says it.
+
+    A list in YAML (lines "- 3", or [3, 3, 4]), in JSON, or one name per line; nothing else of YAML is understood.
+    """
+    paths = [folder / f"subject_ids{ending}" for ending in (".yaml", ".yml", ".json", ".txt")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    lines = [line.split("#")[0] for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    items = [re.sub(r"^\s*-\s", "", item).strip(" '\"") for item in re.split(r"[\n,\[\]]", "\n".join(lines))]
+    owners = [item for item in items if item not in ("", "---")]
+    if len(owners) != count:
+        raise DataError(f"{path}: names {len(owners)} subjects for {count} test slices; write a plain list, one per slice")
+    return owners
+
+
+# ---- Captions and prompts --------------------------------------------------------------------------------------------
 
 def caption(contrast, position, brain, lesion=None, meta=None):
     """One line of text for one slice, e.g. "Modality: FLAIR; Plane: axial; Slice: 0.42; Brain: 0.31; Lesion: none".
@@ -415,11 +567,35 @@ def caption(contrast, position, brain, lesion=None, meta=None):
     return "; ".join(parts + ([f"Lesion: {lesion}"] if lesion is not None else []))
 
 
-def _number(value):
-    """Six significant digits without trailing zeros or exponent; words pass."""
+def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
+    """One line of text for a scan (MetaDB, Sec. 3.1), the same for all of its slices; "" without fields. For example
+
+    "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T2-weighted MRI of the brain, TR 8178 ms, TE 100 ms"
+
+    meta: Subject.meta. fields: of PROMPT_FIELDS; the others are left out, whereas a value that is not known is None.
+    masked: fields whose value becomes [MASK], or "modality": in the description the words for it and the numbers that
+    give it away. DataError for other names.
+    """
+    unknown = (set(fields) - set(PROMPT_FIELDS)) | (set(masked) - {*PROMPT_FIELDS, "modality"})
+    if unknown:
+        raise DataError(f"prompt: there is no {', '.join(sorted(unknown))}; there are {', '.join(PROMPT_FIELDS)}", status=2)
+    hidden = "modality" in masked
+    scanner = meta.get(f"scanner_{contrast}", meta.get("scanner"))
+    parts = [("[MASK]" if hidden else DESCRIPTIONS[contrast]) + (f" of the {meta['body']}" if "body" in meta else "")]
+    for name, time in zip(("TR", "TE"), meta.get("times", {}).get(contrast, ())):
+        parts.append(f"{name} {'[MASK]' if hidden else _number(time, digits=4)} ms")
+    values = {"age": int(meta["age"]) if "age" in meta else None, "gender": meta.get("sex"),
+              "scanner": f"{scanner} {_number(meta['field'])}T" if scanner and "field" in meta else scanner,
+              "description": ", ".join(parts)}
+    return "; ".join(f"{name.capitalize()}: {'[MASK]' if name in masked else value}" for name, value in values.items()
+                     if name in fields)
+
+
+def _number(value, digits=6):
+    """So many significant digits, without trailing zeros or exponent; words pass."""
     if isinstance(value, str):
         return value
-    return np.format_float_positional(value, precision=6, unique=False, fractional=False, trim="-")
+    return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
 
 
 def describe_lesion(labels, midline, pixel_area):

@@ -3,16 +3,18 @@
     python -m data.phantom brats data/brats [--subjects 24] [--size 64] [--slices 12] [--seed 0]
     python -m data.phantom ixi data/ixi                 T1, T2 and PD of three hospitals, with scalp, air and IXI.csv
     python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, and T1 and PD do not tell which
+    python -m data.phantom pelvis data/pelvis           T1, T2 and CT (HU) of male pelves at three sites, and meta.csv
 
-Two halves that never mix. *Anatomy* (`head_anatomy`) says how much of which tissue lies in every voxel of a subject,
-and how this subject's tissues differ from the textbook. *Physics* (`render`) turns an anatomy into an image under any
-`Protocol`. The same subject can therefore be imaged under any number of protocols in memory, and every image has a
-truth to compare with. `acquire` adds what a real scanner adds: coil shading, Rician noise and an arbitrary scale.
+Two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`) says how much of which tissue lies in every
+voxel of a subject, and how this subject's tissues differ from the textbook. *Physics* turns an anatomy into an image:
+`render` under any MR `Protocol`, `render_ct` in Hounsfield units. The same subject can therefore be imaged in any
+number of ways in memory, and every image has a truth to compare with. `acquire` and `acquire_ct` add what a real
+scanner adds: coil shading, Rician noise and an arbitrary scale; or the noise of X-rays.
 
-World coordinates are mm in the NIfTI sense: x to the patient's right, y to the front, z to the top; the anterior
-commissure is near 0. All randomness derives from (seed, subject, purpose): a subject does not depend on how many
-others are made, nor on the image size. The same arguments give identical bytes on one installation; another numpy or
-zlib may differ in a last bit.
+World coordinates are mm in the NIfTI sense: x to the patient's right, y to the front, z to the top. In a head, 0 is
+near the anterior commissure; in a pelvis, it is midway between the hips. All randomness derives from
+(seed, subject, purpose): a subject does not depend on how many others are made, nor on the image size. The same
+arguments give identical bytes on one installation; another numpy or zlib may differ in a last bit.
 """
 
 import argparse
@@ -43,37 +45,50 @@ VERSION = 1  # raise it when the same arguments would give other images
 
 @dataclass(frozen=True)
 class Tissue:
-    """pd: proton density relative to water. t1, t2: ms at (1.5 T, 3 T). gd: mM of contrast agent after one dose."""
+    """pd: proton density relative to water. t1, t2: ms at (1.5 T, 3 T). hu: attenuation of X-rays at 120 kV in
+    Hounsfield units, water 0 and air -1000. gd: mM of contrast agent after one dose."""
     pd: float
     t1: tuple[float, float]
     t2: tuple[float, float]
+    hu: float
     gd: float = 0.0
 
 
 # Sources. PD of csf, gm, wm: BrainWeb (Kwan et al. 1999, IEEE TMI 18:1085). T1 of gm, wm and deep (mean of putamen
 # and caudate): Wright et al. 2008, MAGMA 21:121 (MPRAGE). T2 of gm, wm and T1 of blood: Stanisz et al. 2005, MRM
 # 54:507. T1 of csf: Rooney et al. 2007, MRM 57:308. PD of fat: BrainWeb; its T1: de Bazelaire et al. 2004, Radiology
-# 230:652. T1 and T2 of muscle, which stands for skin as well: Stanisz et al. 2005. All others, and every gd, are our
-# round numbers, chosen so that each tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins
-# carry deoxygenated blood and lose signal by flow; oedema and tumour lie between grey matter and water; compact bone is
-# black; the many refocusing pulses of a clinical T2 make fat bright, so its T2 is longer here; marrow is mostly fat.
+# 230:652, as T1 and T2 of the prostate. T1 and T2 of muscle, which stands for skin and the walls of organs as well, and
+# of cartilage: Stanisz et al. 2005. All others, every hu and every gd, are our round numbers, chosen so that each
+# tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins carry deoxygenated blood and lose
+# signal by flow, and stand for arteries as well; oedema and tumour lie between grey matter and water; compact bone is
+# black; the many refocusing pulses of a clinical T2 make fat bright, so its T2 is longer here; marrow is mostly fat to
+# MR, but fat with trabeculae of bone in it to CT; the glands in the outer zone of the prostate are watery. T1 and T2 of
+# gas do not matter.
 TISSUES = {
-    "csf":       Tissue(1.00, (4330, 4330), (2000, 2000)),
-    "gm":        Tissue(0.86, (1197, 1607), (95, 99), gd=0.015),
-    "wm":        Tissue(0.77, (646, 838), (72, 69), gd=0.008),
-    "deep":      Tissue(0.83, (1095, 1360), (88, 82), gd=0.012),
-    "pallidum":  Tissue(0.79, (850, 1050), (72, 58), gd=0.012),
-    "vein":      Tissue(0.75, (1441, 1932), (110, 50), gd=0.60),
-    "gliosis":   Tissue(0.86, (950, 1200), (120, 120)),
-    "oedema":    Tissue(0.92, (1300, 1700), (135, 135)),
-    "enhancing": Tissue(0.90, (1250, 1600), (120, 120), gd=0.35),
-    "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), gd=0.02),
-    "bone":      Tissue(0.15, (250, 300), (0.5, 0.5)),
-    "marrow":    Tissue(0.80, (450, 500), (80, 80)),
-    "fat":       Tissue(1.00, (343, 382), (100, 100)),
-    "muscle":    Tissue(0.80, (1008, 1412), (44, 50), gd=0.02),
+    "csf":       Tissue(1.00, (4330, 4330), (2000, 2000), 8),
+    "gm":        Tissue(0.86, (1197, 1607), (95, 99), 38, gd=0.015),
+    "wm":        Tissue(0.77, (646, 838), (72, 69), 28, gd=0.008),
+    "deep":      Tissue(0.83, (1095, 1360), (88, 82), 36, gd=0.012),
+    "pallidum":  Tissue(0.79, (850, 1050), (72, 58), 40, gd=0.012),
+    "vein":      Tissue(0.75, (1441, 1932), (110, 50), 45, gd=0.60),
+    "gliosis":   Tissue(0.86, (950, 1200), (120, 120), 24),
+    "oedema":    Tissue(0.92, (1300, 1700), (135, 135), 20),
+    "enhancing": Tissue(0.90, (1250, 1600), (120, 120), 38, gd=0.35),
+    "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), 15, gd=0.02),
+    "bone":      Tissue(0.15, (250, 300), (0.5, 0.5), 1300),
+    "marrow":    Tissue(0.80, (450, 500), (80, 80), 220),
+    "fat":       Tissue(1.00, (343, 382), (100, 100), -100),
+    "muscle":    Tissue(0.80, (1008, 1412), (44, 50), 55, gd=0.02),
+    "cartilage": Tissue(0.70, (1024, 1168), (30, 27), 90),
+    "urine":     Tissue(0.98, (3500, 3800), (1200, 1200), 5),
+    "prostate":  Tissue(0.86, (1317, 1597), (88, 74), 42),
+    "glands":    Tissue(0.92, (1600, 1900), (170, 150), 34),
+    "stool":     Tissue(0.60, (800, 900), (75, 65), 20),
+    "gas":       Tissue(0.00, (1000, 1000), (100, 100), -1000),
 }
+BRAIN = ("csf", "gm", "wm", "deep", "pallidum", "vein", "gliosis", "oedema", "enhancing", "necrosis")
 SCALP = ("bone", "marrow", "fat", "muscle")  # all that a skull-stripped head lacks
+PELVIS = (*SCALP, "vein", "cartilage", "urine", "prostate", "glands", "stool", "gas")
 CODE = {name: number for number, name in enumerate(TISSUES, 1)}  # in label arrays; 0 is outside the body
 LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}     # the numbers of BraTS; gliosis of age is no tumour
 
@@ -186,15 +201,14 @@ def rng_for(seed, subject, purpose):
     return np.random.default_rng([seed, subject, *purpose.encode()])
 
 
-def smooth_field(rng, lattice, axes):
+def smooth_field(rng, lattice, axes, reach=160.0):
     """A Gaussian random field of mean 0 and variance 1 on the grid spanned by `axes` (mm), smooth on the scale
-    `lattice` (mm).
+    `lattice` (mm). The lattice ends `reach` mm on either side of 0; a head needs 128.
 
     White noise on a cubic lattice, seen through cubic B-splines. The lattice is fixed in the world, so the field does
     not depend on the resolution at which it is looked at. Its zero surfaces lie 2.66 lattice steps apart on average
     (Rice's formula). The sum over taps is written out because a BLAS product may round differently with another
     number of threads."""
-    reach = 160.0  # mm on either side of 0, where the lattice ends; a head needs 128
     n = int(2 * reach / lattice) + 5
     field = rng.standard_normal((n, n, n), dtype=np.float32)
     for axis in (2, 1, 0):  # slices are few: taking them first is five times as fast
@@ -225,14 +239,15 @@ def tube(points, nodes):
     return nearest
 
 
-# ---- 3. Anatomy -----------------------------------------------------------------------------------------------------
+# ---- 3. Anatomy of the head -----------------------------------------------------------------------------------------
 
 @dataclass
 class Anatomy:
     """A subject. maps: tissue name -> (X, Y, Z) fraction of the voxel, 0..1; they sum to 1 inside `mask` and are 0
     outside. factors: tissue name -> this subject's (PD, T1, T2) relative to TISSUES. variation: (3, X, Y, Z), the
     same three varying slowly in space, for all tissues but csf. texture: (X, Y, Z), relative T1, T2 and uptake inside
-    lesions. labels: (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails. traits: see `draw_traits`."""
+    lesions and in marrow. labels: (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails. traits: see
+    `draw_traits` and `draw_pelvis`."""
     grid: Grid
     mask: np.ndarray
     maps: dict
@@ -449,34 +464,242 @@ def head_labels(seed, subject, axes, traits, scalp=False):
     return labels
 
 
-def head_anatomy(seed, subject, grid, age=None, tumour=None, scalp=False):
-    """A head on `grid` -> Anatomy, skull-stripped or with skull and `scalp`. Same (seed, subject) = same person, at any
-    resolution and at any given `age`."""
-    traits = draw_traits(rng_for(seed, subject, "traits"), age, tumour)
-    labels = head_labels(seed, subject, grid.axes(OVERSAMPLE), traits, scalp)
+def mixture(labels, grid, tissues):
+    """Labels at the points of grid.axes(OVERSAMPLE) -> mask (X, Y, Z) and maps, see Anatomy. tissues: names that the
+    labels may hold."""
     nx, ny, nz = grid.shape
     blocks = labels.reshape(nx, OVERSAMPLE, ny, OVERSAMPLE, nz)
     inside = (blocks > 0).mean(axis=(1, 3), dtype=np.float32)
     mask = inside >= 0.5
     maps = {}
-    for name, number in CODE.items():  # a voxel on the edge shows what of it lies inside the head
-        fraction = (blocks == number).mean(axis=(1, 3), dtype=np.float32)
+    for name in tissues:  # a voxel on the edge shows what of it lies inside the body
+        fraction = (blocks == CODE[name]).mean(axis=(1, 3), dtype=np.float32)
         maps[name] = np.where(mask, fraction / np.maximum(inside, np.float32(0.5)), np.float32(0))
+    return mask, maps
+
+
+def tissue_fields(rng, axes, reach=160.0):
+    """How one subject's tissues vary in space: variation and texture of Anatomy."""
+    spread = (0.015, 0.05, 0.05)  # of PD, T1, T2 from place to place
+    variation = np.stack([np.exp(sd * smooth_field(rng, 30, axes, reach)) for sd in spread]).astype(np.float32)
+    return variation, np.exp(0.15 * smooth_field(rng, 7, axes, reach)).astype(np.float32)
+
+
+def head_anatomy(seed, subject, grid, age=None, tumour=None, scalp=False):
+    """A head on `grid` -> Anatomy, skull-stripped or with skull and `scalp`. Same (seed, subject) = same person, at any
+    resolution and at any given `age`."""
+    traits = draw_traits(rng_for(seed, subject, "traits"), age, tumour)
+    labels = head_labels(seed, subject, grid.axes(OVERSAMPLE), traits, scalp)
+    mask, maps = mixture(labels, grid, BRAIN + SCALP)
     largest = np.argmax(np.stack(list(maps.values())), axis=0)
-    lesion = np.array([LESION_LABELS.get(name, 0) for name in TISSUES], np.uint8)[largest] * mask
+    lesion = np.array([LESION_LABELS.get(name, 0) for name in maps], np.uint8)[largest] * mask
 
     rng, outer = rng_for(seed, subject, "tissue"), rng_for(seed, subject, "scalp tissue")
-    factors = {name: np.exp((outer if name in SCALP else rng).normal(0, (0.01, 0.03, 0.03))).tolist()
-               for name in TISSUES}
+    factors = {name: np.exp((outer if name in SCALP else rng).normal(0, (0.01, 0.03, 0.03))).tolist() for name in maps}
     factors["csf"] = [1.0, 1.0, 1.0]
-    axes = grid.axes()
-    spread = (0.015, 0.05, 0.05)  # of PD, T1, T2 from place to place
-    variation = np.stack([np.exp(sd * smooth_field(rng, 30, axes)) for sd in spread]).astype(np.float32)
-    texture = np.exp(0.15 * smooth_field(rng, 7, axes)).astype(np.float32)
+    variation, texture = tissue_fields(rng, grid.axes())
     return Anatomy(grid, mask, maps, factors, variation, texture, lesion.astype(np.uint8), traits)
 
 
-# ---- 4. Images ------------------------------------------------------------------------------------------------------
+# ---- 4. Anatomy of the male pelvis ----------------------------------------------------------------------------------
+
+PELVIS_FIELD = 384                 # mm a side; holds the widest hips
+PELVIS_REACH = 200.0               # mm, see `smooth_field`
+PELVIS_CENTRE = (0.0, -14.0, 0.0)  # mm, from where a larger man is larger
+SHELL = 2.6                        # mm of compact bone; true shells have 1 to 6
+HIP = (88, 0, 0)                   # mm, centre of the right femoral head
+
+# The right half of the body: rows (x, y, z, radius) in mm, see `tube`; the left half is its mirror image before the
+# random warp.
+FEMUR = (((88, 0, 0, 15), (108, -4, -8, 15), (128, -12, -20, 17)),                           # neck
+         ((138, -20, -2, 8), (136, -18, -20, 16), (130, -10, -45, 16), (128, -4, -80, 14)))  # trochanter, shaft
+HIP_BONE = (((98, 34, 34, 9), (82, 28, 10, 10), (60, 34, 3, 9), (32, 46, -3, 8), (12, 50, -10, 9)),  # to the pubis
+            ((11, 50, -10, 9), (11, 46, -30, 9), (36, 16, -55, 7), (58, -24, -66, 8)),               # and below it
+            ((64, -34, 30, 10), (70, -29, 2, 12), (68, -34, -28, 13), (62, -38, -60, 17)))           # ischium
+MUSCLES = (((34, -94, 30, 20), (58, -90, 0, 27), (96, -74, -16, 26), (130, -42, -44, 18)),    # gluteus maximus
+           ((44, -102, 66, 13), (92, -72, 56, 19), (118, -54, 24, 18), (128, -44, -8, 12)),   # and its upper half
+           ((112, 10, 66, 23), (130, -4, 24, 19), (144, -14, 2, 8)),                           # medius
+           ((102, 22, 56, 12), (122, 8, 16, 11)),                                               # minimus
+           ((126, 46, 44, 9), (142, 38, -8, 11), (146, 26, -48, 10)),                         # tensor fasciae latae
+           ((106, 44, 14, 7), (112, 58, -14, 13), (114, 60, -48, 16)),                        # rectus femoris
+           ((122, 56, 44, 8), (98, 72, -8, 8), (82, 74, -48, 9)),                             # sartorius
+           ((68, 18, 70, 21), (74, 36, 30, 19), (84, 42, 4, 16), (106, 26, -22, 13), (112, -2, -50, 10)),  # iliopsoas
+           ((40, 46, -6, 8), (62, 40, -28, 15), (90, 20, -60, 20)),                           # pectineus
+           ((20, 60, -28, 9), (45, 66, -60, 18)),                                             # adductors
+           ((46, 20, -40, 12), (84, -12, -32, 9), (118, -22, -20, 5)),                        # obturator externus
+           ((47, 14, 12, 8), (47, -14, -8, 9), (46, -4, -34, 9)),                             # obturator internus
+           ((34, -84, 44, 12), (76, -62, 32, 13), (122, -30, 14, 6)),                         # piriformis
+           ((80, -44, -34, 9), (116, -38, -30, 9)),                                           # quadratus femoris
+           ((144, 4, -30, 10), (142, 0, -60, 20)),                                            # vastus lateralis
+           ((20, 70, 60, 9), (16, 66, 5, 6)))                                                 # rectus abdominis
+VESSELS = (((40, 10, 70, 5.5), (62, 56, 18, 5.5), (78, 66, -10, 5.5), (82, 66, -50, 5)),
+           ((36, -4, 70, 6.5), (52, 47, 18, 6.5), (65, 62, -10, 6.5), (68, 62, -50, 6)))
+# In the midline.
+RECTUM = ((0, -50, -55, -6), (0, -44, -32, -3), (0, -40, -14, 0), (2, -54, 18, 1), (8, -68, 46, 0), (0, -56, 66, -2),
+          (-24, -26, 72, -3))
+SEMINAL_VESICLE = ((5, -13, 8, 4.5), (20, -18, 12, 6), (36, -24, 18, 4))
+
+
+def pelvis_grid(size, slices):
+    """PELVIS_FIELD x PELVIS_FIELD x 96 mm from the ischium to the sacrum: `size` pixels a side, `slices` slices; index
+    order left, posterior, superior."""
+    pixel, gap, half = PELVIS_FIELD / size, 96 / slices, PELVIS_FIELD / 2
+    y = half + PELVIS_CENTRE[1] - pixel / 2
+    return Grid((size, size, slices), (-pixel, -pixel, gap), (half - pixel / 2, y, -40 + gap / 2))
+
+
+def draw_pelvis(rng):
+    """Traits of a man as plain values for JSON: age (years), size and depth (front to back; relative), fat (mm under
+    the skin), bladder and prostate (ml), rectum (mm, radius), gas (how much of the rectum, in standard deviations of a
+    random field), density of bone mineral (relative).
+
+    With age the prostate grows and bone mineral is lost; the latter shows in CT only, so an MR cannot tell it."""
+    age = rng.uniform(52, 84)
+    drawn = {"age": age, "size": np.clip(rng.normal(1, 0.025), 0.94, 1.06), "depth": rng.normal(1, 0.03),
+             "fat": np.clip(16 * np.exp(rng.normal(0, 0.3)), 9, 26), "bladder": rng.uniform(70, 380),
+             "prostate": np.clip((25 + 0.9 * (age - 50)) * np.exp(rng.normal(0, 0.25)), 20, 90),
+             "rectum": rng.uniform(12, 18), "gas": rng.uniform(-1.2, 1.2),
+             "density": (1 - 0.008 * (age - 68)) * np.exp(rng.normal(0, 0.06))}
+    return {"sex": "M", **{key: float(value) for key, value in drawn.items()}}
+
+
+def pelvis_points(rng, axes, traits):
+    """For every point of the grid, the point (x, y, z) of the template pelvis found there: random warp and body
+    size."""
+    scales = (traits["size"], traits["size"] * traits["depth"], traits["size"])
+    points = []
+    for p, centre, scale in zip(np.meshgrid(*axes, indexing="ij"), PELVIS_CENTRE, scales):
+        shift = 3.0 * smooth_field(rng, 60, axes, PELVIS_REACH) + 1.0 * smooth_field(rng, 24, axes, PELVIS_REACH)  # mm
+        points.append((p.astype(np.float32) + shift - centre) / np.float32(scale) + np.float32(centre))
+    return points
+
+
+def tubes(points, shapes):
+    """Signed distance (mm) to the nearest of some tubes."""
+    return np.minimum.reduce([tube(points, shape) for shape in shapes])
+
+
+def body_height(points):
+    """Height (mm) above the fascia that wraps all muscle, negative inside, and thickness (relative) of the fat on it.
+
+    Fat is thin at the sides and thick in front and behind. The cleft between the buttocks and the two groins dip below
+    an oval."""
+    x, y, z = points
+    ahead = y + 16
+    rho = ((np.abs(x) / 154) ** 2.6 + (np.abs(ahead) / 92) ** 2.6) ** (1 / 2.6)
+    height = (1 - 1 / np.maximum(rho, np.float32(0.05))) * np.hypot(x, ahead)
+    cleft = 46 * np.exp(-(x / 9) ** 2) * np.clip((30 - z) / 40, 0, 1) * np.clip((-y - 55) / 25, 0, 1)
+    groin = 14 * np.exp(-((np.abs(x) - 62) / 20) ** 2) * np.clip((-z - 5) / 35, 0, 1) * np.clip((y - 30) / 30, 0, 1)
+    return height + cleft + groin, 0.55 + 0.85 * np.abs(ahead) / (np.hypot(0.6 * x, ahead) + 1)
+
+
+def add_bone(labels, distance):
+    """Paint a bone into `labels`, in place: a compact shell around marrow. distance: mm, negative inside."""
+    labels[distance < 0] = CODE["bone"]
+    labels[distance < -SHELL] = CODE["marrow"]
+
+
+def add_muscles(rng, labels, axes, mirrored, age):
+    """Paint muscles into `labels`, in place. Each takes what is nearest to it, and fat remains where two meet, and in
+    streaks that come with age."""
+    first = np.full(labels.shape, np.inf, np.float32)
+    second = first
+    for shape in MUSCLES:
+        distance = tube(mirrored, shape)
+        second = np.minimum(second, np.maximum(first, distance))
+        first = np.minimum(first, distance)
+    streaks = smooth_field(rng, 4, axes, PELVIS_REACH) > 2.6 - 0.02 * (age - 50)
+    labels[(first < 7) & (second - first > 1.8) & ~streaks] = CODE["muscle"]
+
+
+def add_skeleton(labels, points, rough):
+    """Paint hip bones, femurs, sacrum and coccyx, and the cartilage between them, into `labels`, in place."""
+    x, y, z = points
+    mirrored = (np.abs(x), y, z)
+    offsets = [p - np.float32(c) for p, c in zip(mirrored, HIP)]
+    radius = np.sqrt(sum(d ** 2 for d in offsets))
+    # The cup of the acetabulum is open to the side, downwards and a little to the front.
+    opening = 0.75 * offsets[0] + 0.2 * offsets[1] - 0.6 * offsets[2] - 0.1 * radius
+    cup = np.maximum(radius - 34 - 0.3 * np.maximum(offsets[2], 0), opening)
+    # The wing of the ilium: a plate that runs from behind and near the midline to the front and side.
+    outward = offsets[0] + 2 - 0.12 * (z - 30)
+    along, across = 0.5 * outward + 0.87 * (y - 2), 0.87 * outward - 0.5 * (y - 2)
+    thick = np.abs(across + 0.004 * along ** 2 - 3) - 7 - 0.06 * np.abs(along)
+    wing = np.maximum(np.maximum(thick, np.abs(along) - 34 - 0.4 * (z - 30)), 20 - z)
+    hip = np.minimum(tubes(mirrored, HIP_BONE), np.minimum(cup, wing))
+    symphysis = (np.abs(x) < 2.5) & (hip < 0)
+    add_bone(labels, np.maximum(np.maximum(hip + 0.6 * rough, 27.5 - radius), 2.5 - np.abs(x)))
+    labels[((radius < 27.5) & (opening < 0)) | symphysis] = CODE["cartilage"]
+    add_bone(labels, np.minimum(radius - 24.5, tubes(mirrored, FEMUR)) + 0.4 * rough)
+    rise = np.clip((z - 4) / 56, 0, 1)
+    middle, half_width, half_depth = -76 - 0.45 * z, 8 + 36 * rise, 7 + 7 * rise
+    bent = y - middle - 0.008 * x ** 2
+    sacrum = (np.hypot(x / half_width, bent / half_depth) - 1) * half_depth
+    add_bone(labels, np.maximum(sacrum, -14 - z) + 0.6 * rough)
+
+
+def add_organs(rng, labels, axes, points, rough, traits):
+    """Paint levator ani, rectum, seminal vesicles, bladder and prostate into `labels`, in place."""
+    x, y, z = points
+    mirrored = (np.abs(x), y, z)
+    sling = ellipsoid(points, (0, -14, -6), (31, 46, 44))
+    labels[(np.abs(sling - 1) < 0.06) & (z < -2)] = CODE["muscle"]
+
+    rectum = tube(points, [(*node[:3], node[3] + traits["rectum"]) for node in RECTUM]) + rough
+    labels[rectum < 0] = CODE["muscle"]
+    labels[rectum < -4] = CODE["stool"]
+    # The patient lies on his back: gas collects in front, that is, before the middle of the tube. The anus holds none.
+    front = (y + 46 + 0.4 * z) / 8 * (z > -10)
+    gas = smooth_field(rng, 14, axes, PELVIS_REACH) + front + traits["gas"] > 0
+    labels[(rectum < -4) & gas] = CODE["gas"]
+
+    labels[tube(mirrored, SEMINAL_VESICLE) + 0.8 * rough < 0] = CODE["glands"]
+    # The floor of the bladder lies on the prostate, which lifts it as it grows.
+    scale = (traits["prostate"] / 40) ** (1 / 3)           # of the template's, which has 40 ml
+    radius = (traits["bladder"] * 750 / np.pi) ** (1 / 3)  # mm, of a ball of this many ml
+    radii = (1.15 * radius, 0.92 * radius, 0.945 * radius)
+    bladder = (ellipsoid(points, (0, 36 - radii[1], 22 * scale - 18 + radii[2]), radii) - 1) * radius + rough
+    labels[bladder < 3 + 60 / radius] = CODE["muscle"]     # a full bladder has a thin wall
+    labels[bladder < 0] = CODE["urine"]
+    outer = ellipsoid(points, (0, 7, -18), (24 * scale, 18 * scale, 22 * scale))
+    labels[outer + 0.04 * rough < 1] = CODE["glands"]
+    inner = ellipsoid(points, (0, 11, -16), (18 * scale, 13 * scale, 18 * scale))
+    labels[inner + 0.05 * rough < 1] = CODE["prostate"]
+
+
+def pelvis_labels(seed, subject, axes, traits):
+    """Tissue of every point of the grid: (len(x), len(y), len(z)) uint8, a CODE or 0 outside the body."""
+    points = pelvis_points(rng_for(seed, subject, "warp"), axes, traits)
+    rough = smooth_field(rng_for(seed, subject, "rough"), 9, axes, PELVIS_REACH)
+    mirrored = (np.abs(points[0]), *points[1:])
+    height, thickness = body_height(points)
+    fat = traits["fat"] * thickness + 1.2 * smooth_field(rng_for(seed, subject, "fat"), 30, axes, PELVIS_REACH)
+
+    labels = np.full(height.shape, CODE["fat"], np.uint8)
+    add_muscles(rng_for(seed, subject, "muscles"), labels, axes, mirrored, traits["age"])
+    vessels = tubes(mirrored, VESSELS)
+    labels[vessels < 5] = CODE["fat"]
+    labels[vessels < 0] = CODE["vein"]
+    labels[height > 0] = CODE["fat"]
+    add_organs(rng_for(seed, subject, "organs"), labels, axes, points, rough, traits)
+    add_skeleton(labels, points, rough)
+    labels[height > fat] = CODE["muscle"]  # skin
+    labels[height > fat + 2] = 0
+    return labels
+
+
+def pelvis_anatomy(seed, subject, grid):
+    """A male pelvis on `grid` -> Anatomy. Same (seed, subject) = same person, at any resolution."""
+    traits = draw_pelvis(rng_for(seed, subject, "traits"))
+    labels = pelvis_labels(seed, subject, grid.axes(OVERSAMPLE), traits)
+    mask, maps = mixture(labels, grid, PELVIS)
+    rng = rng_for(seed, subject, "tissue")
+    factors = {name: np.exp(rng.normal(0, (0.01, 0.03, 0.03))).tolist() for name in PELVIS}
+    variation, texture = tissue_fields(rng, grid.axes(), PELVIS_REACH)
+    return Anatomy(grid, mask, maps, factors, variation, texture, np.zeros(grid.shape, np.uint8), traits)
+
+
+# ---- 5. Images ------------------------------------------------------------------------------------------------------
 
 def render(anatomy, protocol):
     """The image of a subject under a protocol, free of noise and shading: (X, Y, Z) float32, 0 outside the mask.
@@ -495,6 +718,26 @@ def render(anatomy, protocol):
     return np.abs(image).astype(np.float32)
 
 
+def render_ct(anatomy, density):
+    """CT of a subject, free of noise: (X, Y, Z) float32 in HU, air outside the mask. density: of the mineral in this
+    subject's bone, relative to TISSUES.
+
+    Attenuations (1 + HU / 1000, water = 1) of one voxel add. They vary in space as the proton density does; marrow has
+    the texture of its trabeculae besides."""
+    attenuation = np.zeros(anatomy.grid.shape)
+    for name, fraction in anatomy.maps.items():
+        mineral = {"bone": density, "marrow": density * anatomy.texture}.get(name, 1.0)
+        attenuation += fraction * (1 + TISSUES[name].hu * mineral / 1000) * anatomy.variation[0]
+    return (1000 * (attenuation - 1)).astype(np.float32)
+
+
+def acquire_ct(rng, image, noise):
+    """What a CT scanner stores of `image` (HU): with noise of standard deviation `noise` (HU), in whole numbers of 12
+    bits. (X, Y, Z) int16."""
+    seen = image + noise * rng.standard_normal(image.shape, dtype=np.float32)
+    return np.clip(np.rint(seen), -1024, 3071).astype(np.int16)
+
+
 def acquire(rng, image, mask, shading, noise, level):
     """What the scanner makes of `image`: coil shading, Rician noise (in the air as well), its own scale. (X, Y, Z)
     float32.
@@ -508,7 +751,7 @@ def acquire(rng, image, mask, shading, noise, level):
     return (seen * (level / seen[mask].mean())).astype(np.float32)
 
 
-# ---- 5. The sets ----------------------------------------------------------------------------------------------------
+# ---- 6. The sets ----------------------------------------------------------------------------------------------------
 
 CONTRASTS = ("flair", "t1", "t1ce", "t2")
 
@@ -648,6 +891,13 @@ def ixi_row(rng, number, traits):
     return [number, 1 if traits["sex"] == "M" else 2, height, weight, *codes, born, 1, studied, f"{traits['age']:.2f}"]
 
 
+def write_sheet(path, rows):
+    """Write lists of values as CSV, the same bytes on every system."""
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    path.write_text(sheet.getvalue(), encoding="utf-8", newline="\n")
+
+
 def write_ixi(folder, subjects, size, slices, seed, hidden=False):
     """IXI: one folder per contrast and IXI.csv. Returns what is true of each subject, for phantom.json.
 
@@ -664,13 +914,58 @@ def write_ixi(folder, subjects, size, slices, seed, hidden=False):
         rows += {3: [[*row[:-1], ""]], 4: [], 5: [row, row]}.get(subject, [row])
         truth[name] = {**anatomy.traits, "site": site,
                        "protocols": {key: asdict(value) for key, value in ixi_protocols(site, hidden).items()}}
-    sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows(rows)
-    (folder / "IXI.csv").write_text(sheet.getvalue(), encoding="utf-8", newline="\n")
+    write_sheet(folder / "IXI.csv", rows)
     return truth
 
 
-SETS = {"brats": write_brats, "ixi": write_ixi, "ixi-hidden": partial(write_ixi, hidden=True)}
+# Gold Atlas (Nyholm et al. 2018, Med Phys 45:1295): men with prostate or rectal cancer at three sites. The makes and
+# times below are ours, in the range of clinical protocols. T2 is a fast spin echo; what its many echoes do to fat is
+# in TISSUES.
+PELVIS_PROTOCOLS = {
+    "GE 3T": {"t1": Protocol("se", tr=620, te=8), "t2": Protocol("se", tr=6500, te=97)},
+    "Siemens 1.5T": {"t1": Protocol("gre", tr=7.5, te=4.8, flip=14, field=1.5),
+                     "t2": Protocol("se", tr=5000, te=86, field=1.5)},
+    "Siemens 3T": {"t1": Protocol("se", tr=500, te=12), "t2": Protocol("se", tr=12000, te=110)},
+}
+# Noise and shading of MR, see `acquire`; noise of CT in HU.
+PELVIS_SCANNERS = {"GE 3T": (0.030, 0.12, 12), "Siemens 1.5T": (0.045, 0.06, 18), "Siemens 3T": (0.025, 0.15, 26)}
+
+
+def pelvis_images(seed, subject, anatomy, scanner):
+    """What the site of a scanner makes of a subject: {"t1", "t2", "ct": (X, Y, Z) int16}; noise in the air, CT in
+    HU."""
+    noise, strength, ct_noise = PELVIS_SCANNERS[scanner]
+    coil = smooth_field(rng_for(seed, subject, "coil"), 110, anatomy.grid.axes(), PELVIS_REACH)
+    images = {}
+    for contrast, protocol in PELVIS_PROTOCOLS[scanner].items():
+        rng = rng_for(seed, subject, contrast)
+        level = np.exp(rng.uniform(np.log(150), np.log(800)))
+        image = acquire(rng, render(anatomy, protocol), anatomy.mask, np.exp(strength * coil), noise, level)
+        images[contrast] = np.clip(np.rint(image), 0, 32767).astype(np.int16)
+    ct = render_ct(anatomy, anatomy.traits["density"])
+    return {**images, "ct": acquire_ct(rng_for(seed, subject, "ct"), ct, ct_noise)}
+
+
+def write_pelvis(folder, subjects, size, slices, seed):
+    """Gold Atlas as NIfTI: one folder per patient with T1, T2 and CT, and meta.csv. Returns what is true of each
+    subject, for phantom.json. The sheet does not know the age of every fifth patient, from the 4th on."""
+    grid = pelvis_grid(size, slices)
+    truth, rows = {}, [["patient", "age", "sex", "scanner", "body"]]
+    for subject in range(subjects):
+        site, scanner = subject % 3 + 1, tuple(PELVIS_PROTOCOLS)[subject % 3]
+        name = f"{site}_{subject // 3 + 1:02d}_P"
+        anatomy = pelvis_anatomy(seed, subject, grid)
+        (folder / name).mkdir()
+        for contrast, image in pelvis_images(seed, subject, anatomy, scanner).items():
+            write_nifti(folder / name / f"{contrast.upper()}.nii.gz", image, grid)
+        rows.append([name, "" if subject % 5 == 3 else f"{anatomy.traits['age']:.0f}", "M", scanner, "pelvis"])
+        truth[name] = {**anatomy.traits, "scanner": scanner,
+                       "protocols": {key: asdict(value) for key, value in PELVIS_PROTOCOLS[scanner].items()}}
+    write_sheet(folder / "meta.csv", rows)
+    return truth
+
+
+SETS = {"brats": write_brats, "ixi": write_ixi, "ixi-hidden": partial(write_ixi, hidden=True), "pelvis": write_pelvis}
 
 
 def make(name, folder, subjects=24, size=64, slices=12, seed=0):

@@ -1,5 +1,8 @@
 """NIfTI volumes: read, orient, resample, normalise, cut into slices, and write back on the source's own grid.
 
+MR has arbitrary units and is scaled volume by volume; CT is in HU and has one fixed window. Slices that somebody else
+has cut and scaled are read from .npy files.
+
 Inside the project every volume is *canonical*: axes (x, y, z) point to the patient's right, front and head (RAS+).
 Networks and pictures get *upright radiological* slices: row 0 is the patient's front, column 0 the patient's right.
 A Volume remembers how its file was stored, so a synthetic image opens on top of its source in any viewer.
@@ -45,6 +48,10 @@ class Scale(NamedTuple):
     high: float
 
 
+CT_WINDOW = Scale(-1000.0, 1500.0)  # HU, from air to dense bone; what lies outside the scan (-1024, -3024) is below
+CT_BODY = -500               # HU; above is the body, far below are air, lung and the foam of the table
+
+
 class Background(NamedTuple):
     """Level of the background; voxels within `reach` of it belong to it. constant: one exact value, else noisy air."""
 
@@ -82,12 +89,13 @@ def is_nifti(path):
     return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
 
 
-def read_volume(path, max_voxels=MAX_VOXELS, echo=None):
+def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
     """Read a NIfTI-1 or NIfTI-2 file, decide by its bytes (not its name) whether it is compressed, turn it to RAS+.
 
     A 2-D image becomes one slice; trailing axes of length 1 are dropped. echo: of a file that holds the two echoes of
-    a PD/T2 series, 0 gives PD and 1 gives T2 (see split_echoes). DataError if the file is missing, damaged, not NIfTI,
-    too large, 4-D (but for two echoes), complex or coloured, has a singular affine, or too many NaN.
+    a PD/T2 series, 0 gives PD and 1 gives T2 (see split_echoes). contrast: of a "ct" other values are odd than of MR.
+    DataError if the file is missing, damaged, not NIfTI, too large, 4-D (but for two echoes), complex or coloured, has a
+    singular affine, or too many NaN.
     """
     path = Path(path)
     if not is_nifti(path):
@@ -123,7 +131,9 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None):
         notes.append(f"holds both echoes; with its header's slice distance each covers {extent:.0f} mm")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append("has no orientation in its header; the NIfTI default is assumed, left and right may be swapped")
-    if array.min() < 0:
+    if contrast == "ct" and array.min() > CT_BODY:
+        notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
+    if contrast != "ct" and array.min() < 0:
         notes.append("has negative voxels; they are kept, the scale starts at the background")
     orientation = io_orientation(affine)
     turned = np.ascontiguousarray(apply_orientation(array, orientation))
@@ -253,6 +263,29 @@ def _without_bad_voxels(array, path, notes):
     return np.where(bad, background_value(np.where(bad, np.median(array[~bad]), array)), array).astype(np.float32)
 
 
+def read_slices(paths):
+    """.npy files of one slice each, (H, W) in [0, 1] -> float32 (Z, H, W), as they are: how they lie is not recorded.
+
+    DataError if a file is no such array or has another shape than the first.
+    """
+    slices = None
+    for i, path in enumerate(paths):
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: cannot be read as an array ({error}); write it again with numpy.save") from None
+        if array.ndim != 2 or array.dtype.kind not in "iuf" or 0 in array.shape:
+            raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; a slice is (H, W) numbers")
+        if slices is None:
+            slices = np.empty((len(paths), *array.shape), np.float32)
+        if array.shape != slices.shape[1:]:
+            raise DataError(f"{path}: has shape {array.shape}, {paths[0]} has {slices.shape[1:]}; pad or crop them alike")
+        if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):          # NaN fails, too
+            raise DataError(f"{path}: holds values from {array.min():g} to {array.max():g}; scale them to [0, 1]")
+        slices[i] = array.clip(0, 1)
+    return slices
+
+
 # ---- Grids -----------------------------------------------------------------------------------------------------------
 
 def _corners(shape):
@@ -315,16 +348,24 @@ def background_value(array):
     return find_background(array).level
 
 
-def foreground(array, background=None):
-    """Boolean (X, Y, Z): what is not background. No assumption that the background is 0 or tissue is positive."""
+def foreground(array, background=None, contrast=None):
+    """Boolean (X, Y, Z): what is not background. No assumption that the background is 0 or tissue is positive.
+
+    contrast: "ct" is in HU, where the body is the largest connected piece above CT_BODY; a table is another piece.
+    """
+    if contrast == "ct":
+        pieces, count = ndimage.label(array > CT_BODY)
+        return pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]) if count else pieces > 0
     background = background or find_background(array)
     # Around an exact value tissue may be darker (z-scores with background 0); in noisy air darker is only noise.
     distance = np.abs(array - background.level) if background.constant else array - background.level
     return distance > background.reach
 
 
-def normalise(array, background=None):
-    """MR intensities (arbitrary units) -> (u float32 in [0, 1], Scale), one scale for the whole volume.
+def normalise(array, background=None, contrast=None):
+    """Intensities -> (u float32 in [0, 1], Scale), one scale for the whole volume; in CT (HU) for all volumes: CT_WINDOW.
+
+    All else is MR, in arbitrary units:
 
     u = clip((v - background) / (p99.5 of the foreground - background), 0, 1); exactly 0 outside the foreground if the
     background is one constant value. A positive affine change of v leaves u unchanged. Where more than 2 % of the
@@ -333,6 +374,10 @@ def normalise(array, background=None):
     """
     if array.min() == array.max():
         raise DataError(f"is constant (every voxel is {array.min():g})")
+    if contrast == "ct":
+        if array.max() <= CT_BODY:
+            raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
+        return np.clip((array - CT_WINDOW.background) / (CT_WINDOW.high - CT_WINDOW.background), 0, 1), CT_WINDOW
     background = background or find_background(array)
     mask = foreground(array, background)
     if not mask.any():
@@ -368,12 +413,16 @@ def canonical(slices):
 
 
 def fit(array, size):
-    """Canonical volume (X, Y, Z) -> upright slices (Z, size, size), float32.
+    """Canonical volume (X, Y, Z) -> upright slices (Z, size, size), float32; see fit_slices."""
+    return fit_slices(upright(array), size)
+
+
+def fit_slices(slices, size):
+    """(Z, H, W) -> (Z, size, size), float32.
 
     Slices that fit are padded with 0 around their centre, voxel for voxel. Larger ones are padded to a square, then
     resampled with a triangle filter as wide as the reduction, which keeps thin structures from aliasing.
     """
-    slices = upright(array)
     height, width = slices.shape[1:]
     side = max(size, height, width)
     top, left = (side - height) // 2, (side - width) // 2

@@ -102,6 +102,8 @@ def test_condition_switches():
     assert not z["zero"].any() and z["zero"].shape == (2, 1, 32)
     assert torch.allclose(z["mean"][:, 0], F.normalize(f[:, [0, 2, 3]].mean(1), dim=1), atol=1e-6)
     assert torch.equal(z["trained"][:, 0], m(f, here))
+    scaled = apt.condition(SimpleNamespace(mif="trained", context="scaled"), m, f, here)
+    assert torch.allclose(scaled, 32 ** 0.5 * z["trained"]) and torch.allclose(scaled.square().mean(2), torch.ones(2, 1))
     tokens = apt.condition(SimpleNamespace(mif="trained", context="tokens"), m, f, here)
     assert tokens.shape == (2, 4, 32) and torch.equal(tokens[:, 1], m(f, here)) and not torch.allclose(tokens[:, 0], tokens[:, 2])
 

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 import apt
+import metadb
 from common.cli import flags, parse
 
 
@@ -161,7 +162,7 @@ def test_help_shows_the_comment_and_the_default_and_percent_signs(capsys):
 
 
 def test_every_field_of_the_scripts_has_help_and_fits_its_limits_and_presets(capsys):
-    for script in (apt,):
+    for script in (apt, metadb):
         text = help_of(capsys, script.Config, script.PRESETS, script.TABLES, script.LIMITS, None, script.__doc__)
         fields = {f.name: f for f in dataclasses.fields(script.Config)}
         for name in fields:

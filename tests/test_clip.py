@@ -565,7 +565,7 @@ def test_training_pairs_images_with_their_own_captions(monkeypatch):
     clip, seen = C.build("demo", [t for row in texts for t in row], 16), []
     encode, loss = clip.encode_image, clip.loss
     clip.encode_image = lambda x: seen.append((100 * x[:, 0, 0, 0]).round().int().tolist()) or encode(x)
-    clip.loss = lambda pooled, texts: seen.append([indices[text] for text in texts]) or loss(pooled, texts)
+    clip.loss = lambda pooled, texts, groups: seen.append([indices[text] for text in texts]) or loss(pooled, texts, groups)
     instance = C.instance_loss
     monkeypatch.setattr(C, "instance_loss", lambda a, b, s, rows: seen.append(rows.tolist()) or instance(a, b, s, rows))
     run = StandInRun()
@@ -581,12 +581,44 @@ def test_training_pairs_images_with_their_own_captions(monkeypatch):
     assert clip.subjects == ["s00", "s01"]
 
 
-def test_killed_and_resumed_equals_undisturbed():
+def test_hidden_values_are_known_ones_drawn_evenly():
+    texts = ["Age: 35; Sex: None; Note: a: b, c; TE: 90 ms", "no field", "Age: None; TE: [MASK]"] * 8000
+    hidden = C.hide_values(texts, 0.6, torch.Generator().manual_seed(0))
+    assert hidden == C.hide_values(texts, 0.6, torch.Generator().manual_seed(0))
+    assert hidden[1::3] == texts[1::3] and hidden[2::3] == texts[2::3]
+    expected = {new: 8000 * 0.6 / 6 for word in ("[MASK]", "None") for new in (
+        f"Age: {word}; Sex: None; Note: a: b, c; TE: 90 ms", f"Age: 35; Sex: None; Note: {word}; TE: 90 ms",
+        f"Age: 35; Sex: None; Note: a: b, c; TE: {word}")} | {texts[0]: 8000 * 0.4}
+    counts = C.Counter(hidden[::3])
+    assert set(counts) == set(expected)
+    assert all(abs(counts[text] - n) < 4.5 * math.sqrt(n * (1 - n / 8000)) for text, n in expected.items())
+    assert C.hide_values(texts[:1], 1.0, torch.Generator()) != texts[:1] and C.hide_values(texts, 0, torch.Generator()) == texts
+
+
+def test_hiding_changes_texts_but_neither_images_nor_positives():
+    texts, seen = [[f"Age: 35; Modality: {c}" for c in CONTRASTS]] * 12, {}
+    for share in (0.0, 0.2):
+        clip, log = C.build("demo", texts[0], 16), seen.setdefault(share, [])
+        encode, loss = clip.encode_image, clip.loss
+        clip.encode_image = lambda x, encode=encode, log=log: log.append(x) or encode(x)
+        clip.loss = lambda z, t, g, loss=loss, log=log: log.append((t, g)) or loss(z, t, g)
+        C.train_clip(StandInRun(), clip, slices(12, 1, size=16), texts, subjects(12), 3, 12, instance=0, field_dropout=share)
+    changed = []
+    for full, some in zip(seen[0.0][1::2], seen[0.2][1::2]):
+        assert torch.equal(full[1], some[1]) and full[1].tolist() == C.groups_of(full[0]).tolist()
+        changed.append([a != b for a, b in zip(full[0], some[0])])
+        assert all(("None" in b or "[MASK]" in b) == c for b, c in zip(some[0], changed[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0.0][::2], seen[0.2][::2]))
+    assert changed[0] != changed[1] and 0 < np.sum(changed) < 18           # drawn anew at each step; 7 of 36 expected
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_killed_and_resumed_equals_undisturbed(share):
     def clip_after(*kills):
         saved = None
         for kill in (*kills, None):
             clip, run = C.build("demo", TEXTS, 32), StandInRun(kill, saved)
-            C.train_clip(run, clip, slices(12, 1), captions(12), subjects(12), 6, batch=8)
+            C.train_clip(run, clip, slices(12, 1), captions(12), subjects(12), 6, batch=8, field_dropout=share)
             saved = run.saved
         return clip.state_dict()
     straight, disturbed = clip_after(), clip_after(2, 5)
@@ -686,3 +718,102 @@ def test_report_counts_hits_of_known_features():
     # by the lean, contrast 0 takes 3 1 1 1 for 0 1 2 3 (one right), contrast 1 takes 0 1 1 0 (two right)
     assert found["slice_to_slice"] == pytest.approx((1 / 4 + 2 / 4) / 2) and found["slice_to_slice_chance"] == 0.25
     assert C.encode_all(Known(), images)[3].tolist() == [[1, 0, 2], [0, 1, -3]]
+
+
+def test_hidden_values_are_read_from_the_rest():
+    """The name is hidden, TE still tells the contrast.  Without field_dropout 0.5 to 0.9 of the images are found."""
+    full = [f"Age: 35; Modality: {c}; TE: {te} ms" for c, te in zip(CONTRASTS, ECHO_TIMES)]
+    clip, run = C.build("demo", full, 16), StandInRun()
+    C.train_clip(run, clip, slices(128, 0, size=16), [full] * 128, subjects(128), 60, 32, instance=0, field_dropout=0.3)
+    z, own = C.encode_all(clip.freeze(), slices(16, 99, size=16)).flatten(0, 1), torch.arange(4).repeat(16)
+    for word in ("[MASK]", "None"):
+        texts = [text.replace(f"Modality: {c}", f"Modality: {word}") for text, c in zip(full, CONTRASTS)]
+        assert (C.nearest(z, clip.encode_text(texts).pooled) == own).float().mean() > 0.9
+    assert np.mean([facts["excess"] for facts in run.logged[-20:]]) < 0.3      # no false negatives: hidden or not, one caption
+
+
+# ---- Prompts as a table ---------------------------------------------------------------------------------------------
+
+def test_table_of_a_frozen_tower_encodes_each_prompt_once():
+    clip, calls = C.build("demo", TEXTS, 32), []
+    with pytest.raises(ValueError, match="freeze"):
+        clip.remember(TEXTS)
+    clip.freeze().text.register_forward_hook(lambda module, args, out: calls.append(len(out.pooled)))
+    prompts = ["t1", TEXTS[0], "t1", "Modality: [MASK]"]
+    table = clip.remember(prompts)
+    assert calls == [1, 1, 1] and set(table) == set(prompts)
+    clip.encode_text(prompts)
+    expected = clip.encode_text(clip.tokenizer(prompts))
+    clip.freeze()                                               # forgets its own, not the caller's
+    e = C.embed(table, prompts)
+    assert calls == [1, 1, 1, 4] and torch.equal(e.mask, expected.mask)
+    assert torch.allclose(e.tokens[e.mask], expected.tokens[e.mask], atol=1e-5) and not e.tokens[~e.mask].any()
+    p = expected.pooled.numpy()
+    by_hand = (p - p.mean(1, keepdims=True)) / np.sqrt(p.var(1, keepdims=True) + 1e-5)
+    assert np.allclose(e.pooled, by_hand, atol=1e-4) and not e.pooled.requires_grad
+
+
+def test_closest_prompts_are_named_and_warned_about():
+    unit = {"a": (1, -1, 0), "b": (3, 0, -3), "c": (5, 4, 5), "d": (-2, 2.1, 0)}           # means 0 but for c
+    table = {name: [None, None, torch.tensor(v, dtype=torch.float32)] for name, v in unit.items()}
+    run = StandInRun()
+    assert C.report_closest(run, table, ["b", "a", "b"]) == pytest.approx(0.5, abs=1e-4)
+    assert len(run.said) == 1 and "0.500" in run.said[0] and "'b' and 'a'" in run.said[0] and "of 2 prompts" in run.said[0]
+    assert C.report_closest(run, table, ["c", "b", "a"]) == pytest.approx(0.75 ** 0.5, abs=1e-4)   # c less its mean: (1, -2, 1) / 3
+    table["e"] = [None, None, torch.tensor([2.0, -2.1, 0])]
+    assert C.report_closest(run, table, list(unit) + ["e"]) > 0.99
+    assert len(run.said) == 4 and "'a' and 'e'" in run.said[2] and run.said[3].startswith("warning")
+    assert C.report_closest(run, table, ["a", "a"]) is None and "single" in run.said[4]
+
+
+def embeddings(**changes):
+    arrays = {"prompts": np.array(["t1", "t2; [MASK]"]), "pooled": np.array([[1, 2, 3], [4, 0, 6]], np.float16),
+              "tokens": np.arange(16.0).reshape(2, 2, 4), "mask": np.array([[True, False], [True, True]])}
+    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+
+
+def test_embeddings_made_elsewhere(tmp_path):
+    np.savez(tmp_path / "emb.npz", **embeddings())
+    table, width = C.load_embeddings(tmp_path / "emb.npz")
+    assert width == 3 and list(table) == ["t1", "t2; [MASK]"] and all(type(prompt) is str for prompt in table)
+    found = C.look_up(table, ["t2; [MASK]", "t1", "t1"])
+    assert found.pooled.tolist() == [[4, 0, 6], [1, 2, 3], [1, 2, 3]] and found.pooled.dtype == torch.float32
+    assert found.tokens[:2].tolist() == np.arange(16.0).reshape(2, 2, 4)[::-1].tolist()
+    assert found.mask.tolist() == [[True, True], [True, False], [True, False]]
+    with pytest.raises(ValueError, match=r"2 prompts.*first: 'T1'.*every prompt"):
+        C.embed(table, ["t1", "T1", "pd", "T1"])
+    np.savez(tmp_path / "emb.npz", **embeddings(tokens=None, mask=None))
+    features = C.embed(C.load_embeddings(tmp_path / "emb.npz")[0], ["t1"])
+    assert features.tokens is None and features.mask is None
+    assert features.pooled[0].tolist() == pytest.approx([-1.5 ** 0.5, 0, 1.5 ** 0.5], abs=1e-4)
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"pooled": None}, "missing"), ({"prompts": None}, "missing"), ({"mask": None}, "missing"), ({"tokens": None}, "missing"),
+    ({"prompts": np.array([1, 2])}, "list of strings"), ({"prompts": np.array("t1")}, "list of strings"),
+    ({"prompts": np.array([b"a", b"b"])}, "list of strings"), ({"prompts": np.array(["t1", "t1"])}, "twice"),
+    ({"prompts": np.array(["t1", "t2"], dtype=object)}, "not readable"),
+    ({"pooled": np.ones((3, 3))}, r"pooled is not.*'pooled': \(3, 3\)"), ({"pooled": np.ones(2)}, "pooled is not"),
+    ({"pooled": np.array([[1, np.nan], [1, 2]])}, "pooled is not"), ({"pooled": np.array([["1"], ["2"]])}, "pooled is not"),
+    ({"tokens": np.ones((2, 4))}, "tokens are not"), ({"tokens": np.ones((3, 2, 4))}, "tokens are not"),
+    ({"tokens": np.full((2, 2, 4), np.inf)}, "tokens are not"), ({"mask": np.ones((2, 3), bool)}, "mask is not"),
+    ({"mask": np.ones((2, 2))}, "mask is not"), ({"mask": np.array([[True, True], [False, False]])}, "mask is not"),
+])
+def test_unfit_embeddings_are_refused_in_one_line(tmp_path, changes, why):
+    np.savez(tmp_path / "emb.npz", **embeddings(**changes))
+    with pytest.raises(ValueError, match=why) as caught:
+        C.load_embeddings(tmp_path / "emb.npz")
+    assert "emb.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"prompts", b"PK\x03\x04 cut off", "npy"])
+def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "emb.npz"
+    if content == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.ones(6))
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="not readable") as caught:
+        C.load_embeddings(path)
+    assert "\n" not in str(caught.value)

@@ -13,8 +13,9 @@ import pytest
 
 import data
 from data import check, denormalise, load_subject, open_dataset, phantom, read_volume, write_volume
-from data.layouts import Subject, canonical_contrast, caption, describe_lesion, find_layout, person_of, role_of
+from data.layouts import Subject, canonical_contrast, caption, describe_lesion, find_layout, person_of, prompt, role_of
 from data.volumes import (
+    CT_WINDOW,
     DataError,
     Scale,
     background_value,
@@ -598,6 +599,85 @@ def test_background_needs_more_than_half_of_the_border():
     assert background_value(array) == -7 and (array[foreground(array)] >= 100).all()
 
 
+def scan(shape=SHAPE, seed=0):
+    """A CT in HU: a body of -100 to 1400 that lies on a table with a gap, air of -1000, padding of -3024 outside."""
+    body = head(shape, seed) > 0
+    hu = np.where(body, np.random.default_rng(seed).uniform(-100, 1400, shape), -1000).astype(np.float32)
+    hu[:, -1] = -3024
+    hu[:, 0] = 200  # the table reaches along the whole scan
+    return hu, body
+
+
+def test_ct_has_one_window_for_all_volumes():
+    values = np.array([-3024, -1024, -1000, -500, 0, 250, 1500, 3071], np.float32)
+    u, scale = normalise(values.reshape(2, 2, 2), contrast="ct")
+    np.testing.assert_allclose(u.ravel(), [0, 0, 0, 0.2, 0.4, 0.5, 1, 1], atol=1e-7)
+    assert scale == (-1000, 1500) and u.dtype == np.float32
+    np.testing.assert_allclose(denormalise(u, scale).ravel(), values.clip(-1000, 1500), atol=1e-4)
+    for array, sentence in ((np.full((2, 2, 2), 7.0), "is constant"), (values[:4].reshape(2, 2, 1), "above -500 HU")):
+        with pytest.raises(DataError, match=sentence):
+            normalise(array, contrast="ct")
+
+
+def test_body_in_ct(tmp_path):
+    hu, body = scan()
+    np.testing.assert_array_equal(foreground(hu, contrast="ct"), body)
+    assert not foreground(np.full(SHAPE, -1000, np.float32), contrast="ct").any()
+    hu[..., :3] = np.where(np.arange(18)[:, None] > 0, -1000, hu[..., :3])  # only the table below the body
+    slices = load_subject(Subject("p", "p", {"ct": save(tmp_path / "ct.nii", hu)}), ("ct",), 20)
+    assert slices.kept.tolist() == [False] * 3 + [True] * 5 + [False] and slices.scales == {"ct": CT_WINDOW}
+    np.testing.assert_allclose(slices.brain, body.sum((0, 1)) * (np.arange(9) > 2) / 400)
+
+
+def test_odd_values_of_ct_are_noted(tmp_path):
+    path = save(tmp_path / "ct.nii", scan()[0])
+    assert read_volume(path, contrast="ct").notes == [] and "negative" in read_volume(path, contrast="t1").notes[0]
+    path = save(tmp_path / "ct12.nii", scan()[0].clip(-1000) + 1000)
+    assert read_volume(path, contrast="ct").notes == ["holds no air, its lowest value is 0; is it in HU?"]
+    lines = []
+    find = Subject("p", "p", {"ct": path})
+    assert load_subject(find, ("ct",), 20).notes == [("ct12.nii", "holds no air, its lowest value is 0; is it in HU?")]
+    save(tmp_path / "set" / "a" / "CT.nii.gz", scan()[0])
+    save(tmp_path / "set" / "b" / "CT.nii.gz", scan(seed=1)[0] * 0 - 900)
+    assert not check(tmp_path / "set", say=lines.append) and "subject b, ct" in lines[-2] and "is constant" in lines[-2]
+    row = next(line for line in lines if line.startswith("a "))
+    assert float(row.split()[-1]) == pytest.approx(scan()[1].mean(), abs=1e-3)
+
+
+def test_ct_is_air_outside_its_box_and_written_in_hu(tmp_path):
+    hu, _ = scan()
+    files = {"t2": save(tmp_path / "p" / "T2.nii.gz", head()),
+             "ct": save(tmp_path / "p" / "CT.nii.gz", hu[2:-2], shifted(AFFINE, (2, 0, 0)))}
+    slices = load_subject(Subject("p", "p", files), ("t2", "ct"), 24)
+    assert slices.reference.path == files["t2"]
+    wanted = hu.clip(-1000, 1500)
+    wanted[:2] = wanted[-2:] = -1000
+    ct, t2 = slices.images[:, 1], slices.images[:, 0]
+    slices.write(tmp_path / "ct.nii", ct, "synthetic ct, " + "x" * 80, contrast="ct")
+    slices.write(tmp_path / "t2.nii", t2, "synthetic t2, me", contrast="t2")
+    slices.write(tmp_path / "old.nii", ct, "synthetic ct, me")
+    ct, t2, old = (nib.load(tmp_path / f"{name}.nii") for name in ("ct", "t2", "old"))
+    np.testing.assert_allclose(ct.get_fdata(), wanted, atol=0.01)
+    np.testing.assert_allclose(old.get_fdata(), (wanted + 1000) / 2500, atol=1e-5)
+    np.testing.assert_allclose(t2.get_fdata(), normalise(head())[0], atol=1e-6)
+    assert [image.header["descrip"].item().decode()[-16:] for image in (ct, t2, old)] == [
+        "x" * 12 + ", HU", ", me, normalised", "synthetic ct, me"]
+
+
+def test_window_of_ct_is_part_of_the_fingerprint(tmp_path, monkeypatch):
+    for s in range(3):
+        save(tmp_path / "set" / f"p{s}" / "T1.nii.gz", head(seed=s))
+        save(tmp_path / "set" / f"p{s}" / "CT.nii.gz", scan(seed=s)[0])
+    of = {contrasts: opened(tmp_path / "set", contrasts=contrasts)[0] for contrasts in (("t1",), ("t1", "ct"))}
+    u = (scan(seed=0)[0].clip(-1000, 1500) + 1000) / 2500
+    rows = of["t1", "ct"].subject == "p0"
+    np.testing.assert_allclose(of["t1", "ct"].images[rows][:, 1], fit(u, 20)[of["t1", "ct"].z[rows]], atol=5e-4)
+    monkeypatch.setattr(data, "CT_WINDOW", Scale(-1000.0, 2000.0))
+    for contrasts, before in of.items():
+        same = opened(tmp_path / "set", contrasts=contrasts)[0].fingerprint == before.fingerprint
+        assert same == ("ct" not in contrasts)
+
+
 # ---- Slices ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("shape", "size"), [((5, 7, 3), 8), ((7, 5, 2), 9), ((8, 8, 1), 8), ((6, 9, 4), 16)])
@@ -824,6 +904,174 @@ def test_lesion_on_both_sides():
     assert describe_lesion(labels, 6.5, 1.0) == "right, 6 mm2"
 
 
+def make_patients(folder, names, sheet, text):
+    for s, name in enumerate(names):
+        save(folder / name / "T1.nii.gz", head(seed=s))
+    (folder / sheet).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_patients_sheet(tmp_path):
+    text = ("patient,age,sex,scanner,scanner_ct,body\n1_01_P,61.5,M,GE Discovery 3T,Siemens Somatom,pelvis\n"
+            "1_02_P,,m,,n/a,\n1_03_P,60,,A,\n1_03_P,61,,A,\n,,,\n2_01_P,-,x,None\n9,50,F,B\n")
+    names = ("1_01_P", "1_02_P", "1_03_P", "2_01_P", "2_02_P")
+    layout = find_layout(make_patients(tmp_path, names, "meta.csv", text))
+    assert [s.meta for s in layout.subjects] == [
+        {"age": 61.5, "sex": "M", "scanner": "GE Discovery 3T", "scanner_ct": "Siemens Somatom", "body": "pelvis"},
+        {"sex": "M"}, {}, {}, {}]
+    assert layout.notes == ["meta.csv: the rows of 1_03_P contradict each other; its facts stay unknown",
+                            "1 subjects have no row in meta.csv: 2_02_P"]
+    (tmp_path / "meta.csv").write_text("name,age\n1_01_P,5\n")
+    assert find_layout(tmp_path).notes == ["meta.csv: has no column patient; age, sex and scanner stay unknown"]
+
+
+def test_patients_by_number(tmp_path):
+    text = "patient_id,age,sex,ms_type,edss\n7,53,F,RR,0.5\n19,N/A,M,RR,4\n,,,,\n8,41,M,RR,5\n"
+    layout = find_layout(make_patients(tmp_path / "a", ("OpenMS_07", "OpenMS_19"), "patient_info.csv", text))
+    assert [s.meta for s in layout.subjects] == [{"age": 53, "sex": "F"}, {"sex": "M"}] and layout.notes == []
+    names = ("siteA_07", "siteB_07")  # which of them is patient 7?
+    layout = find_layout(make_patients(tmp_path / "b", names, "patient_info.csv", text))
+    assert [s.meta for s in layout.subjects] == [{}, {}]
+    assert layout.notes == ["2 subjects have no row in patient_info.csv: siteA_07, siteB_07"]
+
+
+def test_prompt():
+    meta = {"body": "brain", "site": "Guys", "scanner": "Philips", "field": 1.5, "age": 35.8, "sex": "F",
+            "times": {"t2": (8178.34, 100)}}
+    assert prompt("t2", meta) == ("Age: 35; Gender: F; Scanner: Philips 1.5T; "
+                                  "Description: T2-weighted MRI of the brain, TR 8178 ms, TE 100 ms")
+    assert prompt("pd", meta, ("description", "age")) == "Age: 35; Description: PD-weighted MRI of the brain"
+    assert prompt("flair", {"body": "brain"}) == \
+        "Age: None; Gender: None; Scanner: None; Description: FLAIR MRI of the brain"
+    assert prompt("t1", {"field": 3.0}, ("scanner",)) == "Scanner: None" and prompt("t1", {}, ()) == ""
+    pelvis = {"scanner": "GE 3T", "scanner_ct": "Siemens", "sex": "M", "body": "pelvis"}
+    assert [prompt(c, pelvis, ("scanner", "description")) for c in ("ct", "t1")] == [
+        "Scanner: Siemens; Description: CT of the pelvis", "Scanner: GE 3T; Description: T1-weighted MRI of the pelvis"]
+    assert prompt("t2", meta, masked=("modality",)) == (
+        "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms")
+    assert prompt("t2", meta, masked=("age", "scanner", "description")) == \
+        "Age: [MASK]; Gender: F; Scanner: [MASK]; Description: [MASK]"
+    for options, word in (({"fields": ("sex",)}, "no sex"), ({"fields": ("modality",)}, "no modality"),
+                          ({"masked": ("TE",)}, "no TE")):
+        with pytest.raises(DataError, match=f"{word}; there are age, gender, scanner, description"):
+            prompt("t2", meta, **options)
+
+
+def test_prompts_of_the_data_sets(tmp_path):
+    folder = make_ixi(tmp_path / "ixi", IXI_NAMES)
+    (folder / "IXI.csv").write_text(HEADER.format(",") + "\n2,2,164,35.8\n")
+
+    def said(contrast):
+        return [prompt(contrast, s.meta) for s in find_layout(folder).subjects]
+    assert said("t1") == [
+        "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T1-weighted MRI of the brain, TR 9.813 ms, TE 4.603 ms",
+        "Age: None; Gender: None; Scanner: Philips 3T; Description: T1-weighted MRI of the brain, TR 9.6 ms, TE 4.6 ms",
+        "Age: None; Gender: None; Scanner: GE 1.5T; Description: T1-weighted MRI of the brain"]
+    assert said("pd")[1].endswith("PD-weighted MRI of the brain, TR 5726 ms, TE 8 ms")
+    (folder / "phantom.json").write_text("{}")  # the protocols of phantoms are others
+    assert [text.split("; ", 2)[2] for text in said("t2")] == [
+        f"Scanner: {scanner}; Description: T2-weighted MRI of the brain" for scanner in ("Philips 1.5T", "Philips 3T", "GE 1.5T")]
+    brats = find_layout(make_set(tmp_path / "brats", subjects=1)).subjects[0]
+    assert prompt("t1", brats.meta).endswith("Scanner: None; Description: T1-weighted MRI of the brain")
+    assert find_layout(make_adni(tmp_path / "adni")).subjects[0].meta == {"body": "brain"}
+
+
+def test_prompts_as_the_tokenizer_reads_them():
+    """None and [MASK] are tokens, and the numbers are values."""
+    split = pytest.importorskip("common.clip").split
+    meta = {"scanner": "Philips", "field": 1.5, "body": "brain", "age": 35, "times": {"t2": (8178.34, 100)}}
+    text = prompt("t2", meta, masked=("modality",))
+    kinds = [piece for piece in split(text) if piece[0] not in ("word", "mark")]
+    assert kinds == [("number", "35"), ("none", "none"), ("number", "1.5"), *[("mask", "[mask]")] * 3]
+    assert [piece for kind, piece in split(prompt("t2", meta)) if kind == "number"] == ["35", "1.5", "8178", "100"]
+
+
+# ---- Slices that are cut and split already ---------------------------------------------------------------------------
+
+def make_slices(folder, counts=(("train", 5), ("val", 2), ("test", 4)), contrasts=("T1", "PD"), shape=(10, 14)):
+    """The value of a pixel tells contrast, part and slice; slice 10 sorts behind slice 9, not 1."""
+    for c, contrast in enumerate(contrasts):
+        for p, (part, count) in enumerate(counts):
+            for i in range(count):
+                (folder / contrast / part).mkdir(parents=True, exist_ok=True)
+                slice_ = np.zeros(shape)
+                slice_[2:4, 5] = 0.3 + c / 4 + p / 8 + i / 128
+                np.save(folder / contrast / part / f"slice_{8 + i}.npy", slice_)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("subject_ids.yaml", "# of the test slices\n- 3\n- 3\n- 11\n- 3  # again\n"), ("subject_ids.yml", "[3, '3', 11,\n 3]"),
+    ("subject_ids.json", '["3", 3, "11", 3]'), ("subject_ids.txt", "3\n3\n11\n3"),
+])
+def test_slices_with_subjects(tmp_path, name, text):
+    folder = make_slices(tmp_path / "set")
+    (folder / "mask" / "test").mkdir(parents=True)
+    np.save(folder / "mask" / "test" / "slice_7.npy", np.zeros((10, 14)))
+    (folder / name).write_text(text)
+    dataset, said = opened(folder, size=16)
+    assert dataset.contrasts == ("t1", "pd") and dataset.layout == "slices in .npy files"
+    assert dataset.split == {"train": ["train"], "val": ["val"], "test": ["test_11", "test_3"]}
+    assert [len(dataset.part(part)) for part in ("train", "val", "test")] == [5, 2, 4]
+    assert "train: it is not known whose slices these are" in said and "impossible" not in said
+    assert "1 other .npy files are not used" in said and dataset.scales["test_3"] == {}
+    pixels = np.array(dataset.images[dataset.subject == "test_3"])[:, :, 5, 6]  # padded by 3 rows and 1 column
+    np.testing.assert_allclose(pixels, [[0.55 + i / 128, 0.8 + i / 128] for i in (0, 1, 3)], atol=1e-3)
+    assert dataset.images[:, :, :5].max() == dataset.images[:, :, 7:].max() == 0
+
+
+def test_slices_without_subjects(tmp_path):
+    folder = make_slices(tmp_path / "set", counts=(("train", 5), ("test", 4)))
+    dataset, said = opened(folder, contrasts=("PD", "T1"), size=16)
+    assert dataset.split == {"train": ["train"], "val": [], "test": ["test"]} and dataset.contrasts == ("pd", "t1")
+    np.testing.assert_allclose(dataset.part("train")[:][:, :, 5, 6], [[0.55 + i / 128, 0.3 + i / 128] for i in range(5)],
+                               atol=1e-3)
+    assert "count as one subject; statistics over subjects are impossible" in said
+    again = opened(folder, contrasts=("PD", "T1"), size=16)[0]
+    np.save(folder / "PD" / "train" / "slice_9.npy", np.eye(10, 14))
+    changed = opened(folder, contrasts=("PD", "T1"), size=16)[0]
+    assert again.fingerprint == dataset.fingerprint != changed.fingerprint
+    np.testing.assert_array_equal(changed.part("train")[1][0, 3:13, 1:15], np.eye(10, 14))
+    np.save(folder / "PD" / "train" / "slice_9.npy", np.zeros((10, 14)))
+    assert len(opened(folder, size=16)[0].part("train")) == 4  # a constant slice is left out
+    with pytest.raises(DataError, match="test: .npy slices have no place in space"):
+        list(data.to_synthesize(dataset.subjects, dataset.contrasts, ("t1",), 16, tmp_path, print))
+    lines = []
+    assert check(folder, say=lines.append)
+    assert [line.split()[:3] for line in lines if line.startswith("test ")] == [["test", "t1", "14x10x4"],
+                                                                                 ["test", "pd", "14x10x4"]]
+
+
+@pytest.mark.parametrize(("name", "array", "sentence"), [
+    ("PD/val/slice_10.npy", np.zeros((10, 14)), r"t1 has no val/slice_10\.npy, as pd has"),
+    ("T2/train/slice_8.npy", np.zeros((10, 14)), r"t2 has no "),
+    ("T1w/val/slice_8.npy", np.zeros((10, 14)), r"slice_8\.npy: is t1 of the same slice as .*slice_8\.npy"),
+    ("T1/val/slice_8.npy", np.zeros((10, 13)), r"slice_9\.npy: has shape \(10, 14\), .*slice_8\.npy has \(10, 13\)"),
+    ("T1/val/slice_9.npy", np.zeros((1, 10, 14)), r"slice_9\.npy: holds float64 of shape \(1, 10, 14\)"),
+    ("T1/val/slice_9.npy", np.full((10, 14), -1.0), r"slice_9\.npy: holds values from -1 to -1; scale"),
+    ("T1/val/slice_9.npy", np.full((10, 14), np.nan), r"slice_9\.npy: holds values from nan"),
+    ("T1/val/slice_9.npy", np.full((10, 14), 255), r"slice_9\.npy: holds values from 255"),
+    ("T1/val/slice_9.npy", None, r"slice_9\.npy: cannot be read as an array"),
+    ("subject_ids.txt", None, r"subject_ids\.txt: names 1 subjects for 4 test slices"),
+])
+def test_bad_slices(tmp_path, name, array, sentence):
+    folder = make_slices(tmp_path / "set")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if array is None:
+        (folder / name).write_text("word")
+    else:
+        np.save(folder / name, array)
+    with pytest.raises(DataError, match=sentence):
+        opened(folder, size=16)
+    lines = []
+    assert not check(folder, say=lines.append) and any(line.startswith("error") for line in lines)
+
+
+def test_slices_need_train_and_test(tmp_path):
+    with pytest.raises(DataError, match="has slices for train, val only; train and test are needed"):
+        find_layout(make_slices(tmp_path / "set", counts=(("train", 2), ("val", 2))))
+
+
 # ---- IXI and ADNI ----------------------------------------------------------------------------------------------------
 
 FINE = AFFINE @ np.diag([1, 1, 0.5, 1])  # 2 mm between slices: every second one is one of AFFINE's
@@ -876,9 +1124,13 @@ def test_ixi_as_downloaded(tmp_path, in_one_folder):
     assert [(s.name, s.person) for s in layout.subjects] == [(name, name[:6]) for name in IXI_NAMES]
     assert {contrast: path.name for contrast, path in layout.subjects[1].files.items()} == {
         contrast: f"IXI012-HH-1211-{contrast.upper()}.nii.gz" for contrast in ("t1", "t2", "pd")}
-    assert [s.meta for s in layout.subjects] == [{"site": "Guys", "scanner": "Philips", "field": 1.5},
-                                                 {"site": "HH", "scanner": "Philips", "field": 3.0},
-                                                 {"site": "IOP", "scanner": "GE", "field": 1.5}]
+    times = [s.meta.pop("times", None) for s in layout.subjects]
+    assert [s.meta for s in layout.subjects] == [
+        {"body": "brain", "site": "Guys", "scanner": "Philips", "field": 1.5},
+        {"body": "brain", "site": "HH", "scanner": "Philips", "field": 3.0},
+        {"body": "brain", "site": "IOP", "scanner": "GE", "field": 1.5}]
+    assert [of and (of["t2"], of["pd"]) for of in times] == [((8178.34, 100), (8178.34, 8)), ((5725.79, 100), (5725.79, 8)),
+                                                             None]
     assert [path.name for path in layout.ignored] == ["IXI002-Guys-0828-MRA.nii.gz"]
     assert layout.notes == ["1 subjects lack pd: IXI035-IOP-0873"]
     dataset, said = opened(folder)

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 import apt
+import metadb
 from common import cli, metrics, results
 from common.run import RunError
 
@@ -30,7 +31,7 @@ def content(offsets, seed=0):
 
 
 TABLE = {"title": "a title", "against": "full", "rows": {"full": {}, "worse": {"M": 10, "stage2": False}, "other": {"prior": "zero"}}}
-PAPER = {"Theirs": {"a->b": {"psnr": 21.5, "ssim": 0.9}}, "full": {"a->b": {"psnr": 25.25, "ssim": 0.912}}}
+PAPER = {"Theirs": {"a->b": {"psnr": 21.5, "psnr_std": 1.0, "ssim": 0.9}, "c->d": {"psnr": 1.0}}, "full": {"a->b": {"psnr": 25.25, "ssim": 0.912}}}
 
 
 @pytest.fixture
@@ -197,6 +198,21 @@ def test_flags_are_what_the_parser_reads():
     assert {k: getattr(cfg, k) for k in changes} == changes
 
 
+def test_the_rows_of_metadb_fit_its_config_and_the_papers_tables():
+    paper = json.loads((Path(__file__).parent.parent / "data" / "paper_tables" / "metadb.json").read_text(encoding="utf-8"))["tables"]
+    fields = {f.name for f in dataclasses.fields(metadb.Config)}
+    for name, table in metadb.TABLES.items():
+        assert table["against"] in table["rows"]
+        for changes in table["rows"].values():
+            assert set(changes) <= fields and all(dataclasses.replace(metadb.Config(**preset), **changes) for preset in metadb.PRESETS.values())
+        if name in paper:
+            extra = set(paper[name]["rows"]) ^ set(table["rows"])
+            assert extra == ({"DTF-Net", "DualDB"} if name.startswith("table2") else set()), name
+    assert set(paper) <= set(metadb.TABLES)
+    assert paper["table2a"]["rows"]["MetaDB"]["pd->t2"] == {"psnr": 34.42, "psnr_std": 1.17, "ssim": 0.9748, "ssim_std": 0.009}
+    assert {field for stage in metadb.STAGES.values() for field in stage} <= fields - set(metadb.SAMPLING)
+
+
 def test_the_rows_of_apt_fit_its_config_and_the_papers_tables():
     """Every row is a valid configuration; tables 1 to 7 need one model only; the paper's rows are ours, but for other methods."""
     paper = json.loads((Path(__file__).parent.parent / "data" / "paper_tables" / "apt.json").read_text(encoding="utf-8"))["tables"]
@@ -215,3 +231,11 @@ def test_the_rows_of_apt_fit_its_config_and_the_papers_tables():
     assert paper["table7"]["rows"]["APT"]["pd->t1"] == {"psnr": 17.04, "ssim": 0.663}
     for field in (field for fields in apt.STAGES.values() for field in fields):
         assert field in {f.name for f in dataclasses.fields(apt.Config)} and field not in apt.SAMPLING
+
+
+def test_the_model_as_configured_is_trained_before_the_others_and_rows_keep_their_order(rehearsal, tmp_path):
+    start, ran = rehearsal
+    start(rows={"short": {"steps": 2}, "full": {}}, seeds=1)
+    assert [(out, what) for *_, out, what in ran] == [("out", []), ("out", "scored"), ("out/rows/steps=2", ["one"]), ("out/rows/steps=2", "scored")]
+    lines = (tmp_path / "out" / "tables" / "t.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith(("| short", "| full"))] == ["| short", "| full"]

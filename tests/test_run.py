@@ -307,21 +307,24 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run(tmp_path):
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.item()
     run.update(model(torch.tensor([[float("inf")]])).sum(), optimiser)
-    assert model.weight.item() == before and run.bad_steps == 1
+    assert model.weight.item() == before and run.bad_steps[id(optimiser)] == 1
+    other = torch.optim.SGD(model.parameters(), lr=0.0)                                   # a GAN's: its good steps do not count
+    run.update(model(torch.tensor([[0.5]])).sum(), other)
+    assert run.bad_steps[id(optimiser)] == 1 and run.bad_steps[id(other)] == 0
     run.update(model(torch.tensor([[0.5]])).sum(), optimiser)
-    assert model.weight.item() != before and run.bad_steps == 0
+    assert model.weight.item() != before and run.bad_steps[id(optimiser)] == 0
     with pytest.raises(RunError, match="diverged") as error:
         for _ in range(house.MAX_BAD_STEPS):
             run.update(model(torch.tensor([[float("nan")]])).sum(), optimiser)
-    assert run.bad_steps == house.MAX_BAD_STEPS and "last.pt" not in str(error.value)    # nothing was saved yet
+    assert run.bad_steps[id(optimiser)] == house.MAX_BAD_STEPS and "last.pt" not in str(error.value)    # nothing was saved yet
     train(run, 2)
-    run.bad_steps = house.MAX_BAD_STEPS - 1
+    run.bad_steps[id(optimiser)] = house.MAX_BAD_STEPS - 1
     with pytest.raises(RunError, match="diverged.*last.pt holds the last good state"):
         run.update(model(torch.tensor([[float("nan")]])).sum(), optimiser)
     before = model.weight.item()
-    run.bad_steps = 0
+    run.bad_steps[id(optimiser)] = 0
     run.update(model(torch.ones(1, 1)).sum() + float("inf"), optimiser)                  # gradient finite, loss not
-    assert model.weight.item() == before and run.bad_steps == 1
+    assert model.weight.item() == before and run.bad_steps[id(optimiser)] == 1
 
 
 def test_update_clips_the_gradient_norm(tmp_path):

@@ -256,7 +256,7 @@ def test_rows_that_train_otherwise_take_over_what_does_not_differ(trained, tmp_p
     parts = {path.name: {name: stage["parts"] for name, stage in torch.load(path / "last.pt", weights_only=True)["stages"].items()}
              for path in (out, *(out / "rows").iterdir())}
     full, no_z = parts.pop("run"), parts["mif=zero"]
-    assert sorted(parts) == ["encoder=pixels", "encoder_steps=0", "mif=mean", "mif=zero", "mif_epochs=0"]
+    assert sorted(parts) == ["context=scaled", "encoder=pixels", "encoder_steps=0", "mif=mean", "mif=zero", "mif_epochs=0"]
 
     def same(a, b):
         return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
