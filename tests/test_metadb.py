@@ -1,0 +1,525 @@
+"""MetaDB's equations against numbers computed by hand, closed forms and Monte-Carlo estimates."""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import metadb
+from common.run import guarded
+from data import phantom
+from metadb import Bridge
+
+TABLE = {
+    "m": [0, .07950, .16903, .26884, .37912, .5, .62088, .73116, .83097, .92050, 1],
+    "soft": [0, .29109, .42190, .52872, .62369, .71126, .79815, .87193, .93546, .99048, 1.07603],
+    "hard": [0, .30340, .42285, .50341, .55457, .57554, .55457, .50341, .42285, .30340, 0],
+    "ddbm a": [1, .9801, .9405, .8819, .8049, .7105, .5995, .4727, .3306, .1733, 0],
+    "ddbm": [0, .1400, .2376, .3254, .4016, .4625, .5036, .5179, .4932, .4016, 0],
+}
+NAMES = ("hard", "soft", "ddbm", "ddpm")
+
+
+def images(n=4, size=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, size, size, generator=g) * 2 - 1
+
+
+# ---- bridge -----------------------------------------------------------------------------------------------------------
+
+def test_bridge_tables():
+    for name in ("hard", "soft"):
+        b = Bridge(name, 10)
+        assert b.m.tolist() == pytest.approx(TABLE["m"], abs=1e-5) and torch.allclose(b.a + b.m, torch.ones(11, dtype=torch.float64))
+        assert b.delta.tolist() == pytest.approx(TABLE[name], abs=1e-5)
+    b = Bridge("ddbm", 10)
+    assert b.a.tolist() == pytest.approx(TABLE["ddbm a"], abs=1e-4) and b.delta.tolist() == pytest.approx(TABLE["ddbm"], abs=1e-4)
+    b = Bridge("ddpm", 4)
+    assert not b.m.any() and torch.allclose(b.a ** 2 + b.delta ** 2, torch.ones(5, dtype=torch.float64))
+    assert float(b.a[2] ** 2) == pytest.approx(math.exp(-0.5 * 0.25 * 19.9 - 0.05))
+
+
+@pytest.mark.parametrize("N", [1, 2, 5, 20, 100])
+def test_noise_does_not_depend_on_the_number_of_steps(N):
+    """The end-point noise of the soft bridge is sqrt(sum of betas) = 1.076 for every N; the middle of the hard one .5755 for even N."""
+    soft, hard = Bridge("soft", N), Bridge("hard", N)
+    assert float(soft.delta[N]) == pytest.approx(1.07603, abs=1e-4)
+    assert float(hard.delta[0]) == float(hard.delta[N]) == 0 and float(hard.m[0]) == 0 and float(hard.m[N]) == 1
+    assert torch.allclose(hard.m + hard.m.flip(0), torch.ones(N + 1, dtype=torch.float64)) and (hard.m.diff() > 0).all()
+    assert all(torch.isfinite(getattr(b, k)).all() for b in (soft, hard) for k in ("a", "m", "delta", "c", "v"))
+
+
+def test_end_points():
+    x0, y, eps = images(seed=1), images(seed=2), torch.randn(4, 1, 16, 16)
+    zero, last = torch.zeros(4, dtype=torch.long), torch.full((4,), 10)
+    for name in NAMES:
+        assert torch.allclose(Bridge(name, 10).q_sample(zero, x0, y, eps), x0, atol=1e-6)
+    assert torch.allclose(Bridge("hard", 10).q_sample(last, x0, y, eps), y, atol=1e-6)
+    assert torch.allclose(Bridge("soft", 10).q_sample(last, x0, y, eps), y + 1.07603 * eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_posterior_steps_compose_to_the_marginals(name, eta):
+    """Variance of the residual noise, pushed down from step N, stays delta_t^2 at every step."""
+    b = Bridge(name, 10, eta)
+    variance = b.delta[10] ** 2
+    for t in range(10, 0, -1):
+        variance = b.c[t] ** 2 * variance + b.v[t]
+        assert float(variance) == pytest.approx(float(b.delta[t - 1] ** 2), abs=1e-9)
+        if eta == 0 and b.delta[t] > 0:
+            assert float(b.v[t]) == 0
+
+
+def test_markov_coefficients_of_the_soft_bridge():
+    b = Bridge("soft", 10)
+    assert b.c[1:].tolist() == pytest.approx([0, .4297, .5603, .6102, .6192, .6021, .5942, .5463, .4195, 0], abs=1e-4)
+    assert b.v[1:].sqrt().tolist() == pytest.approx([0, .2277, .3004, .3670, .4416, .5243, .6071, .7065, .8381, .9905], abs=1e-4)
+
+
+def test_ddbm_variance_is_the_bridge_formula():
+    """v_t = alpha^2 rho^2 (1 - rho^2 / rho_s^2), alpha and rho at t - 1, rho_s at t."""
+    b = Bridge("ddbm", 10)
+    for step in range(2, 10):
+        t, s = (step - 1) / 10, step / 10
+        alpha2 = math.exp(-0.1 * t - t ** 2)
+        rho2, rho2_s = math.exp(0.1 * t + t ** 2) - 1, math.exp(0.1 * s + s ** 2) - 1
+        assert float(b.v[step]) == pytest.approx(alpha2 * rho2 * (1 - rho2 / rho2_s), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hard", "soft"])
+def test_neighbouring_states_have_the_right_joint_distribution(name):
+    """Monte Carlo: x_t by Eq. (1), then x_{t-1} by the posterior with the true x0: mean, spread and correlation."""
+    b, n, t = Bridge(name, 10), 200_000, 5
+    g = torch.Generator().manual_seed(0)
+    x0, y = torch.full((n, 1, 1, 1), 0.3), torch.full((n, 1, 1, 1), -0.6)
+    at = torch.full((n,), t)
+    x_t = b.q_sample(at, x0, y, torch.randn(n, 1, 1, 1, generator=g))
+    x_prev = b.posterior(at, x_t, x0, y, torch.randn(n, 1, 1, 1, generator=g))
+    delta, before = float(b.delta[t]), float(b.delta[t - 1])
+    assert float(x_prev.mean()) == pytest.approx(float(b.a[t - 1]) * 0.3 - float(b.m[t - 1]) * 0.6, abs=0.01 * before)
+    assert float(x_prev.std()) == pytest.approx(before, rel=0.01)
+    both = torch.corrcoef(torch.stack([x_t.flatten(), x_prev.flatten()]))[0, 1]
+    kappa = float(b.a[t] / b.a[t - 1]) * before ** 2 / delta ** 2
+    assert float(both) == pytest.approx(kappa * delta / before, abs=0.01)
+    if name == "soft":
+        assert float(both) == pytest.approx(0.7062, abs=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_perfect_generator_is_followed_exactly(name, eta):
+    """The last step returns the prediction whatever the posterior, so the states on the way are compared with Eq. (1) too."""
+    x0, y, g, states = images(64, seed=1), images(64, seed=2), torch.Generator().manual_seed(0), []
+    b = Bridge(name, 10, eta)
+
+    def perfect(x_t, t, y, text):
+        states.append((int(t[0]), x_t))
+        return x0
+    out = metadb.sample(perfect, b, y, None, lambda: torch.randn(y.shape, generator=g))
+    assert torch.allclose(out, x0, atol=1e-6) and [t for t, _ in states] == list(range(10, 0, -1))
+    for t, x_t in states:
+        rest = x_t - float(b.a[t]) * x0 - float(b.m[t]) * y
+        assert float(rest.std()) == pytest.approx(float(b.delta[t]), rel=0.03, abs=1e-6) and abs(float(rest.mean())) < 0.03
+    assert torch.allclose(metadb.sample(lambda x_t, t, y, text: y, b, y, None, lambda: torch.randn(y.shape, generator=g)), y, atol=1e-6)
+
+
+# ---- TA-Norm ----------------------------------------------------------------------------------------------------------
+
+def text(dim=8, seed=0, B=3):
+    g = torch.Generator().manual_seed(seed)
+    e = torch.randn(3, B, dim, generator=g)
+    return metadb.Text(e[0], e[1], e[2], torch.randn(B, 5, 12, generator=g), torch.ones(B, 5, dtype=torch.bool))
+
+
+def shaken(module, seed=0, scale=0.3):
+    """Every parameter redrawn: at initialisation zeros would hide what a test is after."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=g) * scale
+    return module
+
+
+def test_ta_norm_starts_as_the_identity_and_follows_equation_3():
+    f, e = images(3, 4)[:, :, :, :].expand(3, 6, 4, 4).clone(), text()
+    layer = metadb.TANorm(6, 8, "both", share=False)
+    assert torch.allclose(layer(f, e), f, atol=1e-6)
+    shaken(layer)
+    w_s, b_s, w_t, b_t = (layer.source.linear.weight, layer.source.linear.bias, layer.target.linear.weight, layer.target.linear.bias)
+    raw_s, raw_t = e.source @ w_s.T + b_s, e.target @ w_t.T + b_t
+    alpha_s, beta_s = 0.1 + 0.9 * raw_s[:, :6].sigmoid(), raw_s[:, 6:].sigmoid()
+    alpha_t, beta_t = 0.1 + 0.9 * raw_t[:, :6].sigmoid(), raw_t[:, 6:].sigmoid()
+    by_hand = (f - beta_s[:, :, None, None]) / alpha_s[:, :, None, None] * alpha_t[:, :, None, None] + beta_t[:, :, None, None]
+    assert torch.allclose(layer(f, e), by_hand, atol=1e-5)
+    for alpha in (alpha_s, alpha_t):
+        assert 0.1 < alpha.min() and alpha.max() < 1
+
+
+def test_a_shared_map_is_undone_by_the_opposite_direction():
+    f, e = torch.randn(3, 6, 4, 4), text()
+    layer = shaken(metadb.TANorm(6, 8, "both", share=True))
+    there = layer(f, e)
+    assert torch.allclose(layer(there, e._replace(source=e.target, target=e.source)), f, atol=1e-4)
+    assert torch.allclose(layer(f, e._replace(target=e.source)), f, atol=1e-5) and not torch.allclose(there, f, atol=0.1)
+
+
+def test_one_prompt_alone_does_half_of_it():
+    f, e, other = torch.randn(3, 6, 4, 4), text(), text(seed=1)
+    source, target = shaken(metadb.TANorm(6, 8, "source", False)), shaken(metadb.TANorm(6, 8, "target", False))
+    assert source.target is None and target.source is None
+    assert torch.equal(source(f, e), source(f, e._replace(target=other.target))) and not torch.equal(source(f, e), source(f, e._replace(source=other.source)))
+    assert torch.equal(target(f, e), target(f, e._replace(source=other.source))) and not torch.equal(target(f, e), target(f, e._replace(target=other.target)))
+    alpha, beta = source.source(e.source)
+    assert torch.allclose(source(f, e), (f - beta) / alpha, atol=1e-6)
+    alpha, beta = target.target(e.target)
+    assert torch.allclose(target(f, e), f * alpha + beta, atol=1e-6)
+
+
+SMALL = dict(size=16, base=8, mult=(1, 2), blocks=1, attention=(8,), head_dim=8, groups=4, disc_base=8)
+
+
+def generator(**changes):
+    torch.manual_seed(0)
+    net = metadb.Generator(metadb.Config(**{**SMALL, **changes}), 8, 12)
+    return shaken(net, scale=0.1)
+
+
+def run(net, e, x=None):
+    x = images(3) if x is None else x
+    return net(x, torch.tensor([1, 5, 10]), images(3, seed=5), e)
+
+
+def test_prompts_reach_the_generator_only_where_they_should():
+    e, other = text(), text(seed=1)
+    for conditioning, changes in (("none", False), ("ta", True), ("xattn", True)):
+        net = generator(conditioning=conditioning)
+        assert torch.allclose(run(net, e), run(net, other), atol=1e-6) != changes, conditioning
+    net = generator(conditioning="xattn")
+    hidden = e._replace(mask=torch.tensor([[True] * 4 + [False]] * 3))
+    spoiled = hidden._replace(tokens=torch.cat([hidden.tokens[:, :4], hidden.tokens[:, 4:] + 9], dim=1))
+    assert torch.allclose(run(net, hidden), run(net, spoiled), atol=1e-6) and not torch.allclose(run(net, hidden), run(net, e), atol=1e-6)
+
+
+def test_ta_norm_sits_in_every_block_on_the_way_down_and_up():
+    for name, count in (("ta", 2 * (1 + 2)), ("none", 0), ("xattn", 0)):
+        net = generator(conditioning=name)
+        assert sum(isinstance(m, metadb.TANorm) for m in net.modules()) == count
+    base = sum(p.numel() for p in generator(conditioning="none").parameters())
+    ta = sum(p.numel() for p in generator().parameters())
+    widths = [8, 16, 16, 16, 8, 8]                                          # down 0, 1; up 1, 1, 0, 0
+    assert ta - base == sum(2 * (8 * 2 * c + 2 * c) for c in widths)
+    assert sum(p.numel() for p in generator(share=True).parameters()) - base == (ta - base) // 2
+
+
+def test_recursion_feeds_the_previous_estimate_back():
+    net, e = generator(R=2), text()
+    seen, unet = [], net.unet.forward
+    net.unet.forward = lambda x, t, condition: seen.append(x.clone()) or unet(x, t, condition)
+    out = run(net, e)
+    assert len(seen) == 2 and not seen[0][:, 2].any() and torch.allclose(seen[1][:, 2:], torch.tanh(unet(seen[0], 1000 * torch.tensor([1, 5, 10]) / 10, e)), atol=1e-6)
+    assert torch.equal(seen[0][:, :2], seen[1][:, :2]) and out.abs().max() < 1
+    x = images(3).requires_grad_()
+    net.R = 1
+    assert not torch.allclose(run(net, e, x), out, atol=1e-4)
+
+
+# ---- SR-Net and losses ------------------------------------------------------------------------------------------------
+
+def test_pooling_is_mean_and_maximum_of_squares():
+    net, x = metadb.SRNet(8, (1, 2), 4), images(2, 8)
+    p = net.pooled(x)
+    u = (x + 1) / 2
+    assert p.shape == (2, 2 * 5)
+    assert float(p[1, 0]) == pytest.approx(float(u[1].mean())) and float(p[1, 1]) == float(u[1].max())
+    assert float(p[0, 2 + 1]) == pytest.approx(float(u[0, 0, :4, 4:].mean())) and float(p[0, 6 + 2]) == float(u[0, 0, 4:, :4].max())
+    assert metadb.SRNet(8, (1,), 4).pooled(x).shape == (2, 2)
+
+
+def test_loss_arithmetic():
+    """L1 .5, adversarial ln 2, semantic .4: the total of Eq. (9) is .5733147."""
+    x0, made = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.5, -0.5]]]])
+    e_t, e_rec = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    rec, adv, sem = nn.functional.l1_loss(made, x0), metadb.adversarial_loss(torch.zeros(1, 1, 2, 2)), metadb.semantic_loss(e_t, e_rec)
+    assert float(rec + 0.1 * adv + 0.01 * sem) == pytest.approx(0.5733147, abs=1e-6)
+    assert metadb.semantic_loss(e_t, torch.tensor([[0.9, 0.1]])) < sem                       # closer is better
+    assert metadb.adversarial_loss(torch.ones(1)) < adv                                     # D convinced: good for G
+    real, fake = torch.tensor([2.0]), torch.tensor([-1.0])
+    assert float(metadb.discriminator_loss(real, fake)) == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))
+
+
+def test_r1_looks_at_the_sample_not_at_its_condition():
+    w, u = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[7.0, 7.0]]]])
+
+    def disc(x_prev, x_t, t):
+        return (w * x_prev + u * x_t).sum((1, 2, 3))[:, None]
+    x = torch.zeros(5, 1, 1, 2)
+    assert float(metadb.r1_penalty(disc, x, x, None)) == pytest.approx(25 / 2)
+    assert float(metadb.r1_penalty(lambda *pair: disc(*pair).expand(5, 4) / 4, x, x, None)) == pytest.approx(25 / 8)    # per patch
+
+
+def test_gradients_go_where_they_belong():
+    e, net = text(), metadb.SRNet(8, (1, 2), 4)
+    made = images(3).requires_grad_()
+    metadb.semantic_loss(e.target, net(e.masked, net.pooled(made))).backward()
+    assert made.grad.abs().sum() > 0 and all(p.grad is not None for p in net.parameters()) and e.target.grad is None
+
+
+def test_the_discriminator_judges_patches_and_sees_the_time():
+    D, x = shaken(metadb.Discriminator(8, 10), scale=0.1), images(2, 32)
+    one = D(x, images(2, 32, seed=3), torch.tensor([2, 2]))
+    assert one.shape == (2, 1, 4, 4) and not torch.allclose(one, D(x, images(2, 32, seed=3), torch.tensor([9, 9])), atol=1e-5)
+    assert not torch.allclose(one, D(images(2, 32, seed=3), x, torch.tensor([2, 2])), atol=1e-5)     # the order of the pair matters
+
+
+def test_learning_rate_falls_along_a_cosine():
+    assert metadb.learning_rate(0, 100, 1e-3) == pytest.approx(1e-3) and metadb.learning_rate(100, 100, 1e-3) == pytest.approx(1e-5)
+    assert metadb.learning_rate(50, 100, 1e-3) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert metadb.learning_rate(0, 100, 1e-6) == metadb.learning_rate(70, 100, 1e-6) == 1e-6      # never above what was typed
+
+
+# ---- the script as a user runs it, on a tiny phantom ------------------------------------------------------------------
+
+TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --disc-base 8 --encoder-steps 3 --encoder-batch 8 "
+        "--epochs 2 --batch 4 --N 3 --train-fraction 0.5 --test-subjects 3 --test-slices 2").split()
+
+
+@pytest.fixture(scope="module")
+def ixi(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "ixi"
+    phantom.make("ixi", folder, subjects=9, size=32, slices=4)
+    return folder
+
+
+def call(monkeypatch, capsys, *words):
+    """Run metadb.main() as if typed; returns (exit status, output)."""
+    monkeypatch.setattr(sys, "argv", ["metadb.py", *map(str, words)])
+    status = 0
+    try:
+        guarded(metadb.main, metadb.DataError)
+    except SystemExit as end:
+        status = end.code or 0
+    seen = capsys.readouterr()
+    return status, seen.out + seen.err
+
+
+def command(*words):
+    return [sys.executable, "metadb.py", *map(str, words)]
+
+
+@pytest.fixture(scope="module")
+def trained(ixi, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "metadb"
+    done = subprocess.run(command("--data", ixi, "--out", out, *TINY, "--train", "--evaluate"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ixi, out, done.stdout
+
+
+def tensors(tree):
+    if torch.is_tensor(tree):
+        return [tree]
+    return [v for branch in (tree.values() if isinstance(tree, dict) else tree) for v in tensors(branch)] if isinstance(tree, (dict, list)) else []
+
+
+def weights(out):
+    stages = torch.load(out / "last.pt", weights_only=True)["stages"]
+    return [t for stage in stages.values() for t in tensors(stage["parts"])]
+
+
+def test_train_and_evaluate_leave_what_they_promise(trained):
+    _, out, text = trained
+    rows = {(r["task"], r["method"], r["metric"]): r for r in json.loads((out / "results.json").read_text())["rows"]}
+    assert {m for t, m, _ in rows} == {"MetaDB", "copy-source", "mean-of-train", "intensity-lookup"} and {t for t, _, _ in rows} == {"t1->t2"}
+    assert rows["t1->t2", "MetaDB", "psnr"]["n"] == 3 and "sem_gain" in text and (out / "samples.png").exists()
+    assert set(torch.load(out / "last.pt", weights_only=True)["stages"]["bridge"]["parts"]) == {
+        "generator", "sr", "best", "optimiser", "discriminator", "optimiser_d"}
+
+
+def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
+    status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--lambda-adv", "0", "--lambda-sem", "0", "--train")
+    assert status == 0, text
+    assert set(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stages"]["bridge"]["parts"]) == {"generator", "best", "optimiser"}
+    assert "sem_gain" not in text and "disc" not in text
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    """(config, run, model, data set) of the tiny run, its generator made lively."""
+    ixi, out, _ = trained
+    args = SimpleNamespace(data=ixi, out=out, cache=out.parent / "cache", seed=0, device="cpu", precision="fp32", train=False, typed={},
+                           workers=1, split=None, compile=False)
+    run = metadb.Run("metadb", metadb.Config(), args)
+    cfg = run.settle(metadb.SAMPLING)
+    run.load()
+    model = metadb.load_model(cfg, run)
+    shaken(model.generator, scale=0.1)
+    ds = metadb.open_data(cfg, args, run)
+    run.close()
+    return cfg, run, model, ds
+
+
+def translated(loaded, keys=("a", "b", "c"), rows=(0, 5, 9), prompts=None):
+    cfg, run, model, ds = loaded
+    subjects = metadb.complete(ds)
+    prompts = prompts or metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, ds.contrasts), cfg, subjects, list(ds.contrasts), run.device)
+    y = torch.from_numpy(ds.images[list(rows)].astype("float32"))[:, :1]
+    text = prompts(ds.subject[list(rows)], [0] * len(rows), [1] * len(rows))
+    return metadb.translate(run, model, y, text, [(k, 0) for k in keys])
+
+
+def test_samples_do_not_depend_on_batch_mates_or_order(loaded):
+    together = translated(loaded)
+    assert torch.allclose(translated(loaded, ("c", "b", "a"), (9, 5, 0)), together.flip(0), atol=1e-4)
+    assert torch.allclose(translated(loaded, ("b",), (5,)), together[1:2], atol=1e-4)
+    assert not torch.allclose(translated(loaded, ("x", "y", "z")), together, atol=1e-2)
+
+
+def test_the_masked_prompt_differs_from_the_whole_one_by_the_contrast_alone(loaded):
+    cfg, _, _, ds = loaded
+    subjects = metadb.complete(ds)[:1]
+    whole, hidden = (metadb.prompts_of(subjects, ds.contrasts, cfg.fields, masked) for masked in ((), ("modality",)))
+    a, b = whole[subjects[0].name, 0], hidden[subjects[0].name, 0]
+    assert "T1-weighted" in a and "[MASK]" in b and "T1" not in b and a.split("Description")[0] == b.split("Description")[0]
+    assert hidden[subjects[0].name, 0] == hidden[subjects[0].name, 1]
+    assert metadb.prompts_of(subjects, ds.contrasts, ("scanner",))[subjects[0].name, 0].startswith("Scanner: ")
+
+
+def test_noise_on_the_source_has_the_stated_size_and_is_repeatable(loaded):
+    cfg, run, _, _ = loaded
+    noisy = dataclasses.replace(cfg, noise=10.0)
+    u = torch.full((8, 1, 128, 128), 0.5)
+    spoiled = metadb.spoil(noisy, run, u, [("s", i) for i in range(8)])
+    assert float((spoiled - u).std()) == pytest.approx(10 / 255, rel=0.01) and metadb.spoil(cfg, run, u, []) is u
+    assert torch.equal(metadb.spoil(noisy, run, u[:1], [("s", 3)]), spoiled[3:4])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
+    """Generator, SR-Net, discriminator and both optimisers equal those of the undisturbed run."""
+    ixi, undisturbed, _ = trained
+    out = tmp_path / "killed"
+    words = [sys.executable, "-c", "import sys, common.run; common.run.time.monotonic = (lambda c=iter(range(0, 10**9, 100)): next(c)); sys.argv[0] = 'metadb.py'; "
+             "import metadb; common.run.guarded(metadb.main)", "--data", str(ixi), "--out", str(out), *TINY, "--train"]      # saves after every step
+    for step in (1, 4):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        end = time.time() + 60
+        while time.time() < end and process.poll() is None:
+            if (out / "last.pt").exists() and torch.load(out / "last.pt", weights_only=True)["stages"].get("bridge", {}).get("step", 0) >= step:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = weights(out), weights(undisturbed)
+    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_torchrun_equals_one_process(trained, tmp_path):
+    ixi, alone, _ = trained
+    out = tmp_path / "two"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "metadb.py", "--data", ixi, "--out", out, *TINY,
+                           "--train", "--evaluate"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("generator", "sr", "discriminator"):
+        a, b = (torch.load(p / "last.pt", weights_only=True)["stages"]["bridge"]["parts"][name] for p in (out, alone))
+        assert all(torch.allclose(a[k].float(), b[k].float(), atol=2e-3, rtol=1e-2) for k in a), name
+    rows = [r for r in json.loads((out / "results.json").read_text())["rows"] if r["method"] == "MetaDB" and r["metric"] == "psnr"]
+    assert [(r["n"], r["slices"]) for r in rows] == [(3, 6)]
+
+
+def test_several_directions_and_names_as_people_write_them(ixi, tmp_path, monkeypatch, capsys):
+    base = ["--data", ixi, "--out", tmp_path / "run"]
+    status, text = call(monkeypatch, capsys, *base, *TINY, "--source", "T1,pd", "--target", "T2w,PD", "--train", "--evaluate")
+    assert status == 0 and "| method | t1->t2 | t1->pd | pd->t2 |" in text, text
+    status, text = call(monkeypatch, capsys, *base, "--synthesize")
+    assert status == 2 and "choose one, --only source,target" in text
+    status, text = call(monkeypatch, capsys, *base, "--synthesize", "--only", "pd,t2")
+    assert status == 0 and "wrote t2 from t1, pd" in text
+
+
+def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
+    base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
+    status, text = call(monkeypatch, capsys, *base, "--dump-prompts", tmp_path / "prompts.txt")
+    prompts = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert status == 0 and any("[MASK]" in p for p in prompts) and len(set(prompts)) == len(prompts)
+    np.savez(tmp_path / "own.npz", prompts=np.array(prompts), pooled=np.random.default_rng(0).normal(size=(len(prompts), 20)).astype(np.float32))
+    status, text = call(monkeypatch, capsys, *base, "--text-file", tmp_path / "own.npz", "--train", "--evaluate")
+    assert status == 0 and "| MetaDB |" in text, text
+    status, text = call(monkeypatch, capsys, *base[:2], "--out", tmp_path / "x", *TINY, "--text-file", tmp_path / "own.npz", "--conditioning", "xattn", "--train")
+    assert status == 1 and "holds no tokens" in text
+    np.savez(tmp_path / "less.npz", prompts=np.array(prompts[1:]), pooled=np.zeros((len(prompts) - 1, 20), np.float32))
+    status, text = call(monkeypatch, capsys, *base[:2], "--out", tmp_path / "y", *TINY, "--text-file", tmp_path / "less.npz", "--train")
+    assert status == 1 and "have no embedding" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("words, status, message", [
+    (["--source", "t2"], 2, "name two different contrasts"), (["--fields", "age,mood"], 2, "--fields age,mood: there are"),
+    (["--target", "ct"], 1, "ct"), (["--share", "--prompts", "target"], 2, "needs --prompts both"), (["--conditioning", "none", "--prompts", "target"], 2, "need --conditioning ta"),
+    (["--only", "t2,t1"], 2, "this model knows t1,t2"), (["--eta", "2"], 2, "--eta 2"),
+    (["--pool", "1,32"], 2, "more squares"), (["--evaluate"], 1, "holds no trained model"), (["--text-file", "nowhere.npz", "--train"], 1, "nowhere.npz")])
+def test_wrong_words_get_one_line(ixi, tmp_path, monkeypatch, capsys, words, status, message):
+    code, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, *words)
+    assert code == status and message in text and "Traceback" not in text, text
+
+
+# ---- text must be used, provably (slow) -------------------------------------------------------------------------------
+
+SITES = ("Guys", "HH", "IOP")
+
+
+def three_sites(folder, seed, heads):
+    """Heads nobody has seen, each imaged at three sites under three names: the same source, three targets."""
+    folder.mkdir()
+    (folder / "phantom.json").write_text("{}")
+    grid = phantom.head_grid(64, 12, phantom.SCALP_FIELD)
+    for head in range(heads):
+        anatomy = phantom.ixi_anatomy(seed, head, grid)
+        for s, site in enumerate(SITES):
+            name = f"IXI{10 * head + s + 100:03d}-{site}-{1000 + head}"
+            phantom.write_ixi_scans(folder, name, phantom.ixi_images(seed, head, anatomy, site, hidden=True), grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["ta", "none"])
+def test_hidden_contrast(conditioning, tmp_path, monkeypatch, capsys):
+    """PD is the same at all sites, T2 is not: without text nobody can beat the average of the three T2 (an exact bound on the pooled
+    error, computed from the images as scored).  With text the bound must fall by 1 dB; the wrong site in the prompt costs 2 dB."""
+    phantom.make("ixi-hidden", tmp_path / "train", subjects=24)
+    three_sites(tmp_path / "three", seed=77, heads=4)
+    status, text = call(monkeypatch, capsys, "--data", tmp_path / "train", "--out", tmp_path / "run", "--source", "pd", "--target", "t2",
+                        "--conditioning", conditioning, "--train")
+    assert status == 0, text
+    args = SimpleNamespace(data=tmp_path / "train", out=tmp_path / "run", cache=tmp_path / "cache", seed=0, device="cpu", precision="fp32",
+                           train=False, typed={}, workers=1, split=None, compile=False)
+    run = metadb.Run("metadb", metadb.Config(), args)
+    cfg = run.settle(metadb.SAMPLING)
+    run.load()
+    model, contrasts = metadb.load_model(cfg, run), ["pd", "t2"]
+    subjects = metadb.data.find_layout(tmp_path / "three", ("pd", "t2")).subjects
+    prompts = metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, contrasts), cfg, subjects, contrasts, run.device)
+    images = {s.name: metadb.data.load_subject(s, ("pd", "t2"), 64).images[2:10:2] for s in subjects}     # (4, 2, 64, 64) each
+    right, wrong, blind = [], [], []
+    for head in range(4):
+        names = [s.name for s in subjects[3 * head:3 * head + 3]]
+        source, targets = torch.from_numpy(images[names[0]][:, :1]), np.stack([images[name][:, 1] for name in names])    # (3, 4, 64, 64)
+        assert all(np.array_equal(images[name][:, 0], images[names[0]][:, 0]) for name in names)
+        made = np.stack([metadb.translate(run, model, source, prompts([name] * 4, [0] * 4, [1] * 4), [(head, z) for z in range(4)])[:, 0].numpy()
+                         for name in names])
+        right.append((made - targets) ** 2)
+        wrong.append((made[[1, 2, 0]] - targets) ** 2)
+        blind.append((targets.mean(0, keepdims=True) - targets) ** 2)
+    right, wrong, bound = (-10 * math.log10(np.mean(errors)) for errors in (right, wrong, blind))
+    print(f"{conditioning}: {right:.2f} dB, with the wrong site {wrong:.2f} dB, bound without text {bound:.2f} dB")
+    if conditioning == "none":
+        assert right <= bound + 1e-3 and wrong == pytest.approx(right, abs=1e-3)
+    else:
+        assert right >= bound + 1 and wrong <= right - 2
