@@ -574,8 +574,8 @@ def learning_rate(step, steps, peak, low=1e-5):
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge", Eq. (9): generator and SR-Net on Eq. (6) to Eq. (8), and the discriminator.  The generator with the lowest
-    validation error is kept."""
+    """Stage "bridge", Eq. (9): generator and SR-Net on Eq. (6) to Eq. (8), and the discriminator.  The generator with
+    the lowest validation error is kept."""
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts, slices, device = list(ds.contrasts), ds.part("train"), run.device
     table = text_table(cfg, encoder, complete(ds), contrasts)
