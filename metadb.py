@@ -71,13 +71,10 @@ from common.cli import parse
 from common.results import Task, list_tables, report, reproduce, synthesize
 from common.run import Best, Run, RunError, guarded, restore, seed_of, stored_config
 from common.unet import Attention, UNet, attention_at, sinusoid, zeroed
-from data.layouts import canonical_contrast, prompt
+from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
 from data.volumes import DataError
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
-
-FIELDS = ("age", "gender", "scanner", "description")       # of a prompt (Table 5)
-
 
 @dataclass(frozen=True)
 class Config:
@@ -113,7 +110,7 @@ class Config:
     conditioning: Literal["ta", "xattn", "none"] = "ta"           # how prompts enter the U-Net (Table 4)
     prompts: Literal["both", "source", "target"] = "both"         # which of them (Table 6)
     share: bool = False                         # one map for both prompts [D3]
-    fields: tuple[str, ...] = FIELDS            # what a prompt says (Table 5)
+    fields: tuple[str, ...] = PROMPT_FIELDS     # what a prompt says: age, gender, scanner, description (Table 5)
     text_file: str = ""                         # .npz with your own embeddings of the prompts, e.g. BiomedCLIP's [D1]
     lambda_adv: float = 0.1                     # lambda_1 of Eq. (9); 0: no discriminator
     lambda_sem: float = 0.01                    # lambda_2 of Eq. (9); 0: no SR-Net (Table 3)
@@ -133,9 +130,9 @@ class Config:
             if self.base * m % self.groups or self.base * m % self.head_dim:
                 raise ValueError(f"--base {self.base} times --mult {m} must be divisible by --groups {self.groups} "
                                  f"and by --head-dim {self.head_dim}")
-        unknown = set(self.fields) - set(FIELDS)
+        unknown = set(self.fields) - set(PROMPT_FIELDS)
         if unknown:
-            raise ValueError(f"--fields {','.join(self.fields)}: there are {', '.join(FIELDS)}")
+            raise ValueError(f"--fields {','.join(self.fields)}: there are {', '.join(PROMPT_FIELDS)}")
         if self.conditioning != "ta" and (self.share or self.prompts != "both"):
             raise ValueError("--share and --prompts belong to TA-Norm: they need --conditioning ta")
         if self.share and self.prompts != "both":
@@ -556,7 +553,7 @@ def train_encoder(cfg, run, ds):
         list(run.steps("encoder", 0, {}))           # nothing to train, which finishes the stage
         return None
     subjects = {s.name: s for s in ds.subjects}
-    texts = prompts_of([subjects[name] for name in ds.split["train"]], ds.contrasts, FIELDS)    # whole, whatever --fields says
+    texts = prompts_of([subjects[name] for name in ds.split["train"]], ds.contrasts, PROMPT_FIELDS)    # whole, whatever --fields says
     rows = ds.rows("train")
     captions = [[texts[ds.subject[r], c] for c in range(len(ds.contrasts))] for r in rows]
     encoder = clip.build(cfg.encoder, list(texts.values()), cfg.size, seed=run.seed).to(run.device)
@@ -718,7 +715,7 @@ TABLES = {
     "table4": {"title": "how prompts enter the U-Net", "against": "MetaDB", "rows": {
         "cross-attention": dict(conditioning="xattn"), "MetaDB": {}}},
     "table5": {"title": "what the prompts say", "against": "MetaDB", "rows": {
-        "None": dict(fields=()), **{f.capitalize(): dict(fields=(f,)) for f in FIELDS}, "MetaDB": {}}},
+        "None": dict(fields=()), **{f.capitalize(): dict(fields=(f,)) for f in PROMPT_FIELDS}, "MetaDB": {}}},
     "table6": {"title": "which prompts enter", "against": "MetaDB", "rows": {
         "none": PLAIN, "source": dict(prompts="source"), "target": dict(prompts="target"), "MetaDB": {}}},
     "fig5": {"title": "a noisy source, sigma 10 of 255", "against": "MetaDB", "rows": {

@@ -210,6 +210,13 @@ def test_prompts_reach_the_generator_only_where_they_should():
     assert torch.allclose(run(net, hidden), run(net, spoiled), atol=1e-6) and not torch.allclose(run(net, hidden), run(net, e), atol=1e-6)
 
 
+def test_cross_attention_tells_the_words_of_the_source_from_those_of_the_target():
+    e, net = text(), generator(conditioning="xattn")
+    words, more = torch.randn(2, 3, 4, 12, generator=torch.Generator().manual_seed(3))
+    there, back = (e._replace(tokens=torch.cat(pair, dim=1), mask=torch.ones(3, 8, dtype=torch.bool)) for pair in ((words, more), (more, words)))
+    assert not torch.allclose(run(net, there), run(net, back), atol=1e-5)
+
+
 def test_ta_norm_sits_in_every_block_on_the_way_down_and_up():
     for name, count in (("ta", 2 * (1 + 2)), ("none", 0), ("xattn", 0)):
         net = generator(conditioning=name)
@@ -342,6 +349,29 @@ def test_train_and_evaluate_leave_what_they_promise(trained):
     assert rows["t1->t2", "MetaDB", "psnr"]["n"] == 3 and "sem_gain" in text and (out / "samples.png").exists()
     assert set(torch.load(out / "last.pt", weights_only=True)["stages"]["bridge"]["parts"]) == {
         "generator", "sr", "best", "optimiser", "discriminator", "optimiser_d"}
+
+
+def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_jointly(ixi, tmp_path, monkeypatch, capsys):
+    """x0 of every step is the target contrast; it is what the L1 looks at, and x_{t-1} is drawn from (x_t, x0) and from (x_t, x0_hat)."""
+    seen, q_sample, posterior, l1 = [], metadb.Bridge.q_sample, metadb.Bridge.posterior, metadb.F.l1_loss
+
+    def watch_q(self, t, x0, y, eps):
+        seen.append(["q", x0, y, q_sample(self, t, x0, y, eps)])
+        return seen[-1][-1]
+    monkeypatch.setattr(metadb.Bridge, "q_sample", watch_q)
+    monkeypatch.setattr(metadb.Bridge, "posterior", lambda self, t, x_t, x0, y, eps: (seen.append(["p", x_t, x0, y]), posterior(self, t, x_t, x0, y, eps))[1])
+    monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(["l1", made, x0]), l1(made, x0))[1])
+    status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--epochs", "1", "--train")
+    assert status == 0, text
+    at = [i for i, entry in enumerate(seen) if entry[0] == "l1"]
+    assert len(at) == 4
+    images = metadb.data.open_dataset(ixi, ("t1", "t2"), 32, train_fraction=0.5, test_subjects=3, cache=tmp_path / "cache", say=str).images
+    for i in at:
+        (_, x0, y, x_t), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
+        assert goal is x0 and first[1] is x_t and first[2] is made and second[1] is x_t and second[2] is x0 and first[3] is second[3] is y
+        for c, batch in ((1, x0), (0, y)):
+            stored = torch.from_numpy(2 * images[:, c].astype("float32") - 1)
+            assert all((stored - b).abs().amax((1, 2)).min() == 0 for b in batch)
 
 
 def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
