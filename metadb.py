@@ -66,7 +66,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
-from common import clip
+from common import clip, downstream
 from common.cli import parse
 from common.results import Task, list_tables, report, reproduce, synthesize
 from common.run import Best, Run, RunError, guarded, restore, seed_of, stored_config
@@ -120,6 +120,8 @@ class Config:
     only: tuple[str, ...] = ()                  # source,target: one direction of a model that knows several
     eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 deterministic (DBIM)
     noise: float = 0.0                          # of sigma NOISE/255, added to the source of test slices (Fig. 5: 10)
+    segment: bool = False                       # a segmenter, trained on real slices, draws on the results: Dice (Fig. 6)
+    segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes the result by rounding only
     dump_prompts: str = ""                      # write every prompt that this run would read to this text file, and stop
 
@@ -144,12 +146,12 @@ class Config:
 
 
 # Fields that may change without training again; all others make another run.
-SAMPLING = ("only", "eta", "noise", "sample_batch", "test_slices", "dump_prompts")
+SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", "test_slices", "dump_prompts")
 PRESETS = {
     "paper": {},
     "demo": dict(size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=16, mult=(1, 2, 2, 4),
                  blocks=1, attention=(8,), head_dim=16, groups=8, disc_base=16, encoder_steps=150, encoder_batch=24,
-                 encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4, lr_d=3e-4),
+                 encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4, lr_d=3e-4, segment_steps=600),
 }
 LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
               encoder_batch=(2, 65536), N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
@@ -553,7 +555,7 @@ def train_encoder(cfg, run, ds):
         list(run.steps("encoder", 0, {}))           # nothing to train, which finishes the stage
         return None
     subjects = {s.name: s for s in ds.subjects}
-    texts = prompts_of([subjects[name] for name in ds.split["train"]], ds.contrasts, PROMPT_FIELDS)    # whole, whatever --fields says
+    texts = prompts_of([subjects[name] for name in ds.split["train"]], ds.contrasts, PROMPT_FIELDS)    # whole, always
     rows = ds.rows("train")
     captions = [[texts[ds.subject[r], c] for c in range(len(ds.contrasts))] for r in rows]
     encoder = clip.build(cfg.encoder, list(texts.values()), cfg.size, seed=run.seed).to(run.device)
@@ -720,6 +722,8 @@ TABLES = {
         "none": PLAIN, "source": dict(prompts="source"), "target": dict(prompts="target"), "MetaDB": {}}},
     "fig5": {"title": "a noisy source, sigma 10 of 255", "against": "MetaDB", "rows": {
         "no text": dict(PLAIN, noise=10.0), "MetaDB": dict(noise=10.0), "MetaDB, clean source": {}}},
+    "fig6": {"title": "what a segmenter draws on the results", "against": "MetaDB", "metric": "dice", "rows": {
+        "no text": dict(PLAIN, segment=True), "MetaDB": dict(segment=True)}},
     "readings": {"title": "ours: where the paper can be read in more than one way", "against": "MetaDB", "rows": {
         "MetaDB": {}, "soft bridge": dict(bridge="soft"), "one pass": dict(R=1), "deterministic": dict(eta=0.0),
         "one map": dict(share=True), "literal pooling": dict(pool=(1,)), "SR-Net sees real images": dict(sem_real=True),
@@ -732,6 +736,7 @@ def evaluate(cfg, run, ds, model):
     contrasts, rows = list(ds.contrasts), ds.spread("test", cfg.test_slices)
     pairs, table = directions(cfg, contrasts), text_table(cfg, model.encoder, complete(ds), contrasts)
     prompts = Prompts(table, cfg, complete(ds), contrasts, run.device)
+    segmenters = train_segmenters(cfg, run, ds, {t for _, t in pairs}) if cfg.segment else {}
     mine = set(ds.split["test"][run.rank::run.world])                                   # whole subjects per process
     work = [(pair, r) for pair in pairs for r in rows if ds.subject[r] in mine]
     done = []                                                                           # ((pair, row), source, result)
@@ -748,10 +753,24 @@ def evaluate(cfg, run, ds, model):
     scored, truth = [], np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
     for s, t in pairs:
         source, made = (np.stack(images) for images in zip(*(done[(s, t), r] for r in rows)))       # (n, H, W) each
-        scored.append(Task({contrasts[s]: source}, contrasts[t], truth[:, t], {"MetaDB": made}, ds.subject[rows]))
+        scored.append(Task({contrasts[s]: source}, contrasts[t], truth[:, t], {"MetaDB": made}, ds.subject[rows],
+                           segmenters.get(t), ds.labels[rows] if cfg.segment else None))
     some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(contrasts)},
            f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; unit: subject, the mean of its slices")
+
+
+def train_segmenters(cfg, run, ds, targets):
+    """Fig. 6: {channel number: a segmenter of that contrast}, trained on at most 5,000 real slices of training subjects."""
+    if ds.labels is None:
+        raise RunError(f"--segment: not every subject in {ds.folder} has label maps (as BraTS's ..._seg.nii.gz)")
+    rows = evenly(ds.rows("train"), 5000)
+    labels = np.asarray(ds.labels[rows])                                                # (m, H, W)
+    classes, made = tuple(np.unique(labels).tolist()), {}
+    for t in sorted(targets):
+        stage = f"segmenter {ds.contrasts[t]} {cfg.segment_steps} {ds.fingerprint[:8]}"
+        made[t] = downstream.train_segmenter(run, ds.images[rows, t], labels, classes, cfg.segment_steps, cfg.batch, stage=stage)
+    return made
 
 
 def spoil(cfg, run, u, keys):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.metrics import row
 from common.run import seed_of
 from common.unet import UNet
 
@@ -125,3 +126,12 @@ def dice(truth, predicted, subjects, classes):
             if total > 0:
                 scores[name][str(subject)] = float(2 * ((t == name) & (p == name)).sum() / total)
     return scores
+
+
+def dice_rows(task, method, truth, predicted, subjects, classes):
+    """Rows of results.json: "dice", a subject's mean over the classes it has, and "dice 1", ... each; background is none."""
+    each = dice(truth, predicted, subjects, [name for name in classes if name != 0])
+    mean = {str(s): float(np.mean([scores[s] for scores in each.values() if s in scores]))
+            for s in dict.fromkeys(subjects) if any(s in scores for scores in each.values())}
+    return [row(task, method, "dice", mean),
+            *(row(task, method, f"dice {name}", scores) for name, scores in each.items() if scores)]

@@ -253,14 +253,15 @@ def baselines(train, sources, target):
 
 
 def markdown_table(rows, region="whole slice"):
-    """Rows of score_table as a table method x task: PSNR in dB, mean ± std over subjects (n), and mean SSIM."""
+    """Rows of score_table as a table method x task: PSNR in dB, mean ± std over subjects (n), mean SSIM, and Dice if there."""
     cells = {(_label(r), r["task"], r["metric"]): r for r in rows}
     tasks, methods = list(dict.fromkeys(r["task"] for r in rows)), list(dict.fromkeys(_label(r) for r in rows))
-    counts = [r["n"] for r in rows]
+    counts = [r["n"] for r in rows if r["metric"] == "psnr"]
+    dice = " / Dice, mean of the classes" if any(r["metric"] == "dice" for r in rows) else ""
     n = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean.  Unit: subject, the mean of its slices; "
+    header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean{dice}.  Unit: subject, the mean of its slices; "
               f"n = {n}; {region}; range [0,1].")
-    body = [["method", *tasks]] + [[m, *(_cell(cells.get((m, t, "psnr")), cells.get((m, t, "ssim"))) for t in tasks)]
+    body = [["method", *tasks]] + [[m, *(_cell(*(cells.get((m, t, name)) for name in ("psnr", "ssim", "dice"))) for t in tasks)]
                                    for m in methods]
     if len(tasks) > 6:                                          # too wide to read: one line per task
         body = [list(line) for line in zip(*body)]
@@ -276,11 +277,11 @@ def _label(r):
     return r["method"] + (f" ({r['variant']})" if r.get("variant") else "")
 
 
-def _cell(psnr_row, ssim_row):
+def _cell(psnr_row, ssim_row, dice_row):
     left = right = "–"
     if psnr_row and psnr_row["n"]:
         spread = f" ± {psnr_row['std']:.2f}" if psnr_row["n"] > 1 else ""
         left = f"{psnr_row['mean']:.2f}{spread} ({psnr_row['n']})"
     if ssim_row and ssim_row["n"]:
         right = f"{ssim_row['mean']:.3f}"
-    return f"{left} / {right}"
+    return f"{left} / {right}" + (f" / {dice_row['mean']:.3f}" if dice_row and dice_row["n"] else "")

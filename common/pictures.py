@@ -67,6 +67,18 @@ def error_map(truth, image, limit=0.3):
     return np.clip(np.stack([3 * share, 3 * share - 1, 3 * share - 2], axis=-1), 0, 1)
 
 
+def overlay(image, labels, colours):
+    """An image (H, W) in [0,1] with its labels (H, W) in half-transparent colours, {label: (r, g, b) of 255}.
+
+    Returns (H, W, 3) in [0,1]; labels without a colour stay grey.
+    """
+    shown = np.repeat(np.clip(np.asarray(image, np.float64), 0, 1)[..., None], 3, axis=2)
+    for label, colour in colours.items():
+        where = np.asarray(labels) == label
+        shown[where] = (shown[where] + np.array(colour) / 255) / 2
+    return shown
+
+
 def _rgb(image):
     """(H, W) or (H, W, 3) in [0,1] -> (H, W, 3) uint8; NaN becomes magenta, which no image of ours contains."""
     image = np.asarray(image, np.float64)

@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import metrics, pictures
+from common import downstream, metrics, pictures
 from common.cli import flags
 from common.run import RunError, read_checkpoint, replace
 
 SHOWN = 0.3                                     # error at which an error map is white
+CLASS_COLOURS = {1: (220, 40, 40), 2: (40, 180, 60), 3: (60, 90, 255), 4: (60, 90, 255)}
+# of label maps, as in Fig. 6 of MetaDB: necrosis red, oedema green, enhancing tumour (4 of BraTS, 3 from 2023 on) blue
 
 
 # ---- one model -------------------------------------------------------------------------------------------------------
@@ -35,12 +37,15 @@ class Task:
 
     sources: {contrast: images} that were known;  target: contrast;  results: {method: images}, the model's first;
     subjects: (n,) names
+    segmenter, labels: of the target contrast (common/downstream.py), and the true label maps (n, H, W); or None
     """
     sources: dict
     target: str
     truth: np.ndarray
     results: dict
     subjects: np.ndarray
+    segmenter: torch.nn.Module | None = None
+    labels: np.ndarray | None = None
 
     @property
     def name(self):
@@ -52,11 +57,23 @@ def report(run, tasks, train, protocol):
 
     train: {contrast: (m, H, W)}, slices of training subjects for the baselines.  protocol: what a value is, in words.
     """
-    rows, kept, sheet = [], {}, []
+    rows, kept, sheet, drawn = [], {}, [], []
     width = max(len(task.sources) for task in tasks)
     for task in tasks:
         methods = {**task.results, **metrics.baselines(train, task.sources, task.target)}
         rows += metrics.score_table(task.name, methods, task.truth, task.subjects, slices=len(task.truth))
+        if task.segmenter:
+            maps = {method: downstream.segment(task.segmenter, images)
+                    for method, images in {**methods, "real slices": task.truth}.items() if method != "mean-of-train"}
+            for method, found in maps.items():
+                rows += downstream.dice_rows(task.name, method, task.labels, found, task.subjects, task.segmenter.classes)
+            name, *_ = task.results
+            both = {"truth": (task.truth, task.labels), "on the real slice": (task.truth, maps["real slices"]),
+                    f"on {name}": (task.results[name], maps[name])}
+            i = int((task.labels > 0).sum((1, 2)).argmax())                     # the slice that shows most
+            shown = {title: pictures.overlay(images[i], labels[i], CLASS_COLOURS) for title, (images, labels) in both.items()}
+            drawn.append((f"{task.name}, {task.subjects[i]}", shown))
+            kept[f"{task.name}|{name}|drawn"], kept[f"{task.name}|truth|drawn"] = shown[f"on {name}"], shown["truth"]
         for i in (0, len(task.truth) // 2):
             model, *start = (images[i] for images in task.results.values())
             error = pictures.error_map(task.truth[i], model, SHOWN)
@@ -72,6 +89,9 @@ def report(run, tasks, train, protocol):
     columns = [*(f"source {i + 1}" for i in range(width)), *others, name, "truth", "error"]
     pictures.grid(run.out / "samples.png", [images for _, images in sheet[:12]], columns, [label for label, _ in sheet[:12]],
                   note=f"error: |truth - {name}|, white from {SHOWN} on")
+    if drawn:
+        pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn], list(drawn[0][1]),
+                      [label for label, _ in drawn])
     run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
 
 
@@ -111,7 +131,8 @@ def list_tables(tables):
 def reproduce(script, name, table, cfg, args, free, stages, method, work):
     """Train and score every row of a table for every seed; writes OUT/tables/NAME.md, .csv and .png.
 
-    table   {"title": ..., "against": the row that all are compared with, "rows": {row: {field: value}}}
+    table   {"title": ..., "against": the row that all are compared with, "rows": {row: {field: value}}}, and "metric", which
+            rows are compared by, if that is not PSNR
     free    fields that need no training;  stages {stage: fields that matter to it and later ones only}: a row that trains
             otherwise takes over from the first model what does not differ
     method  the model's name in results.json
@@ -238,25 +259,26 @@ def markdown(name, table, lines, contents, seed, free):
 
     contents: of the results.json of the row table["against"], one per seed.
     """
-    ours = [line for line in lines if line["kind"] != "paper only"]
+    ours, metric = [line for line in lines if line["kind"] != "paper only"], table.get("metric", "psnr")
     content, n, seeds = contents[0], max(line["n"] for line in ours), len(contents)
-    tested = len({line["row"] for line in ours}) - 1
+    tested = sum("p" in line for line in ours if (line["task"], line["metric"]) == ("mean", metric))
     least = 2 * tested / 2 ** n                             # Wilcoxon's smallest p without ties, corrected
     floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})" if n >= metrics.FEWEST and least > 1e-3 else ""
+    dice = " / Dice, mean of the classes" if any(line["metric"] == "dice" for line in ours) else ""
     tasks = [t for t in dict.fromkeys(line["task"] for line in ours) if t != "mean"]
     cells = {(line["row"], line["task"], line["metric"]): line for line in lines}
     text = [f"## {name}: {table['title']}", "",
             f"Data: {Path(content['data']).resolve().name}{', digital phantoms' if content['phantom'] else ''}; {n} test "
             f"subjects; {seeds} training seed{'s' if seeds > 1 else ''} (from {seed}), a subject's value is its mean over "
             f"them.  {content['protocol']}.  Beside a row's flags: {flags({k: content['config'][k] for k in free})}.", "",
-            f"PSNR in dB ± std over subjects / SSIM; in brackets what the paper prints, for its own data.  Mean: over the "
-            f"tasks, with a 95 % bootstrap interval over subjects{', and the mean of each seed' if seeds > 1 else ''}.  "
+            f"PSNR in dB ± std over subjects / SSIM{dice}; in brackets what the paper prints, for its own data.  Mean: over "
+            f"the tasks, with a 95 % bootstrap interval over subjects{', and the mean of each seed' if seeds > 1 else ''}.  "
             f"Difference of that mean to \"{table['against']}\", with Wilcoxon's paired p over subjects, Holm-corrected for "
             f"the {tested} comparisons of this column{floor}."]
     rows = {line["row"]: line for line in lines}            # the last line of each; its kind and flags are the row's
-    body = [["row", "flags", *tasks, "mean PSNR", "difference"]]
+    body = [["row", "flags", *tasks, f"mean {dict(psnr='PSNR', dice='Dice')[metric]}", "difference"]]
     for row, line in rows.items():
-        mean = cells.get((row, "mean", "psnr"), {})
+        mean = cells.get((row, "mean", metric), {})
         body.append([row, f"`{line['flags']}`" if line.get("flags") else "", *(cell(cells, row, task) for task in tasks),
                      average(mean), difference(mean)])
     if len(tasks) > 6:                                      # too wide to read: one line per task
@@ -267,11 +289,13 @@ def markdown(name, table, lines, contents, seed, free):
 
 def cell(cells, row, task):
     """One task of one row."""
-    psnr, ssim = (cells.get((row, task, metric), {}) for metric in ("psnr", "ssim"))
+    psnr, ssim, dice = (cells.get((row, task, metric), {}) for metric in ("psnr", "ssim", "dice"))
     parts = []
     if psnr.get("n"):
         spread = f" ± {psnr['std']:.2f}" if psnr["n"] > 1 else ""
         parts.append(f"{psnr['mean']:.2f}{spread} / {ssim['mean']:.3f}")
+    if dice.get("n"):
+        parts.append(f"/ {dice['mean']:.3f}")
     if psnr.get("paper"):
         parts.append(f"({psnr['paper']:.2f} / {ssim['paper']:.3f})")
     return " ".join(parts)
@@ -280,16 +304,17 @@ def cell(cells, row, task):
 def average(line):
     if not line.get("n"):
         return ""
-    low_high = f" [{line['ci95'][0]:.2f}, {line['ci95'][1]:.2f}]" if line["ci95"] else ""
-    seeds = "; " + ", ".join(f"{s:.2f}" for s in line["seeds"]) if len(line["seeds"]) > 1 else ""
-    return f"{line['mean']:.2f}{low_high}{seeds}"
+    digits = 2 if line["metric"] == "psnr" else 3
+    low_high = " [{:.{d}f}, {:.{d}f}]".format(*line["ci95"], d=digits) if line["ci95"] else ""
+    seeds = "; " + ", ".join(f"{s:.{digits}f}" for s in line["seeds"]) if len(line["seeds"]) > 1 else ""
+    return f"{line['mean']:.{digits}f}{low_high}{seeds}"
 
 
 def difference(line):
     if line.get("difference") is None:
         return ""
     p = f"n = {line['pairs']}, too few to test" if line["p"] is None else f"p = {line['p_holm']:.2g}"
-    return f"{line['difference']:+.2f} dB, {p}"
+    return (f"{line['difference']:+.2f} dB, " if line["metric"] == "psnr" else f"{line['difference']:+.3f}, ") + p
 
 
 def as_csv(lines):
@@ -307,11 +332,19 @@ def as_csv(lines):
 
 
 def picture(path, found, method):
-    """The same slice in every row of the table: result above its error map.  found: {row: {"task|method": image}}"""
+    """The same slice in every row of the table: result above its error map, and what a segmenter drew on one of the slices.
+
+    found: {row: {"task|method": image, "task|method|drawn": image in colour}}
+    """
     sheet, labels = [], []
     for key, truth in [(k, image) for k, image in next(iter(found.values())).items() if k.endswith("|truth")][:6]:
         task = key.removesuffix("|truth")
         results = [images.get(f"{task}|{method}", np.full_like(truth, np.nan)) for images in found.values()]
         sheet += [[truth, *results], [np.ones_like(truth), *(pictures.error_map(truth, image, SHOWN) for image in results)]]
         labels += [task, "error"]
+        if f"{key}|drawn" in next(iter(found.values())):
+            nothing = np.full((*truth.shape, 3), np.nan)
+            sheet.append([next(iter(found.values()))[f"{key}|drawn"],
+                          *(images.get(f"{task}|{method}|drawn", nothing) for images in found.values())])
+            labels.append("segmented")
     pictures.grid(path, sheet, ["truth", *found], labels, note=f"error: |truth - result|, white from {SHOWN} on")

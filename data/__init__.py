@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ __all__ = ["DataError", "Dataset", "SubjectSlices", "caption", "check", "denorma
            "load_subject", "open_dataset", "prompt", "read_volume", "write_volume"]
 
 KEEP = 1 / 3                 # of the volume's largest in-slice foreground; see kept_slices
-CACHE_VERSION = 1            # raise it when the pixels that load_subject returns change
+CACHE_VERSION = 2            # raise it when the pixels that load_subject returns change
 SHOWN_NOTES = 8              # --check shows all of them
 
 
@@ -61,6 +62,7 @@ class SubjectSlices:
     position: np.ndarray                            # (Z,) 0 at the lowest, 1 at the highest kept slice
     brain: np.ndarray                               # (Z,) foreground of the reference / area of the picture
     lesion: list | None                             # (Z,) of str, None without a segmentation
+    labels: np.ndarray | None                       # (Z, S, S) uint8, the segmentation; None without
     reference: Volume | None                        # as read: the grid that outputs are written on
     notes: list                                     # (file, sentence) pairs
 
@@ -116,9 +118,12 @@ def load_subject(subject, contrasts, size, use=None):
     present = np.array([contrast in read for contrast in contrasts])
     flat = (images[:, present].min((2, 3)) == images[:, present].max((2, 3))).any(1)
     kept = kept_slices(np.stack(areas)) & ~flat
-    lesion = _lesions(subject, reference, first_mask) if subject.segmentation else None
+    lesion = labels = None
+    if subject.segmentation:
+        labels = upright(resample_to(read_volume(subject.segmentation), reference, order=0, fill=0))    # (Z, H, W)
+        lesion, labels = _lesions(labels, reference, first_mask), fit_slices(labels, size, labels=True).astype(np.uint8)
     frame = max(size, *reference.array.shape[:2]) ** 2                      # source pixels that the picture covers
-    return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept), areas[0] / frame, lesion,
+    return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept), areas[0] / frame, lesion, labels,
                          reference, notes)
 
 
@@ -133,7 +138,7 @@ def _load_slices(subject, contrasts, size, use):
     present = np.array([contrast in subject.files for contrast in contrasts])
     flat = (images[:, present].min((2, 3)) == images[:, present].max((2, 3))).any(1)
     brain = (images[:, np.argmax(present)] > 0).mean((1, 2))
-    return SubjectSlices(images, present, {}, ~flat, int(flat.sum()), np.full(len(images), 0.5), brain, None, None, [])
+    return SubjectSlices(images, present, {}, ~flat, int(flat.sum()), np.full(len(images), 0.5), brain, None, None, None, [])
 
 
 def _reference_first(subject, contrasts):
@@ -189,9 +194,8 @@ def _positions(kept):
     return np.clip((np.arange(len(kept)) - z[0]) / (z[-1] - z[0]), 0, 1)
 
 
-def _lesions(subject, reference, mask):
-    """One description per slice, from the segmentation on the reference grid; the midline is the brain's median."""
-    labels = upright(resample_to(read_volume(subject.segmentation), reference, order=0, fill=0))
+def _lesions(labels, reference, mask):
+    """One description per upright slice of labels (Z, H, W); the midline is the brain's median."""
     midline = np.median(np.nonzero(upright(mask).any(1))[1])                # over the brain's shadow, seen from above
     pixel = np.linalg.norm(np.cross(reference.affine[:3, 0], reference.affine[:3, 1]))
     return [describe_lesion(plane, midline, pixel) for plane in labels]
@@ -236,6 +240,7 @@ class Dataset:
     position: np.ndarray                            # (n,) 0..1 in the kept range
     brain: np.ndarray                               # (n,) area fraction
     lesion: list                                    # (n,) str, or None where a subject has no segmentation
+    labels: np.ndarray | None                       # (n, size, size) uint8, memory-mapped; None unless all have one
     scales: dict                                    # {subject: {contrast: Scale}}
 
     def part(self, part):
@@ -286,7 +291,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     if not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
     fingerprint = _fingerprint(folder, complete, layout.contrasts, size)
-    index, images = _cached(cache, fingerprint, folder, complete, layout.contrasts, size, workers, say)
+    index, images, labels = _cached(cache, fingerprint, folder, complete, layout.contrasts, size, workers, say)
     _say_notes(_grouped(index["notes"]), say)
     _check_duplicates(index["digests"], split, say)
     say(f"  split: {', '.join(f'{len(names)} {part}' for part, names in split.items())}; "
@@ -294,7 +299,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     scales = {name: {contrast: Scale(*pair) for contrast, pair in of.items()} for name, of in index["scales"].items()}
     columns = {key: np.array(index[key]) for key in ("subject", "z", "position", "brain")}
     return Dataset(folder, layout.name, layout.contrasts, size, (folder / "phantom.json").exists(), fingerprint,
-                   layout.subjects, incomplete, split, images, lesion=index["lesion"], scales=scales, **columns)
+                   layout.subjects, incomplete, split, images, lesion=index["lesion"], labels=labels, scales=scales, **columns)
 
 
 def is_phantom(folder):
@@ -428,7 +433,7 @@ def _fingerprint(folder, subjects, contrasts, size):
 
 
 def _cached(cache, fingerprint, folder, subjects, contrasts, size, workers, say):
-    """(index, images) from the cache, built first where it is missing, stale or damaged."""
+    """(index, images, labels or None) from the cache, built first where it is missing, stale or damaged."""
     home = cache / fingerprint
     if home.exists():
         try:
@@ -466,37 +471,58 @@ def _open_cache(home, contrasts, size):
         raise ValueError("the columns of the index differ in length")
     if not all(part in index for part in ("scales", "digests", "notes", "slices", "constant")):
         raise ValueError("the index is incomplete")
-    return index, images
+    labels = None
+    if index["labels"]:
+        labels = np.load(home / "labels.npy", mmap_mode="r")
+        if labels.shape != (wanted[0], size, size) or labels.dtype != np.uint8:
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}, the index says uint8 {(wanted[0], size, size)}")
+    return index, images, labels
 
 
 def _build_cache(home, key, subjects, contrasts, size, workers):
     """Decode all subjects with a few threads; rows are written in order of subject, whoever finishes first."""
-    index = {"key": key, "slices": 0, "constant": 0, "scales": {}, "digests": {},
-             "notes": [], "subject": [], "z": [], "position": [], "brain": [], "lesion": []}
-    temporary = home / f"slices.npy.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file, ThreadPoolExecutor(workers) as pool:
-            _write_npy_header(file, (0, len(contrasts), size, size))
-            start = file.tell()
-            for i in range(0, len(subjects), workers):                     # in groups: at most `workers` in memory
-                group = subjects[i:i + workers]
-                loaded = pool.map(load_subject, group, [contrasts] * len(group), [size] * len(group))
-                for subject, slices in zip(group, loaded):
-                    rows = _index_subject(index, subject, contrasts, slices)
-                    file.write(rows.tobytes())
-            file.seek(0)
-            _write_npy_header(file, (len(index["subject"]), len(contrasts), size, size))
-            if file.tell() != start:
-                raise RuntimeError("the .npy header changed its length")
-        os.replace(temporary, home / "slices.npy")
-    finally:
-        temporary.unlink(missing_ok=True)
+    index = {"key": key, "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": [], "subject": [], "z": [],
+             "position": [], "brain": [], "lesion": [], "labels": all(subject.segmentation for subject in subjects)}
+    with (_growing_npy(home / "slices.npy", "<f2", (len(contrasts), size, size)) as images,
+          _growing_npy(home / "labels.npy", "|u1", (size, size)) if index["labels"] else nullcontext() as labels,
+          ThreadPoolExecutor(workers) as pool):
+        for i in range(0, len(subjects), workers):                         # in groups: at most `workers` in memory
+            group = subjects[i:i + workers]
+            loaded = pool.map(load_subject, group, [contrasts] * len(group), [size] * len(group))
+            for subject, slices in zip(group, loaded):
+                images(_index_subject(index, subject, contrasts, slices))
+                if index["labels"]:
+                    labels(slices.labels[slices.kept])
     write_atomically(home / "index.json", json.dumps(index).encode())
 
 
-def _write_npy_header(file, shape):
-    """numpy pads this header so that the first axis can grow in place; n is known only after the last subject."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+@contextmanager
+def _growing_npy(path, kind, shape):
+    """A .npy file of rows of this shape, yielded as a function that appends some; it appears when it is complete.
+
+    numpy pads the header so that the first axis can grow in place; n is known only after the last row.
+    """
+    temporary, n = path.with_name(f"{path.name}.tmp-{os.getpid()}"), 0
+
+    def header():
+        np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (n, *shape)})
+
+    def append(rows):
+        nonlocal n
+        n += len(rows)
+        file.write(rows.tobytes())
+    try:
+        with open(temporary, "wb") as file:
+            header()
+            start = file.tell()
+            yield append
+            file.seek(0)
+            header()
+            if file.tell() != start:
+                raise RuntimeError("the .npy header changed its length")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _index_subject(index, subject, contrasts, slices):

@@ -417,18 +417,19 @@ def fit(array, size):
     return fit_slices(upright(array), size)
 
 
-def fit_slices(slices, size):
+def fit_slices(slices, size, labels=False):
     """(Z, H, W) -> (Z, size, size), float32.
 
     Slices that fit are padded with 0 around their centre, voxel for voxel. Larger ones are padded to a square, then
-    resampled with a triangle filter as wide as the reduction, which keeps thin structures from aliasing.
+    resampled with a triangle filter as wide as the reduction, which keeps thin structures from aliasing; labels are not
+    mixed: they take their nearest neighbour's number.
     """
     height, width = slices.shape[1:]
     side = max(size, height, width)
     top, left = (side - height) // 2, (side - width) // 2
     square = np.zeros((len(slices), side, side), np.float32)
     square[:, top:top + height, left:left + width] = slices
-    return square if side == size else _resized(square, size)
+    return square if side == size else _resized(square, size, Image.Resampling.NEAREST if labels else Image.Resampling.BILINEAR)
 
 
 def unfit(slices, shape):
@@ -443,10 +444,10 @@ def unfit(slices, shape):
     return canonical(square[:, top:top + height, left:left + width])
 
 
-def _resized(squares, size):
+def _resized(squares, size, how=Image.Resampling.BILINEAR):
     """(Z, side, side) -> (Z, size, size). Pillow widens the triangle filter when it reduces (the prefilter)."""
     pictures = (Image.fromarray(np.ascontiguousarray(s, np.float32)) for s in squares)
-    return np.stack([np.asarray(p.resize((size, size), Image.Resampling.BILINEAR)) for p in pictures])
+    return np.stack([np.asarray(p.resize((size, size), how)) for p in pictures])
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

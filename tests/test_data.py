@@ -1458,6 +1458,33 @@ def test_lesions_stay_with_their_slice(tmp_path):
     assert dataset.lesion == expected and dataset.z[dataset.lesion.index("right, 6 mm2")] == 3
 
 
+def test_label_maps_lie_on_the_images_and_are_kept_only_if_all_have_one(tmp_path):
+    """A mark brighter than all else is labelled 4 in its file; where the pixels are bright there is a 4, at every size."""
+    folder, first = make_set(tmp_path / "set", subjects=2), None
+    for subject in sorted(folder.iterdir()):
+        labels, path = np.zeros(SHAPE, np.uint8), subject / f"{subject.name}_t1.nii.gz"
+        labels[3:6, 5:10, 4], labels[3:6, 10:12, 4] = 4, 2
+        array = nib.load(path).get_fdata()
+        array[labels == 4] = 2 * array.max()
+        save(path, array)
+        assert opened(folder, contrasts=("t1", "flair"))[0].labels is None          # the second still lacks one
+        first = save(subject / f"{subject.name}_seg.nii.gz", labels)
+    dataset, _ = opened(folder, contrasts=("t1", "flair"))
+    assert dataset.labels.shape == (len(dataset.images), 20, 20) and dataset.labels.dtype == np.uint8 and first.exists()
+    for row, z in enumerate(dataset.z):
+        labels, bright = dataset.labels[row], dataset.images[row, 0] == 1
+        assert (labels.max() == 4) == (z == 4) and (z != 4 or np.array_equal(bright, labels == 4))
+        assert z != 4 or ((labels == 4).sum() == 15 and (labels == 2).sum() == 6)
+    small = load_subject(dataset.subjects[0], ("t1", "flair"), 16).labels
+    assert set(np.unique(small)) == {0, 2, 4} and small.shape[1:] == (16, 16)       # never 3, the mean of 2 and 4
+    held, = tmp_path.rglob("labels.npy")
+    before = held.read_bytes()
+    held.unlink()                                                                   # not written over: it is mapped into memory
+    held.write_bytes(b"damaged")
+    opened(folder, contrasts=("t1", "flair"))
+    assert held.read_bytes() == before
+
+
 def test_number_of_threads_does_not_matter(tmp_path):
     folder = make_set(tmp_path / "set", subjects=5)
     first, _ = opened(folder, cache=tmp_path / "c1", workers=1)

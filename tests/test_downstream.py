@@ -76,6 +76,15 @@ def test_dice_by_hand():
     assert D.dice(truth, predicted, ["a", "b", "a"], (2,)) == {2: {}}
 
 
+def test_rows_of_dice_average_over_the_classes_that_a_subject_has():
+    truth = np.array([[[1, 1], [4, 0]], [[1, 0], [0, 0]]])
+    found = np.array([[[1, 0], [4, 4]], [[1, 0], [0, 0]]])
+    rows = {r["metric"]: r for r in D.dice_rows("a->b", "M", truth, found, ["s", "t"], CLASSES)}
+    assert set(rows) == {"dice", "dice 1", "dice 4"} and rows["dice"]["task"] == "a->b" and rows["dice"]["method"] == "M"
+    assert rows["dice 1"]["values"] == pytest.approx({"s": 2 / 3, "t": 1.0}) and rows["dice 4"]["values"] == pytest.approx({"s": 2 / 3})
+    assert rows["dice"]["values"] == pytest.approx({"s": 2 / 3, "t": 1.0}) and rows["dice"]["n"] == 2
+
+
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="one name per slice"):
         D.dice(np.zeros((2, 8, 8)), np.zeros((2, 8, 8)), ["a"], (1,))

@@ -491,6 +491,22 @@ def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     assert status == 1 and "have no embedding" in text and "Traceback" not in text
 
 
+def test_a_segmenter_judges_the_results(ixi, tmp_path, monkeypatch, capsys):
+    phantom.make("brats", tmp_path / "brats", subjects=9, size=32, slices=6)
+    base = ["--data", tmp_path / "brats", "--out", tmp_path / "run", *TINY, "--source", "flair"]
+    status, text = call(monkeypatch, capsys, *base, "--train", "--evaluate", "--segment", "--segment-steps", "30")
+    assert status == 0 and "/ Dice, mean of the classes" in text, text
+    rows = {(r["method"], r["metric"]): r for r in json.loads((tmp_path / "run" / "results.json").read_text())["rows"]}
+    assert {"MetaDB", "real slices", "copy-source", "intensity-lookup"} == {m for m, metric in rows if metric == "dice"}
+    assert ("real slices", "psnr") not in rows and (tmp_path / "run" / "segmentation.png").exists()
+    with np.load(tmp_path / "run" / "results.npz") as kept:
+        assert kept["flair->t2|truth|drawn"].shape == (32, 32, 3)
+    status, text = call(monkeypatch, capsys, *base, "--train", "--evaluate", "--segment", "--segment-steps", "30")
+    assert status == 0 and "segmenter t2 30" in text and "finished" in text              # not trained twice
+    status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "no", *TINY, "--train", "--evaluate", "--segment")
+    assert status == 1 and "--segment: not every subject in" in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize("words, status, message", [
     (["--source", "t2"], 2, "name two different contrasts"), (["--fields", "age,mood"], 2, "--fields age,mood: there are"),
     (["--target", "ct"], 1, "ct"), (["--share", "--prompts", "target"], 2, "needs --prompts both"), (["--conditioning", "none", "--prompts", "target"], 2, "need --conditioning ta"),

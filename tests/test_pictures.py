@@ -204,6 +204,13 @@ def test_error_map_runs_from_black_over_red_and_yellow_to_white():
     assert P.error_map(np.full((1, 8), 0.5), 0.5 - errors)[0] == pytest.approx(np.array(expected), abs=1e-12)
 
 
+def test_labels_are_painted_half_transparent_on_grey():
+    image, labels = np.array([[0.4, 1.5], [0.0, 1.0]]), np.array([[0, 1], [2, 7]])
+    shown = P.overlay(image, labels, {1: (255, 0, 0), 2: (0, 102, 255)})
+    assert shown.shape == (2, 2, 3) and shown[0, 0].tolist() == [0.4] * 3 and shown[1, 1].tolist() == [1.0] * 3
+    assert shown[0, 1].tolist() == [1.0, 0.5, 0.5] and shown[1, 0] == pytest.approx([0, 0.2, 0.5])
+
+
 def test_error_map_gets_brighter_and_obeys_its_limit():
     errors = np.linspace(0, 0.12, 200)[None]
     brightness = P.error_map(np.zeros((1, 200)), errors, limit=0.1) @ [0.2126, 0.7152, 0.0722]

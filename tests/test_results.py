@@ -90,6 +90,19 @@ def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
     assert [float(s) for s in row["seeds"].split()] == pytest.approx(full["seeds"], abs=1e-4)
 
 
+def test_a_table_may_be_judged_by_dice(found):
+    table, dice = {**TABLE, "metric": "dice"}, dict(zip(SUBJECTS, 0.5 + NOISE / 100))
+    for row, shift in (("full", 0.0), ("worse", -0.125), ("other", 0.01)):
+        for content in found[row]:
+            content["rows"] += [metrics.row(task, "M", "dice", {s: v + shift for s, v in dice.items()}) for task in ("a->b", "b->a")]
+            content["rows"] += [metrics.row(task, "real slices", "dice", {s: v + 0.25 for s, v in dice.items()}) for task in ("a->b", "b->a")]
+    text = results.markdown("fig6", table, results.compare(table, found, PAPER, "M"), found["full"], 0, ())
+    assert "mean Dice" in text and "/ Dice, mean of the classes" in text and "-0.125, p = " in text and "dB, p" not in text
+    line = next(line for line in text.splitlines() if line.startswith("| real slices"))
+    assert "/ 0.762" in line and "+0.250" in line
+    assert "for the 3 comparisons" in text                      # worse, other, real slices: the copied source has no Dice
+
+
 def test_too_few_subjects_are_said_to_be_too_few(found):
     few = {row: [{**c, "rows": [{**r, "values": dict(list(r["values"].items())[:4])} for r in c["rows"]]} for c in contents]
            for row, contents in found.items()}
