@@ -769,7 +769,8 @@ def train_segmenters(cfg, run, ds, targets):
     classes, made = tuple(np.unique(labels).tolist()), {}
     for t in sorted(targets):
         stage = f"segmenter {ds.contrasts[t]} {cfg.segment_steps} {ds.fingerprint[:8]}"
-        made[t] = downstream.train_segmenter(run, ds.images[rows, t], labels, classes, cfg.segment_steps, cfg.batch, stage=stage)
+        made[t] = downstream.train_segmenter(run, ds.images[rows, t], labels, classes, cfg.segment_steps, cfg.batch,
+                                             stage=stage)
     return made
 
 
