@@ -890,7 +890,7 @@ def work(cfg, args, score=evaluate):
         patterns(ds.contrasts, cfg.missing)                 # a wrong --missing is told now, not after the training
         run.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint, "test": ds.split["test"]}
     if args.train:
-        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"])}
+        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, **{p: sorted(ds.split[p]) for p in ("train", "val")}}
         run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
         run.write_json("split.json", ds.split)
         if run.finished(STAGES):
@@ -898,9 +898,9 @@ def work(cfg, args, score=evaluate):
         else:
             train(cfg, run, ds)
     if args.evaluate:
-        seen = sorted(set(run.about["train"]) & set(ds.split["test"]))
+        seen = sorted({*run.about["train"], *run.about["val"]} & set(ds.split["test"]))
         if seen:
-            raise RunError(f"{len(seen)} test subjects were trained on ({', '.join(seen[:3])}, ...); give the same --split")
+            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); give the same --split")
         if args.reproduce and score is evaluate and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:

@@ -4,59 +4,70 @@
 
 THE IDEA.  A diffusion bridge does not start from noise: its states walk from the source image y (step N) to the target x0
 (step 0).  A generator looks at the state and at y and predicts x0; the next state is drawn from the exact Gaussian posterior.
-What the two images are - patient, scanner, contrast, echo times - is written as two prompts and enters three times:
-  1. TA-Norm: in every block of the U-Net, feature maps are stripped of the source's look and given the target's, by gains
+What the two images are - patient, scanner, contrast, echo times - is written as two prompts, one for each, and enters twice:
+  1. TA-Norm: in the blocks of the U-Net, feature maps are stripped of the source's look and given the target's, by gains
      and shifts that are computed from the embeddings of the two prompts;
-  2. SR-Net: from the prediction, pooled to a few numbers, and a prompt whose contrast is masked, a small network must
-     recover the embedding of the whole prompt; the prediction must therefore show what the prompt says;
-  3. a discriminator judges pairs of neighbouring states, so that predictions become sharp.
+  2. SR-Net: from the prediction, pooled to a few numbers, and the target's prompt with its contrast masked, a small network
+     must recover the embedding of the unmasked prompt; so the prediction must show what the prompt says.
+A discriminator, which sees no text, judges pairs of neighbouring states, so that predictions become sharp.
 
 PIPELINE (B slices, H x W pixels, D width of an embedding)
   prompts --text encoder, frozen--> E_s, E_t, E_mask (B,D)                                       stage "encoder"
   x_t, y, x_r (B,1,H,W each), t, E_s, E_t --generator, R times--> x0_hat (B,1,H,W)               stage "bridge"
-  x0_hat, x_t, y --posterior--> x_{t-1}          N steps from x_N down to x_0 = the last x0_hat
+  x0_hat, x_t, y --posterior--> x_{t-1}          N steps from x_N down to x_0 = the last x0_hat; N R passes for a sample
 
-EQUATIONS (1) to (9); where they are read or changed: [D1] to [D5]
-  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t
+EQUATIONS (departures from them are marked [D1] to [D6])
+  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t;  the tables of a, m and delta: bridge_tables
   Eq. (2)  x0_hat = G(x_t, t, y, E_text)
   Eq. (3)  F <- (F - beta_s) / alpha_s * alpha_t + beta_t
   Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat)),   Eq. (5)  E_rec = R_M(E_mask, F_p)
   Eq. (6)  L_rec = | x0_hat - x0 |,   Eq. (7)  L_sem = 1 - cos(E_t, E_rec),   Eq. (8)  L_adv = -log D(x_t, x_{t-1})
   Eq. (9)  L = L_rec + lambda_1 L_adv + lambda_2 L_sem
 
-SYMBOLS   x0 target, y source, x_t state, x0_hat prediction (all in [-1,1]); a, m, delta: the bridge, one entry per step 0..N.
-  u: an image in [0,1] as stored; x = 2u - 1.
+SYMBOLS   x0 target, y source, x_t state, x0_hat prediction, x_r the prediction of the pass before (all in [-1,1]);
+  a, m, delta: tables over the steps 0..N;  E_s, E_t: embeddings of the two prompts, E_mask that of the target's with its
+  contrast masked;  R_M: the small network of SR-Net, F_p what it sees of the prediction;  u: an image in [0,1] as stored,
+  x = 2u - 1.
 
 COMMANDS
   python metadb.py --data data/ixi --train --evaluate                      a phantom is made on first use; CPU, minutes
   python metadb.py --data FOLDER --source t1 --target ct --train --evaluate            your own scans, the paper's sizes
   python metadb.py --data FOLDER --synthesize --out runs/metadb-FOLDER                 NIfTI volumes
-  python metadb.py --data data/ixi --reproduce table3                      a table of the paper; or list
+  python metadb.py --data data/ixi --reproduce table3                      a table of the paper (--reproduce list: all)
 
 DEPARTURES FROM THE PAPER
-  [D1]  The frozen BiomedCLIP text tower is replaced by that of a small CLIP trained on the training subjects (common/clip.py),
-        which knows only what their prompts say.  Embeddings pass a LayerNorm before any map.  --text-file takes your own.
+  [D1]  The frozen BiomedCLIP text tower is replaced by that of a small CLIP trained on the training subjects; it has seen no
+        prompts but theirs, with all four fields (Table 5 leaves some out).  clip.embed puts a LayerNorm behind it.
+        --text-file takes embeddings of your own.
   [D2]  "x_T = y" is taken literally (bridge hard): no noise at the end.  The paper's constants (N = 10, R = 2, betas .1 and
-        3.0) are known from SelfRDB, where x_N is y with noise of 1.08: --bridge soft.  Its schedule is linear in sqrt(beta),
-        divides the last beta by N and mirrors the first half.
-  [D3]  TA-Norm sits behind the second GroupNorm of the blocks on the way down and up.  alpha = .1 + .9 sigmoid: without the
-        floor one divides by almost 0.  The two prompts have maps of their own; with one map (--share) rows of Table 5 whose
-        two prompts are equal would do nothing at all.
+        3.0) are known from SelfRDB, where x_N is y with noise of 1.08 (bridge soft).  Both use SelfRDB's betas: linear in
+        sqrt(beta) from .1 to 3/N, the first half mirrored.
+  [D3]  TA-Norm sits behind the second GroupNorm, and its time embedding, of the blocks on the way down and up that keep the
+        resolution.  alpha = .1 + .9 sigmoid: without the floor one divides by almost 0.  The two prompts have maps of their
+        own; with one map (--share) rows of Table 5 whose two prompts are equal would do nothing at all.
   [D4]  L_sem is 1 - cosine (the paper adds a cosine to a loss that is minimised).  Eq. (4) as printed is two numbers, and the
         maximum of a normalised image is 1: we pool to 1, 2, 4 and 8 squares a side; --pool 1 is the literal one.
-        With one direction the masked word never changes and R_M can ignore the image: sem_gain in the log, the rise of L_sem
-        with the source in place of the prediction, is then 0; --sem-real shows R_M real images of both contrasts.  Without
-        a description in the prompt nothing is masked.
-  [D5]  Real pairs of the discriminator are drawn jointly (x_{t-1} from the posterior of x_t and the true x0).  Its loss,
-        which the paper leaves out, is the usual one with an R1 penalty on x_{t-1} (weight 1, every tenth step).  R = 2 passes
-        in training, too; the first sees zeros for x_r, the loss is on the last.  Learning rates fall along a cosine.
-  [D6]  Slices are centre-padded to the image size (the paper resizes); intensities are normalised per volume.
+        With one direction the masked words never change, and R_M can answer without the image.  The log shows whether it
+        does: sem_gain is the rise of L_sem when R_M is shown the source in place of the prediction.  --sem-real teaches R_M
+        on real images of both contrasts.  In a prompt without a description nothing is masked.
+  [D5]  Real pairs of the discriminator are drawn jointly (x_{t-1} from the posterior of x_t and the true x0).  The
+        discriminator's loss, which the paper leaves out, is the usual one with an R1 penalty on x_{t-1} (weight 1, every
+        tenth step).  All losses are means over pixels or patches; by that the weights of Eq. (9) are to be read.
+  [D6]  R passes in training, too, with gradients through all; the first sees zeros for x_r, the loss is on the last.
+        Learning rates fall along a cosine to 1e-5.  Five times in a training 16 validation slices are sampled; the weights
+        with the lowest error are kept.
+  [D7]  Slices are centre-padded to the image size (the paper resizes), intensities normalised per volume, all slices with
+        enough foreground used for training (the paper: 100 per subject).
+  [D8]  Rivals in Table 2 are this script with other switches and without text, which the paper gives to all: Pix2Pix is a
+        bridge of one step, SynDiff its diffusion half (pairs, no cycles); DDBM and DBIM are one model.  Cross-attention
+        (Table 4) reads words, behind the blocks at maps up to 32 pixels.  "none" in Table 6 lacks SR-Net, too: the paper's
+        number is that of Table 3's first row.  The segmenter of Fig. 6 is small and trained on real slices of the target.
 
-NEEDS  common/{unet,clip,run,results,cli,metrics,pictures}.py  data/
+NEEDS  common/{unet,clip,run,results,downstream,cli,metrics,pictures}.py  data/
 """
 import math
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +104,7 @@ class Config:
     blocks: int = 2                             # residual blocks per resolution
     attention: tuple[int, ...] = (16,)          # map sizes that get self-attention
     head_dim: int = 64                          # width of an attention head
-    groups: int = 16                            # of every GroupNorm
+    groups: int = 16                            # groups of every GroupNorm
     disc_base: int = 64                         # discriminator channels at full resolution
     # training
     encoder_steps: int = 5_000                  # of the encoder
@@ -101,24 +112,24 @@ class Config:
     encoder_lr: float = 5e-4                    # peak learning rate of the encoder
     epochs: int = 50                            # passes over the training slices
     batch: int = 16                             # slices per step, over all processes
-    lr: float = 1.6e-4                          # learning rate of generator and SR-Net (Adam)
-    lr_d: float = 1e-4                          # learning rate of the discriminator (Adam)
+    lr: float = 1.6e-4                          # peak learning rate of generator and SR-Net (Adam)
+    lr_d: float = 1e-4                          # peak learning rate of the discriminator (Adam)
     # method, in training
     bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"      # noise along the bridge [D2]; ddpm: no bridge at all
     N: int = 10                                 # steps of the bridge
-    R: int = 2                                  # passes of the generator per step (self-consistent recursion)
+    R: int = 2                                  # passes of the generator per step, each sees the result of the one before
     conditioning: Literal["ta", "xattn", "none"] = "ta"           # how prompts enter the U-Net (Table 4)
-    prompts: Literal["both", "source", "target"] = "both"         # which of them (Table 6)
+    prompts: Literal["both", "source", "target"] = "both"         # which of them TA-Norm reads (Table 6)
     share: bool = False                         # one map for both prompts [D3]
     fields: tuple[str, ...] = PROMPT_FIELDS     # what a prompt says: age, gender, scanner, description (Table 5)
     text_file: str = ""                         # .npz with your own embeddings of the prompts, e.g. BiomedCLIP's [D1]
     lambda_adv: float = 0.1                     # lambda_1 of Eq. (9); 0: no discriminator
     lambda_sem: float = 0.01                    # lambda_2 of Eq. (9); 0: no SR-Net (Table 3)
-    pool: tuple[int, ...] = (1, 2, 4, 8)        # squares a side in Eq. (4) [D4]
+    pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to 1x1, 2x2, ... squares [D4]
     sem_real: bool = False                      # SR-Net learns from real images of both contrasts, too [D4]
     # method, in sampling
-    only: tuple[str, ...] = ()                  # source,target: one direction of a model that knows several
-    eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 deterministic (DBIM)
+    only: tuple[str, ...] = ()                  # one direction, as source,target, of a model that knows several
+    eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 none but in the first step (DBIM)
     noise: float = 0.0                          # of sigma NOISE/255, added to the source of test slices (Fig. 5: 10)
     segment: bool = False                       # a segmenter, trained on real slices, draws on the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
@@ -129,9 +140,9 @@ class Config:
         if self.size % 2 ** max(3, len(self.mult) - 1):    # the discriminator halves three times
             raise ValueError(f"--size {self.size}: must be a multiple of {2 ** max(3, len(self.mult) - 1)}")
         for m in self.mult:
-            if self.base * m % self.groups or self.base * m % self.head_dim:
-                raise ValueError(f"--base {self.base} times --mult {m} must be divisible by --groups {self.groups} "
-                                 f"and by --head-dim {self.head_dim}")
+            if self.base % self.groups or self.base * m % self.head_dim:
+                raise ValueError(f"--base {self.base} must be divisible by --groups {self.groups}, and times --mult {m} by "
+                                 f"--head-dim {self.head_dim}")
         unknown = set(self.fields) - set(PROMPT_FIELDS)
         if unknown:
             raise ValueError(f"--fields {','.join(self.fields)}: there are {', '.join(PROMPT_FIELDS)}")
@@ -139,7 +150,7 @@ class Config:
             raise ValueError("--share and --prompts belong to TA-Norm: they need --conditioning ta")
         if self.share and self.prompts != "both":
             raise ValueError("--share is one map for both prompts: it needs --prompts both")
-        if not any(s != t for s in self.source for t in self.target):
+        if not any(canonical_contrast(s) != canonical_contrast(t) for s in self.source for t in self.target):
             raise ValueError(f"--source {','.join(self.source)} --target {','.join(self.target)}: name two different contrasts")
         if self.size < 2 * max(self.pool):
             raise ValueError(f"--pool {','.join(map(str, self.pool))}: more squares than --size {self.size} can fill")
@@ -156,7 +167,8 @@ PRESETS = {
 LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
               encoder_batch=(2, 65536), N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# The stages of training, each with the fields that matter to it and to later stages only; any other field changes them all.
+# The stages of training, in order.  A change of a listed field trains again from its stage on, that of any other field (but
+# those of SAMPLING) everything.
 STAGES = {"encoder": (), "bridge": (
     "base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs", "batch", "lr", "lr_d", "bridge", "N",
     "R", "conditioning", "prompts", "share", "fields", "lambda_adv", "lambda_sem", "pool", "sem_real")}
@@ -177,10 +189,15 @@ def evenly(rows, most):
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
 
 
-def directions(cfg, contrasts):
-    """All (source, target) pairs of different contrasts, as channel numbers; with --only, that one."""
+def all_directions(cfg, contrasts):
+    """All (source, target) pairs of different contrasts, as channel numbers."""
     sources, targets = ([contrasts.index(canonical_contrast(c)) for c in names] for names in (cfg.source, cfg.target))
-    pairs = [(s, t) for s in sources for t in targets if s != t]
+    return [(s, t) for s in sources for t in targets if s != t]
+
+
+def directions(cfg, contrasts):
+    """The same; with --only, just that one."""
+    pairs = all_directions(cfg, contrasts)
     only = tuple(map(canonical_contrast, cfg.only))
     if not only:
         return pairs
@@ -196,7 +213,8 @@ def prompts_of(subjects, contrasts, fields, masked=()):
     return {(s.name, c): prompt(name, s.meta, fields, masked) for s in subjects for c, name in enumerate(contrasts)}
 
 
-Text = namedtuple("Text", "source target masked tokens mask")     # E_s, E_t, E_mask (B, D); words of both (B, L, W), (B, L)
+# Embeddings E_s, E_t, E_mask (B, D), and for cross-attention the words of both prompts (B, L, K), of which some are padding
+Text = namedtuple("Text", "e_s e_t e_mask words is_word")
 
 
 class Prompts:
@@ -215,21 +233,21 @@ class Prompts:
             raise RunError(f"--text-file {cfg.text_file}: holds no tokens, which --conditioning xattn needs; add them")
         self.row, self.device = {key: i for i, key in enumerate(whole)}, device
         self.whole, self.masked = found.pooled.to(device), masked.pooled.to(device)                 # (P, D) each
-        self.tokens, self.mask = found.tokens, found.mask                       # (P, L, W), (P, L) on the CPU, or None
+        self.words, self.is_word = (found.tokens, found.mask) if cfg.conditioning == "xattn" else (None, None)
 
     def __call__(self, subjects, source, target):
         """Text for slices of these subjects; source, target: one channel number per slice."""
         s, t = (torch.tensor([self.row[name, int(c)] for name, c in zip(subjects, channels)]) for channels in (source, target))
         at_s, at_t = s.to(self.device), t.to(self.device)                       # (B,) each
-        e_s, e_t, masked = self.whole[at_s], self.whole[at_t], self.masked[at_t]        # (B, D) each
-        if self.tokens is None:
-            return Text(e_s, e_t, masked, None, None)
-        tokens, mask = (torch.cat([part[s], part[t]], dim=1).to(self.device) for part in (self.tokens, self.mask))
-        return Text(e_s, e_t, masked, tokens, mask)                             # tokens (B, 2L, W), mask (B, 2L)
+        e_s, e_t, e_mask = self.whole[at_s], self.whole[at_t], self.masked[at_t]        # (B, D) each
+        if self.words is None:
+            return Text(e_s, e_t, e_mask, None, None)
+        words, is_word = (torch.cat([part[s], part[t]], dim=1).to(self.device) for part in (self.words, self.is_word))
+        return Text(e_s, e_t, e_mask, words, is_word)                           # words (B, 2L, K), is_word (B, 2L)
 
 
 def text_table(cfg, encoder, subjects, contrasts):
-    """{prompt: features} of all prompts of these subjects, whole and masked; all that --text-file holds if that is given."""
+    """{prompt: features} of all prompts of these subjects, whole and masked; or what the --text-file holds."""
     if cfg.text_file:
         try:
             return clip.load_embeddings(cfg.text_file)[0]
@@ -258,7 +276,7 @@ def inject(f, alpha, beta):
 
 
 class AffineMap(nn.Module):
-    """An embedding (B, D) to alpha in (0.1, 1) and beta in (0, 1), (B, C, 1, 1) each; the same for all prompts at the start."""
+    """An embedding (B, D) to alpha in (0.1, 1) and beta in (0, 1), (B, C, 1, 1) each; at the start .89 and .12 for all."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -272,37 +290,39 @@ class AffineMap(nn.Module):
 
 
 class TANorm(nn.Module):
-    """Eq. (3), Fig. 3.  As both maps start equal, it starts as the identity (with one prompt alone: almost)."""
+    """Eq. (3), Fig. 3.  Both maps start equal, so it starts as the identity (with one prompt alone: close to it)."""
 
     def __init__(self, channels, dim, prompts, share):
         super().__init__()
-        self.source = None if prompts == "target" else AffineMap(dim, channels)
-        self.target = None if prompts == "source" else self.source if share else AffineMap(dim, channels)
+        self.source = AffineMap(dim, channels) if prompts != "target" else None
+        self.target = AffineMap(dim, channels) if prompts != "source" else None
+        if share:
+            self.target = self.source
 
     def forward(self, h, text):
         with torch.autocast(h.device.type, enabled=False):                      # a division: not in bf16
             f = h.float()                                                       # (B, C, H, W)
             if self.source is not None:
-                f = strip(f, *self.source(text.source))                         # (B, C, H, W)
+                f = strip(f, *self.source(text.e_s))                         # (B, C, H, W)
             if self.target is not None:
-                f = inject(f, *self.target(text.target))                        # (B, C, H, W)
+                f = inject(f, *self.target(text.e_t))                        # (B, C, H, W)
         return f.to(h.dtype)                                                    # (B, C, H, W)
 
 
 class CrossAttention(nn.Module):
-    """Table 4's rival: every position looks at the words of both prompts."""
+    """Table 4's rival: every position looks at the words of both prompts.  word_dim: K."""
 
-    def __init__(self, channels, head_dim, width, groups):
+    def __init__(self, channels, head_dim, word_dim, groups):
         super().__init__()
-        self.norm, self.attention = nn.GroupNorm(groups, channels), Attention(channels, head_dim, width)
-        self.whose = nn.Parameter(torch.zeros(2, 1, width))                     # tells words of the source from the target's
+        self.norm, self.attention = nn.GroupNorm(groups, channels), Attention(channels, head_dim, word_dim)
+        self.whose = nn.Parameter(torch.zeros(2, 1, word_dim))                  # tells words of the source from the target's
         zeroed(self.attention.out)
 
     def forward(self, h, text):
         height, width = h.shape[2:]
-        x = self.norm(h).flatten(2).transpose(1, 2)                             # (B, N, C)
-        words = torch.cat([half + mark for half, mark in zip(text.tokens.chunk(2, dim=1), self.whose)], dim=1)      # (B, 2L, W)
-        a = self.attention(x, words, text.mask)                                 # (B, N, C)
+        x = self.norm(h).flatten(2).transpose(1, 2)                             # (B, HW, C)
+        words = torch.cat([half + mark for half, mark in zip(text.words.chunk(2, dim=1), self.whose)], dim=1)       # (B, 2L, K)
+        a = self.attention(x, words, text.is_word)                              # (B, HW, C)
         return h + a.transpose(1, 2).unflatten(2, (height, width))              # (B, C, H, W)
 
 
@@ -316,48 +336,44 @@ class SelfAttention(nn.Module):
 
     def forward(self, h, text):
         height, width = h.shape[2:]
-        x = self.norm(h).flatten(2).transpose(1, 2)                             # (B, N, C)
+        x = self.norm(h).flatten(2).transpose(1, 2)                             # (B, HW, C)
         return h + self.attention(x).transpose(1, 2).unflatten(2, (height, width))      # (B, C, H, W)
 
 
 class Generator(nn.Module):
-    """Eq. (2): x0_hat from the state, the source and its own previous estimate."""
+    """Eq. (2): x0_hat from the state, the source and its own previous estimate.  dim: D; word_dim: K."""
 
-    def __init__(self, cfg, dim, width):
+    def __init__(self, cfg, dim, word_dim):
         super().__init__()
         self.N, self.R = cfg.N, cfg.R
+        self_attention = attention_at(cfg.attention, lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups))
 
-        def attend(site):
-            return SelfAttention(site.channels, cfg.head_dim, cfg.groups)
-        own = attention_at(cfg.attention, attend)
-
-        def plug(site):
-            if cfg.conditioning == "ta" and site.where == "norm" and site.stage != "mid":
-                return TANorm(site.channels, dim, cfg.prompts, cfg.share)
-            module = own(site)
-            if cfg.conditioning == "xattn" and site.where == "block" and site.stage != "mid" and site.size <= 32:
-                cross = CrossAttention(site.channels, cfg.head_dim, width, cfg.groups)
-                return cross if module is None else Both(module, cross)
-            return module
-        self.unet = UNet(3, 1, cfg.base, cfg.mult, cfg.blocks, cfg.size, cfg.groups, plug)
+        def plug(site):                             # what the U-Net gets at a place: site.where is "norm" or "block"
+            if site.where == "norm":
+                ours = cfg.conditioning == "ta" and site.stage != "mid"
+                return TANorm(site.channels, dim, cfg.prompts, cfg.share) if ours else None
+            modules = [self_attention(site)]
+            if cfg.conditioning == "xattn" and site.stage != "mid" and site.size <= 32:
+                modules.append(CrossAttention(site.channels, cfg.head_dim, word_dim, cfg.groups))
+            modules = [module for module in modules if module is not None]
+            return Chain(modules) if modules else None
+        self.unet = UNet(3, 1, cfg.base, cfg.mult, cfg.blocks, cfg.size, cfg.groups, plug)      # 3: x_t, y, x_r
 
     def forward(self, x_t, t, y, text):
         """x_t, y: (B, 1, H, W); t: (B,) in 1..N.  R passes, each sees the estimate of the one before.  Returns (B, 1, H, W)."""
-        x0 = torch.zeros_like(y)                                                # (B, 1, H, W)
+        time, x_r = 1000 * t / self.N, torch.zeros_like(y)                      # (B,), (B, 1, H, W)
         for _ in range(self.R):
-            x0 = torch.tanh(self.unet(torch.cat([x_t, y, x0], dim=1), 1000 * t / self.N, text).float())    # (B, 1, H, W)
-        return x0
+            x_r = torch.tanh(self.unet(torch.cat([x_t, y, x_r], dim=1), time, text).float())    # (B, 1, H, W)
+        return x_r                                                              # (B, 1, H, W)  x0_hat
 
 
-class Both(nn.Module):
-    """Two plugs at one place, one behind the other."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
+class Chain(nn.ModuleList):
+    """Plugs at one place, one behind the other."""
 
     def forward(self, h, text):
-        return self.second(self.first(h, text), text)                           # (B, C, H, W)
+        for module in self:
+            h = module(h, text)                                                 # (B, C, H, W)
+        return h
 
 
 class SRNet(nn.Module):
@@ -366,24 +382,26 @@ class SRNet(nn.Module):
     No skip connection leads from E_mask to the output: the cosine would begin at almost 1.
     """
 
-    def __init__(self, dim, pool, hidden):
+    def __init__(self, dim, pool):
         super().__init__()
         self.pool = pool
-        self.text, self.image = nn.Linear(dim, hidden), nn.Linear(2 * sum(k * k for k in pool), hidden)
-        self.mix = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, dim))
+        self.text, self.image = nn.Linear(dim, dim), nn.Linear(2 * sum(k * k for k in pool), dim)
+        self.mix = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
-    def pooled(self, x0):
-        """Eq. (4).  x0: (B, 1, H, W) in [-1,1].  Returns (B, 2 sum k^2)."""
-        u = (x0 + 1) / 2                                                        # (B, 1, H, W)
+    def pooled(self, x0_hat):
+        """Eq. (4).  x0_hat: (B, 1, H, W) in [-1,1].  Returns F_p (B, 2 sum k^2)."""
+        u = (x0_hat + 1) / 2                                                    # (B, 1, H, W)
         parts = [f(u, k).flatten(1) for k in self.pool for f in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)]
         return torch.cat(parts, dim=1)                                          # (B, 2 sum k^2)
 
-    def forward(self, masked, picture):
-        """Eq. (5).  masked: (B, D); picture: from pooled().  Returns E_rec (B, D)."""
-        return self.mix(torch.cat([self.text(masked), self.image(picture)], dim=1))     # (B, D)
+    def forward(self, e_mask, f_p):
+        """Eq. (5).  e_mask: (B, D); f_p: from pooled().  Returns E_rec (B, D)."""
+        return self.mix(torch.cat([self.text(e_mask), self.image(f_p)], dim=1))         # (B, D)
 
 
 class DiscBlock(nn.Module):
+    """A residual block that halves the map; the time is added between its convolutions."""
+
     def __init__(self, c_in, c_out, emb):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -400,8 +418,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, base, N):
         super().__init__()
-        self.N, emb = N, 4 * base
-        self.base = base
+        self.base, self.N, emb = base, N, 4 * base
         self.time = nn.Sequential(nn.Linear(base, emb), nn.LeakyReLU(0.2), nn.Linear(emb, emb), nn.LeakyReLU(0.2))
         self.stem = nn.Conv2d(2, base, 3, padding=1)
         self.blocks = nn.ModuleList(DiscBlock(c_in * base, c_out * base, emb) for c_in, c_out in ((1, 1), (1, 2), (2, 4)))
@@ -424,7 +441,8 @@ class Bridge:
 
     x_t = a_t x0 + m_t y + delta_t eps.  Whatever the tables are, with r_t = x_t - a_t x0 - m_t y the residual noise,
         x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps,     c_t^2 delta_t^2 + v_t = delta_{t-1}^2,
-    which keeps Eq. (1) true at t - 1.  eta = 1: c_t is kappa_t, that of the Markov chain; eta = 0: no new noise.
+    which keeps Eq. (1) true at t - 1.  eta = 1: v_t is that of the Markov chain, c_t = kappa_t = (a_t / a_{t-1})
+    (delta_{t-1} / delta_t)^2;  eta = 0: no new noise (where delta_N = 0 the first step cannot do without).
     """
 
     def __init__(self, name, N, eta=1.0):
@@ -436,9 +454,8 @@ class Bridge:
                 self.v[t] = delta[t - 1] ** 2
                 continue
             kappa = a[t] / a[t - 1] * delta[t - 1] ** 2 / delta[t] ** 2
-            self.v[t] = eta ** 2 * (delta[t - 1] ** 2 - kappa ** 2 * delta[t] ** 2)
-            self.c[t] = (delta[t - 1] ** 2 - self.v[t]).clamp(min=0).sqrt() / delta[t]
-        self.v.clamp_(min=0)
+            self.v[t] = eta ** 2 * (delta[t - 1] ** 2 - kappa ** 2 * delta[t] ** 2).clamp(min=0)
+            self.c[t] = (delta[t - 1] ** 2 - self.v[t]).sqrt() / delta[t]
 
     def at(self, name, t, like):
         """Entries t (B,) of a table, to broadcast over (B, 1, H, W)."""
@@ -459,7 +476,8 @@ def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64 [D2].
 
     hard and soft: betas linear in sqrt(beta) from sqrt(.1) to sqrt(3/N), of which the first half is mirrored; s2 and sbar2
-    are their sums up to t and from t on.  The sum of betas is kept at its value for N = 10, so that noise does not depend on N.
+    are their sums up to and from t, beta_t in both.  The sum of all is kept at its value for N = 10: the noise of the soft
+    bridge at its end does not depend on N.
     ddbm: the variance-preserving bridge of Zhou et al. (2024).  ddpm: no bridge, the schedule of SynDiff.
     """
     t = torch.linspace(0, 1, N + 1, dtype=torch.float64)
@@ -473,17 +491,16 @@ def bridge_tables(name, N):
     def betas(n):
         rising = torch.linspace(math.sqrt(0.1), math.sqrt(3 / n), n + 1, dtype=torch.float64) ** 2
         half = torch.cat([torch.zeros(1, dtype=torch.float64), rising])[:n // 2 + 1]
-        return torch.cat([half, half.flip(0)[1 - n % 2:]])                      # (n+1,)
+        return torch.cat([half, half.flip(0)[1 - n % 2:]])                      # (n+1,)  n = 4: 0, b1, b2, b1, 0
     total = betas(10).sum()
-    if N == 1:
+    if N == 1:                                                                  # no beta is left: straight to the end
         m, s2, sbar2 = t, total * t, total * (1 - t)
     else:
         beta = betas(N) * total / betas(N).sum()
         s2, sbar2 = beta.cumsum(0), beta.flip(0).cumsum(0).flip(0)
         m = s2 / (s2 + sbar2)
-    if name == "hard":
-        return 1 - m, m, (s2 * sbar2 / (s2 + sbar2)).sqrt()
-    return 1 - m, m, total * s2.sqrt() / (s2 + sbar2)
+    delta = {"hard": (s2 * sbar2 / (s2 + sbar2)).sqrt(), "soft": total * s2.sqrt() / (s2 + sbar2)}
+    return 1 - m, m, delta[name]
 
 
 def semantic_loss(e_t, e_rec):
@@ -520,9 +537,9 @@ def sample(generate, bridge, y, text, noise):
     x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())                   # (B, 1, H, W)  a_N = 0 (ddpm: .007)
     for step in range(N, 0, -1):
         t = torch.full((len(y),), step, device=y.device)                        # (B,)
-        x0 = generate(x_t, t, y, text)                                          # (B, 1, H, W)
-        x_t = bridge.posterior(t, x_t, x0, y, noise())                          # (B, 1, H, W)  at step 1: x0 itself
-    return x_t.clamp(-1, 1)
+        x0_hat = generate(x_t, t, y, text)                                      # (B, 1, H, W)
+        x_t = bridge.posterior(t, x_t, x0_hat, y, noise())                      # (B, 1, H, W)  at step 1: x0_hat itself
+    return x_t
 
 
 def translate(run, model, y, text, keys):
@@ -567,26 +584,26 @@ def train_encoder(cfg, run, ds):
 
 
 def learning_rate(step, steps, peak, low=1e-5):
-    """Half a cosine from peak to low [D5]."""
+    """Half a cosine from peak to low [D6]."""
     low = min(low, peak)
     return low + (peak - low) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge", Eq. (9): generator and SR-Net on Eq. (6) to Eq. (8), and the discriminator.  The generator with
-    the lowest validation error is kept."""
+    """Stage "bridge", Eq. (9).  In every step first the discriminator is updated, then generator and SR-Net together, against
+    the new discriminator.  The generator with the lowest validation error is kept."""
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts, slices, device = list(ds.contrasts), ds.part("train"), run.device
     table = text_table(cfg, encoder, complete(ds), contrasts)
     prompts = Prompts(table, cfg, complete(ds), contrasts, device)
     one = complete(ds)[0]                           # the prompts of one subject are those that must be told apart
     clip.report_closest(run, table, [prompt(c, one.meta, cfg.fields) for c in contrasts])
-    dim, width = prompts.whole.shape[1], None if prompts.tokens is None else prompts.tokens.shape[2]
-    run.about["text"] = {"dim": dim, "width": width}
-    bridge, pairs = Bridge(cfg.bridge, cfg.N), torch.tensor(directions(replace(cfg, only=()), contrasts))
-    G = Generator(cfg, dim, width).to(device, memory_format=torch.channels_last)
+    dim, word_dim = prompts.whole.shape[1], None if prompts.words is None else prompts.words.shape[2]
+    run.about["text"] = {"dim": dim, "word_dim": word_dim}
+    bridge, pairs = Bridge(cfg.bridge, cfg.N), torch.tensor(all_directions(cfg, contrasts))
+    G = Generator(cfg, dim, word_dim).to(device, memory_format=torch.channels_last)
     best, learned, parts = Best(G), list(G.parameters()), {"generator": G}
-    sr = SRNet(dim, cfg.pool, dim).to(device) if cfg.lambda_sem else None
+    sr = SRNet(dim, cfg.pool).to(device) if cfg.lambda_sem else None
     D = Discriminator(cfg.disc_base, cfg.N).to(device, memory_format=torch.channels_last) if cfg.lambda_adv else None
     if sr:
         learned, parts["sr"] = learned + list(sr.parameters()), sr
@@ -612,40 +629,40 @@ def train_bridge(cfg, run, ds, encoder):
 
         x_t = bridge.q_sample(t, x0, y, eps[:, :1])                             # (B, 1, H, W)
         with run.autocast():
-            made = network(x_t, t, y, text)                                     # (B, 1, H, W)  x0_hat
-        rec = F.l1_loss(made, x0)                                               # Eq. (6)
+            x0_hat = network(x_t, t, y, text)                                   # (B, 1, H, W)
+        rec = F.l1_loss(x0_hat, x0)                                             # Eq. (6)
         loss = rec
         if D:
-            made_prev = bridge.posterior(t, x_t, made, y, eps[:, 1:2])          # (B, 1, H, W)
-            true_prev = bridge.posterior(t, x_t, x0, y, eps[:, 2:])             # (B, 1, H, W)  jointly with x_t [D5]
+            fake_prev = bridge.posterior(t, x_t, x0_hat, y, eps[:, 1:2])        # (B, 1, H, W)
+            real_prev = bridge.posterior(t, x_t, x0, y, eps[:, 2:])             # (B, 1, H, W)  jointly with x_t [D5]
             for group in optimiser_d.param_groups:
                 group["lr"] = learning_rate(step, steps, cfg.lr_d)
             D.requires_grad_(True)                                              # first the discriminator ...
             with run.autocast():
-                real, fake = D(true_prev, x_t, t).float(), D(made_prev.detach(), x_t, t).float()
+                real, fake = D(real_prev, x_t, t).float(), D(fake_prev.detach(), x_t, t).float()
             loss_d = discriminator_loss(real, fake)
             if step % 10 == 0:
-                loss_d = loss_d + r1_penalty(D, true_prev, x_t, t)              # in fp32
+                loss_d = loss_d + r1_penalty(D, real_prev, x_t, t)              # in fp32
             run.update(loss_d, optimiser_d, max_norm=math.inf)
             D.requires_grad_(False)                                             # ... then the generator against the new one
             with run.autocast():
-                adv = adversarial_loss(D(made_prev, x_t, t).float())            # Eq. (8)
+                adv = adversarial_loss(D(fake_prev, x_t, t).float())            # Eq. (8)
             loss = loss + cfg.lambda_adv * adv
             run.log(adv=adv, disc=loss_d)
         if sr:
-            sem = semantic_loss(text.target, sr(text.masked, sr.pooled(made)))  # Eq. (7)
+            sem = semantic_loss(text.e_t, sr(text.e_mask, sr.pooled(x0_hat)))   # Eq. (7)
             loss = loss + cfg.lambda_sem * sem                                  # Eq. (9)
             if cfg.sem_real:                                                    # so that R_M must read pictures [D4]
-                source = prompts(subject[pick[mine]], pair[:, 1], pair[:, 0])
-                real_sem = (semantic_loss(text.target, sr(text.masked, sr.pooled(x0)))
-                            + semantic_loss(source.target, sr(source.masked, sr.pooled(y)))) / 2
+                back = prompts(subject[pick[mine]], pair[:, 1], pair[:, 0])     # whose target is y
+                real_sem = (semantic_loss(text.e_t, sr(text.e_mask, sr.pooled(x0)))
+                            + semantic_loss(back.e_t, sr(back.e_mask, sr.pooled(y)))) / 2
                 loss = loss + cfg.lambda_sem * real_sem
             with torch.no_grad():                           # what the source in place of the prediction costs; 0: R_M is blind
-                other = semantic_loss(text.target, sr(text.masked, sr.pooled(y)))
+                other = semantic_loss(text.e_t, sr(text.e_mask, sr.pooled(y)))
             run.log(sem=sem, sem_gain=other - sem)
         run.update(loss, optimiser, max_norm=math.inf)
         run.log(loss=loss, rec=rec)
-        if validate and (step + 1) % max(1, steps // 5) == 0:
+        if validate and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
             value = validate(G)
             run.log(validation=value)
             best.offer(G, value)
@@ -663,7 +680,7 @@ def validation(cfg, run, ds, prompts, bridge):
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")
         return None
-    rows, pairs = evenly(rows, 16), directions(cfg, list(ds.contrasts))
+    rows, pairs = evenly(rows, 16), all_directions(cfg, list(ds.contrasts))
     u = run.fetch(ds.images, rows)                                              # (V, C, H, W)
     chosen = [pairs[i % len(pairs)] for i in range(len(rows))]
     s, t = (torch.tensor(channels) for channels in zip(*chosen))                # (V,) each
@@ -704,22 +721,25 @@ def load_model(cfg, run):
 
 # --reproduce: a row is what is typed beyond the command, "against" the row that the others are compared with.  A table of
 # the paper has several directions: run it once for each, with --source, --target and an --out of its own.
-PLAIN = dict(conditioning="none", lambda_sem=0.0)           # a bridge without text
+UNTOLD = dict(conditioning="none", prompts="both", share=False)
+PLAIN = dict(UNTOLD, lambda_sem=0.0)                        # a bridge without text
 TABLES = {
     **{f"table2{part}": {"title": f"{name}, against methods that switches make, without text", "against": "MetaDB", "rows": {
         "Pix2Pix": dict(PLAIN, bridge="hard", N=1, R=1, lambda_adv=0.01), "SynDiff": dict(PLAIN, bridge="ddpm", N=4, R=1),
         "DDBM": dict(PLAIN, bridge="ddbm", R=1, lambda_adv=0.0),
         "DBIM": dict(PLAIN, bridge="ddbm", R=1, lambda_adv=0.0, eta=0.0), "MetaDB": {}}}
-       for part, name in (("a", "IXI"), ("b", "BraTS"), ("c", "pelvis"))},
+       for part, name in (("a", "IXI"), ("b", "BraTS, --train-fraction .4546 --test-subjects 20"),
+                          ("c", "pelvis, --train-fraction .6 --test-subjects 4"))},
     "table3": {"title": "components", "against": "MetaDB", "rows": {
-        "no TA-Norm, no SR-Net": PLAIN, "SR-Net alone": dict(conditioning="none"), "TA-Norm alone": dict(lambda_sem=0.0),
+        "no TA-Norm, no SR-Net": PLAIN, "SR-Net alone": UNTOLD, "TA-Norm alone": dict(lambda_sem=0.0),
         "MetaDB": {}}},
     "table4": {"title": "how prompts enter the U-Net", "against": "MetaDB", "rows": {
-        "cross-attention": dict(conditioning="xattn"), "MetaDB": {}}},
+        "cross-attention": dict(conditioning="xattn", prompts="both", share=False), "MetaDB": {}}},
     "table5": {"title": "what the prompts say", "against": "MetaDB", "rows": {
         "None": dict(fields=()), **{f.capitalize(): dict(fields=(f,)) for f in PROMPT_FIELDS}, "MetaDB": {}}},
     "table6": {"title": "which prompts enter", "against": "MetaDB", "rows": {
-        "none": PLAIN, "source": dict(prompts="source"), "target": dict(prompts="target"), "MetaDB": {}}},
+        "none": PLAIN, "source": dict(prompts="source", share=False), "target": dict(prompts="target", share=False),
+        "MetaDB": {}}},
     "fig5": {"title": "a noisy source, sigma 10 of 255", "against": "MetaDB", "rows": {
         "no text": dict(PLAIN, noise=10.0), "MetaDB": dict(noise=10.0), "MetaDB, clean source": {}}},
     "fig6": {"title": "what a segmenter draws on the results", "against": "MetaDB", "metric": "dice", "rows": {
@@ -738,22 +758,24 @@ def evaluate(cfg, run, ds, model):
     prompts = Prompts(table, cfg, complete(ds), contrasts, run.device)
     segmenters = train_segmenters(cfg, run, ds, {t for _, t in pairs}) if cfg.segment else {}
     mine = set(ds.split["test"][run.rank::run.world])                                   # whole subjects per process
-    work = [(pair, r) for pair in pairs for r in rows if ds.subject[r] in mine]
-    done = []                                                                           # ((pair, row), source, result)
-    for part in run.batches("sampling", work, cfg.sample_batch):
+    todo = [(pair, r) for pair in pairs for r in rows if ds.subject[r] in mine]
+    done = []                                                                           # ((pair, row), result)
+    for part in run.batches("sampling", todo, cfg.sample_batch):
         s, t = (torch.tensor(channels) for channels in zip(*(pair for pair, _ in part)))        # (B,) each
         each, at = torch.arange(len(part)), [r for _, r in part]
         u, keys = run.fetch(ds.images, at), [(ds.subject[r], int(ds.z[r])) for r in at]         # (B, C, H, W)
         y = spoil(cfg, run, u[each, s, None], keys)                                             # (B, 1, H, W)
         made = translate(run, model, y, prompts(ds.subject[at], s, t), keys)               # (B, 1, H, W)
-        done += zip(part, y[:, 0].cpu().numpy(), made[:, 0].cpu().numpy())
-    done = {key: images for key, *images in run.gather(done)}
+        done += zip(part, made[:, 0].cpu().numpy())
+    done = dict(run.gather(done))
     if run.rank > 0:
         return
     scored, truth = [], np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
+    keys = [(ds.subject[r], int(ds.z[r])) for r in rows]
     for s, t in pairs:
-        source, made = (np.stack(images) for images in zip(*(done[(s, t), r] for r in rows)))       # (n, H, W) each
-        scored.append(Task({contrasts[s]: source}, contrasts[t], truth[:, t], {"MetaDB": made}, ds.subject[rows],
+        y = spoil(cfg, run, torch.from_numpy(truth[:, s, None]).to(run.device), keys)           # (n, 1, H, W)
+        made = np.stack([done.pop(((s, t), r)) for r in rows])                          # (n, H, W)
+        scored.append(Task({contrasts[s]: y[:, 0].cpu().numpy()}, contrasts[t], truth[:, t], {"MetaDB": made}, ds.subject[rows],
                            segmenters.get(t), ds.labels[rows] if cfg.segment else None))
     some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(contrasts)},
@@ -782,18 +804,26 @@ def spoil(cfg, run, u, keys):
     return (u + cfg.noise / 255 * noise).clamp(0, 1)
 
 
+def untrained(cfg, device):
+    """Generator, discriminator and SR-Net as they start, and a function n -> Text of n empty prompts of 8 words."""
+    dim, word_dim = clip.SIZES[cfg.encoder]["embed"], clip.SIZES[cfg.encoder]["text"]["width"]
+    nets = [net.to(device, memory_format=torch.channels_last)
+            for net in (Generator(cfg, dim, word_dim), Discriminator(cfg.disc_base, cfg.N), SRNet(dim, cfg.pool))]
+
+    def text(n):
+        e = torch.zeros(n, dim, device=device)
+        return Text(e, e, e, torch.zeros(n, 8, word_dim, device=device), torch.ones(n, 8, dtype=torch.bool, device=device))
+    return *nets, text
+
+
 def benchmark(cfg, run, ds):
-    """Times a pass of the generator, forward and backward, at the sizes of the config, on an untrained network."""
-    dim, slices = clip.SIZES[cfg.encoder]["embed"], ds.part("train")
-    G = Generator(cfg, dim, clip.SIZES[cfg.encoder]["text"]["width"]).to(run.device, memory_format=torch.channels_last)
+    """Times the R passes of the generator, forward and backward, at the sizes of the config, on an untrained network."""
+    (G, _, _, text), slices = untrained(cfg, run.device), ds.part("train")
     optimiser, network = torch.optim.Adam(G.parameters(), lr=1e-4), torch.compile(G) if run.args.compile else G
 
     def inputs(n):
         y = 2 * run.fetch(slices, run.order("benchmark", len(slices), n, 0))[:, :1] - 1         # (n, 1, H, W)
-        zeros = torch.zeros(n, dim, device=run.device)
-        tokens = torch.zeros(n, 8, clip.SIZES[cfg.encoder]["text"]["width"], device=run.device)
-        return y, torch.ones(n, device=run.device), y, Text(zeros, zeros, zeros, tokens, torch.ones(n, 8, dtype=torch.bool,
-                                                                                                   device=run.device))
+        return y, torch.ones(n, device=run.device), y, text(n)
 
     def training_step():
         with run.autocast():
@@ -812,16 +842,14 @@ def benchmark(cfg, run, ds):
 
 def dry_run(cfg, run, ds):
     """What would be trained, how large it is, and about how long it takes."""
-    dim, width = clip.SIZES[cfg.encoder]["embed"], clip.SIZES[cfg.encoder]["text"]["width"]
-    G, D, sr = Generator(cfg, dim, width), Discriminator(cfg.disc_base, cfg.N), SRNet(dim, cfg.pool, dim)
-    image, e = torch.zeros(1, 1, cfg.size, cfg.size), torch.zeros(1, dim)
-    text = Text(e, e, e, torch.zeros(1, 8, width), torch.ones(1, 8, dtype=torch.bool))
-    made = G(image, torch.ones(1), image, text)
-    run.say(f"x_t, y {tuple(image.shape)}, t (1,), E_s, E_t {tuple(e.shape)} -> x0_hat {tuple(made.shape)}")
+    G, D, sr, text = untrained(cfg, torch.device("cpu"))
+    image, told = torch.zeros(1, 1, cfg.size, cfg.size), text(1)
+    made = G(image, torch.ones(1), image, told)
+    run.say(f"x_t, y {tuple(image.shape)}, t (1,), E_s, E_t {tuple(told.e_s.shape)} -> x0_hat {tuple(made.shape)}")
     for subject in ds.subjects[:1]:
         for c in ds.contrasts:
             run.say(f"prompt: {prompt(c, subject.meta, cfg.fields)}")
-    run.outline({"generator": G, "discriminator": D, "SR-Net": sr}, lambda: G(image, torch.ones(1), image, text),
+    run.outline({"generator": G, "discriminator": D, "SR-Net": sr}, lambda: G(image, torch.ones(1), image, told),
                 cfg.epochs * len(ds.part("train")))
 
 
@@ -858,9 +886,10 @@ def work(cfg, args):
         lines = all_prompts(cfg, ds.subjects, ds.contrasts)
         if run.rank == 0:
             Path(cfg.dump_prompts).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return run.say(f"{cfg.dump_prompts}: {len(lines)} prompts, one a line")
+        run.say(f"{cfg.dump_prompts}: {len(lines)} prompts, one a line")
+        return run.close()
     if args.train:
-        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"])}
+        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, **{p: sorted(ds.split[p]) for p in ("train", "val")}}
         run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
         run.write_json("split.json", ds.split)
         if run.finished(STAGES):
@@ -868,9 +897,9 @@ def work(cfg, args):
         else:
             train(cfg, run, ds)
     if args.evaluate:
-        seen = sorted(set(run.about["train"]) & set(ds.split["test"]))
+        seen = sorted({*run.about["train"], *run.about["val"]} & set(ds.split["test"]))
         if seen:
-            raise RunError(f"{len(seen)} test subjects were trained on ({', '.join(seen[:3])}, ...); give the same --split")
+            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); give the same --split")
         if args.reproduce and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:

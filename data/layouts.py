@@ -568,18 +568,19 @@ def caption(contrast, position, brain, lesion=None, meta=None):
 
 
 def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
-    """One line of text for a scan (MetaDB, Sec. 3.1), the same for all of its slices; "" without fields. For example
+    """One line of text for a scan (MetaDB, Sec. 4.3.3), the same for all of its slices; "" without fields. For example
 
     "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T2-weighted MRI of the brain, TR 8178 ms, TE 100 ms"
 
     meta: Subject.meta. fields: of PROMPT_FIELDS; the others are left out, whereas a value that is not known is None.
     masked: fields whose value becomes [MASK], or "modality": in the description the words for it and the numbers that
-    give it away. DataError for other names.
+    give it away, and a scanner that belongs to this contrast alone. DataError for other names.
     """
     unknown = (set(fields) - set(PROMPT_FIELDS)) | (set(masked) - {*PROMPT_FIELDS, "modality"})
     if unknown:
         raise DataError(f"prompt: there is no {', '.join(sorted(unknown))}; there are {', '.join(PROMPT_FIELDS)}", status=2)
     hidden = "modality" in masked
+    masked = {*masked, *(("scanner",) if hidden and f"scanner_{contrast}" in meta else ())}
     scanner = meta.get(f"scanner_{contrast}", meta.get("scanner"))
     parts = [("[MASK]" if hidden else DESCRIPTIONS[contrast]) + (f" of the {meta['body']}" if "body" in meta else "")]
     for name, time in zip(("TR", "TE"), meta.get("times", {}).get(contrast, ())):

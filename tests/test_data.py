@@ -949,6 +949,8 @@ def test_prompt():
         "Scanner: Siemens; Description: CT of the pelvis", "Scanner: GE 3T; Description: T1-weighted MRI of the pelvis"]
     assert prompt("t2", meta, masked=("modality",)) == (
         "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms")
+    assert prompt("ct", pelvis, ("scanner", "description"), ("modality",)) == "Scanner: [MASK]; Description: [MASK] of the pelvis"
+    assert prompt("t1", pelvis, ("scanner",), ("modality",)) == "Scanner: GE 3T"        # shared by all contrasts that name no other
     assert prompt("t2", meta, masked=("age", "scanner", "description")) == \
         "Age: [MASK]; Gender: F; Scanner: [MASK]; Description: [MASK]"
     for options, word in (({"fields": ("sex",)}, "no sex"), ({"fields": ("modality",)}, "no modality"),

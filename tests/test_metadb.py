@@ -156,7 +156,7 @@ def test_ta_norm_starts_as_the_identity_and_follows_equation_3():
     assert torch.allclose(layer(f, e), f, atol=1e-6)
     shaken(layer)
     w_s, b_s, w_t, b_t = (layer.source.linear.weight, layer.source.linear.bias, layer.target.linear.weight, layer.target.linear.bias)
-    raw_s, raw_t = e.source @ w_s.T + b_s, e.target @ w_t.T + b_t
+    raw_s, raw_t = e.e_s @ w_s.T + b_s, e.e_t @ w_t.T + b_t
     alpha_s, beta_s = 0.1 + 0.9 * raw_s[:, :6].sigmoid(), raw_s[:, 6:].sigmoid()
     alpha_t, beta_t = 0.1 + 0.9 * raw_t[:, :6].sigmoid(), raw_t[:, 6:].sigmoid()
     by_hand = (f - beta_s[:, :, None, None]) / alpha_s[:, :, None, None] * alpha_t[:, :, None, None] + beta_t[:, :, None, None]
@@ -169,19 +169,19 @@ def test_a_shared_map_is_undone_by_the_opposite_direction():
     f, e = torch.randn(3, 6, 4, 4), text()
     layer = shaken(metadb.TANorm(6, 8, "both", share=True))
     there = layer(f, e)
-    assert torch.allclose(layer(there, e._replace(source=e.target, target=e.source)), f, atol=1e-4)
-    assert torch.allclose(layer(f, e._replace(target=e.source)), f, atol=1e-5) and not torch.allclose(there, f, atol=0.1)
+    assert torch.allclose(layer(there, e._replace(e_s=e.e_t, e_t=e.e_s)), f, atol=1e-4)
+    assert torch.allclose(layer(f, e._replace(e_t=e.e_s)), f, atol=1e-5) and not torch.allclose(there, f, atol=0.1)
 
 
 def test_one_prompt_alone_does_half_of_it():
     f, e, other = torch.randn(3, 6, 4, 4), text(), text(seed=1)
     source, target = shaken(metadb.TANorm(6, 8, "source", False)), shaken(metadb.TANorm(6, 8, "target", False))
     assert source.target is None and target.source is None
-    assert torch.equal(source(f, e), source(f, e._replace(target=other.target))) and not torch.equal(source(f, e), source(f, e._replace(source=other.source)))
-    assert torch.equal(target(f, e), target(f, e._replace(source=other.source))) and not torch.equal(target(f, e), target(f, e._replace(target=other.target)))
-    alpha, beta = source.source(e.source)
+    assert torch.equal(source(f, e), source(f, e._replace(e_t=other.e_t))) and not torch.equal(source(f, e), source(f, e._replace(e_s=other.e_s)))
+    assert torch.equal(target(f, e), target(f, e._replace(e_s=other.e_s))) and not torch.equal(target(f, e), target(f, e._replace(e_t=other.e_t)))
+    alpha, beta = source.source(e.e_s)
     assert torch.allclose(source(f, e), (f - beta) / alpha, atol=1e-6)
-    alpha, beta = target.target(e.target)
+    alpha, beta = target.target(e.e_t)
     assert torch.allclose(target(f, e), f * alpha + beta, atol=1e-6)
 
 
@@ -205,15 +205,15 @@ def test_prompts_reach_the_generator_only_where_they_should():
         net = generator(conditioning=conditioning)
         assert torch.allclose(run(net, e), run(net, other), atol=1e-6) != changes, conditioning
     net = generator(conditioning="xattn")
-    hidden = e._replace(mask=torch.tensor([[True] * 4 + [False]] * 3))
-    spoiled = hidden._replace(tokens=torch.cat([hidden.tokens[:, :4], hidden.tokens[:, 4:] + 9], dim=1))
+    hidden = e._replace(is_word=torch.tensor([[True] * 4 + [False]] * 3))
+    spoiled = hidden._replace(words=torch.cat([hidden.words[:, :4], hidden.words[:, 4:] + 9], dim=1))
     assert torch.allclose(run(net, hidden), run(net, spoiled), atol=1e-6) and not torch.allclose(run(net, hidden), run(net, e), atol=1e-6)
 
 
 def test_cross_attention_tells_the_words_of_the_source_from_those_of_the_target():
     e, net = text(), generator(conditioning="xattn")
     words, more = torch.randn(2, 3, 4, 12, generator=torch.Generator().manual_seed(3))
-    there, back = (e._replace(tokens=torch.cat(pair, dim=1), mask=torch.ones(3, 8, dtype=torch.bool)) for pair in ((words, more), (more, words)))
+    there, back = (e._replace(words=torch.cat(pair, dim=1), is_word=torch.ones(3, 8, dtype=torch.bool)) for pair in ((words, more), (more, words)))
     assert not torch.allclose(run(net, there), run(net, back), atol=1e-5)
 
 
@@ -243,13 +243,13 @@ def test_recursion_feeds_the_previous_estimate_back():
 # ---- SR-Net and losses ------------------------------------------------------------------------------------------------
 
 def test_pooling_is_mean_and_maximum_of_squares():
-    net, x = metadb.SRNet(8, (1, 2), 4), images(2, 8)
+    net, x = metadb.SRNet(8, (1, 2)), images(2, 8)
     p = net.pooled(x)
     u = (x + 1) / 2
     assert p.shape == (2, 2 * 5)
     assert float(p[1, 0]) == pytest.approx(float(u[1].mean())) and float(p[1, 1]) == float(u[1].max())
     assert float(p[0, 2 + 1]) == pytest.approx(float(u[0, 0, :4, 4:].mean())) and float(p[0, 6 + 2]) == float(u[0, 0, 4:, :4].max())
-    assert metadb.SRNet(8, (1,), 4).pooled(x).shape == (2, 2)
+    assert metadb.SRNet(8, (1,)).pooled(x).shape == (2, 2)
 
 
 def test_loss_arithmetic():
@@ -275,10 +275,10 @@ def test_r1_looks_at_the_sample_not_at_its_condition():
 
 
 def test_gradients_go_where_they_belong():
-    e, net = text(), metadb.SRNet(8, (1, 2), 4)
+    e, net = text(), metadb.SRNet(8, (1, 2))
     made = images(3).requires_grad_()
-    metadb.semantic_loss(e.target, net(e.masked, net.pooled(made))).backward()
-    assert made.grad.abs().sum() > 0 and all(p.grad is not None for p in net.parameters()) and e.target.grad is None
+    metadb.semantic_loss(e.e_t, net(e.e_mask, net.pooled(made))).backward()
+    assert made.grad.abs().sum() > 0 and all(p.grad is not None for p in net.parameters()) and e.e_t.grad is None
 
 
 def test_the_discriminator_judges_patches_and_sees_the_time():

@@ -395,7 +395,7 @@ def test_evaluating_on_training_subjects_is_refused(trained, tmp_path, monkeypat
     split = {"train": [n for n in names if n not in train], "val": [], "test": train}
     (tmp_path / "split.json").write_text(json.dumps(split))
     code, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--split", tmp_path / "split.json")
-    assert code == 1 and "were trained on" in text
+    assert code == 1 and "served the training" in text
 
 
 def test_readme_commands_exist_and_ci_runs_the_test_command():
