@@ -888,19 +888,15 @@ def work(cfg, args, score=evaluate):
     if args.train or args.evaluate or not args.synthesize:
         ds = open_data(cfg, args, run)
         patterns(ds.contrasts, cfg.missing)                 # a wrong --missing is told now, not after the training
-        run.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint, "test": ds.split["test"]}
+        run.works_on(ds)
     if args.train:
-        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, **{p: sorted(ds.split[p]) for p in ("train", "val")}}
-        run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
-        run.write_json("split.json", ds.split)
+        run.claim_for(ds, SAMPLING)
         if run.finished(STAGES):
             run.say("training: finished")
         else:
             train(cfg, run, ds)
     if args.evaluate:
-        seen = sorted({*run.about["train"], *run.about["val"]} & set(ds.split["test"]))
-        if seen:
-            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); give the same --split")
+        run.refuse_seen(ds)
         if args.reproduce and score is evaluate and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:

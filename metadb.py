@@ -881,7 +881,7 @@ def work(cfg, args):
     if args.train or args.evaluate or args.benchmark or cfg.dump_prompts or not args.synthesize:
         ds = open_data(cfg, args, run)
         directions(cfg, list(ds.contrasts))                 # a wrong --only is told now, not after the training
-        run.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint, "test": ds.split["test"]}
+        run.works_on(ds)
     if cfg.dump_prompts:
         lines = all_prompts(cfg, ds.subjects, ds.contrasts)
         if run.rank == 0:
@@ -889,17 +889,13 @@ def work(cfg, args):
         run.say(f"{cfg.dump_prompts}: {len(lines)} prompts, one a line")
         return run.close()
     if args.train:
-        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, **{p: sorted(ds.split[p]) for p in ("train", "val")}}
-        run.claim([field for field in vars(cfg) if field not in SAMPLING], about)
-        run.write_json("split.json", ds.split)
+        run.claim_for(ds, SAMPLING)
         if run.finished(STAGES):
             run.say("training: finished")
         else:
             train(cfg, run, ds)
     if args.evaluate:
-        seen = sorted({*run.about["train"], *run.about["val"]} & set(ds.split["test"]))
-        if seen:
-            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); give the same --split")
+        run.refuse_seen(ds)
         if args.reproduce and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:

@@ -325,6 +325,23 @@ class Run:
         self.write_json("config.json", {"script": self.script, "command": " ".join(sys.argv), "identity": mine,
                                         "config": self.config_dict(), "versions": versions()})
 
+    def works_on(self, ds):
+        """Results will say that they belong to this data.Dataset and its test subjects."""
+        self.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint, "test": ds.split["test"]}
+
+    def claim_for(self, ds, free):
+        """Claim the folder for training on a data.Dataset; only the fields in `free` may differ from what is there."""
+        about = {"contrasts": list(ds.contrasts), "data": ds.fingerprint, "train": sorted(ds.split["train"]),
+                 "val": sorted(ds.split["val"])}
+        self.claim([field for field in vars(self.config) if field not in free], about)
+        self.write_json("split.json", ds.split)
+
+    def refuse_seen(self, ds):
+        """RunError if a test subject of this data.Dataset was trained on, or chose the weights."""
+        seen = sorted({*self.about["train"], *self.about["val"]} & set(ds.split["test"]))
+        if seen:
+            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); give the same --split")
+
     # -- results and long work outside of training ----------------------------------------------------------------
 
     def batches(self, what, items, size):

@@ -476,6 +476,60 @@ def test_several_directions_and_names_as_people_write_them(ixi, tmp_path, monkey
     assert status == 0 and "wrote t2 from t1, pd" in text
 
 
+def test_weights_are_chosen_on_all_directions_whatever_will_be_sampled(loaded, monkeypatch):
+    """--only belongs to sampling: the validation of a model of several directions must not look at it."""
+    cfg, run, model, ds = loaded
+    two, asked = dataclasses.replace(cfg, source=("t1", "t2"), target=("t1", "t2"), only=("t1", "t2")), []
+    assert len(ds.rows("val")) > 0 and metadb.directions(two, ["t1", "t2"]) == [(0, 1)]
+    monkeypatch.setattr(metadb, "translate", lambda run, model, u, *rest: u)
+    prompts = SimpleNamespace()
+    validate = metadb.validation(two, run, ds, lambda names, s, t: asked.append((s.tolist(), t.tolist())) or prompts, model.bridge)
+    assert set(zip(*asked[0])) == {(0, 1), (1, 0)}
+    rows = metadb.evenly(ds.rows("val"), 16)                    # the source as the answer: its mean squared error, by hand
+    images = np.asarray(ds.images[rows], np.float64)
+    assert validate(None) == pytest.approx(((images[:, 0] - images[:, 1]) ** 2).mean(), rel=1e-4)
+
+
+def test_validation_subjects_are_not_tested_on(trained, tmp_path, monkeypatch, capsys):
+    """They chose the weights."""
+    ixi, out, _ = trained
+    parts = json.loads((out / "split.json").read_text())
+    assert parts["val"]
+    (tmp_path / "split.json").write_text(json.dumps({**parts, "val": [], "test": parts["val"]}))
+    status, text = call(monkeypatch, capsys, "--data", ixi, "--out", out, "--evaluate", "--split", tmp_path / "split.json")
+    assert status == 1 and f"{len(parts['val'])} test subjects served the training" in text
+
+
+def test_a_trained_model_is_tried_on_other_data(trained, tmp_path, monkeypatch, capsys):
+    """Fig. 5, top: --evaluate with another folder scores that folder's test subjects and learns nothing from it."""
+    _, out, _ = trained
+    phantom.make("ixi", tmp_path / "other", subjects=8, size=32, slices=4, seed=5)
+    (tmp_path / "other" / "IXI.csv").unlink()
+    before = (out / "last.pt").read_bytes()
+    numbers = json.loads((out / "results.json").read_text())
+    (tmp_path / "run").mkdir()
+    for name in ("last.pt", "config.json"):
+        (tmp_path / "run" / name).write_bytes((out / name).read_bytes())
+    for name in ("IXI-T1", "IXI-T2", "IXI-PD"):                 # hospitals number their patients from 2 on, too
+        for path in (tmp_path / "other" / name).iterdir():
+            path.rename(path.with_name(path.name.replace("IXI0", "IXI3")))
+    status, text = call(monkeypatch, capsys, "--data", tmp_path / "other", "--out", tmp_path / "run", "--evaluate")
+    assert status == 0 and "| MetaDB |" in text, text
+    other = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(name.startswith("IXI3") for name in other["test"]) and other["fingerprint"] != numbers["fingerprint"]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_dry_run_and_a_benchmark_say_sizes_and_rates(ixi, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metadb.Run.time, "__defaults__", (0.1,))
+    base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
+    status, text = call(monkeypatch, capsys, *base)
+    assert status == 0 and "prompt: Age: " in text and "x0_hat (1, 1, 32, 32)" in text and "this was a dry run" in text
+    assert all(f"{name}: " in text for name in ("generator", "discriminator", "SR-Net")) and not (tmp_path / "run").exists()
+    status, text = call(monkeypatch, capsys, *base, "--benchmark")
+    assert status == 0 and "a sample takes 3 times 2 passes" in text and "GFLOP/s" in text
+
+
 def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
     status, text = call(monkeypatch, capsys, *base, "--dump-prompts", tmp_path / "prompts.txt")

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import apt
+import metadb
 from common.run import guarded
 from data import phantom
 from data.volumes import DataError
@@ -395,7 +396,7 @@ def test_evaluating_on_training_subjects_is_refused(trained, tmp_path, monkeypat
     split = {"train": [n for n in names if n not in train], "val": [], "test": train}
     (tmp_path / "split.json").write_text(json.dumps(split))
     code, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--split", tmp_path / "split.json")
-    assert code == 1 and "served the training" in text
+    assert code == 1 and "4 test subjects served the training" in text
 
 
 def test_readme_commands_exist_and_ci_runs_the_test_command():
@@ -406,7 +407,8 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
     assert "python apt.py --data data/brats --train" in blocks[0] and blocks[1].strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     from common.cli import parse
     for line in (line for block in blocks for line in block.splitlines()):
-        for words in re.findall(r"apt\.py ([^#&|]*)", line):
-            parse(apt.Config, apt.PRESETS, apt.TABLES, apt.LIMITS, lambda folder: "paper", apt.__doc__, words.split())
+        for name, words in re.findall(r"(apt|metadb)\.py ([^#&|]*)", line):
+            script = {"apt": apt, "metadb": metadb}[name]
+            parse(script.Config, script.PRESETS, script.TABLES, script.LIMITS, lambda folder: "paper", script.__doc__, words.split())
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
         assert Path(ROOT / path).exists(), path
