@@ -16,7 +16,7 @@ PIPELINE (B slices, H x W pixels, D width of an embedding)
   x_t, y, x_r (B,1,H,W each), t, E_s, E_t --generator, R times--> x0_hat (B,1,H,W)               stage "bridge"
   x0_hat, x_t, y --posterior--> x_{t-1}          N steps from x_N down to x_0 = the last x0_hat; N R passes for a sample
 
-EQUATIONS (departures from them are marked [D1] to [D6])
+EQUATIONS (departures from them and from the text: [D1] to [D8])
   Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t;  the tables of a, m and delta: bridge_tables
   Eq. (2)  x0_hat = G(x_t, t, y, E_text)
   Eq. (3)  F <- (F - beta_s) / alpha_s * alpha_t + beta_t
@@ -33,6 +33,7 @@ COMMANDS
   python metadb.py --data data/ixi --train --evaluate                      a phantom is made on first use; CPU, minutes
   python metadb.py --data FOLDER --source t1 --target ct --train --evaluate            your own scans, the paper's sizes
   python metadb.py --data FOLDER --synthesize --out runs/metadb-FOLDER                 NIfTI volumes
+  python metadb.py --data OTHER --evaluate --out runs/metadb-FOLDER                    on data of another kind (Fig. 5, top)
   python metadb.py --data data/ixi --reproduce table3                      a table of the paper (--reproduce list: all)
 
 DEPARTURES FROM THE PAPER
@@ -86,6 +87,7 @@ from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
 from data.volumes import DataError
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Config:
@@ -303,9 +305,9 @@ class TANorm(nn.Module):
         with torch.autocast(h.device.type, enabled=False):                      # a division: not in bf16
             f = h.float()                                                       # (B, C, H, W)
             if self.source is not None:
-                f = strip(f, *self.source(text.e_s))                         # (B, C, H, W)
+                f = strip(f, *self.source(text.e_s))                            # (B, C, H, W)
             if self.target is not None:
-                f = inject(f, *self.target(text.e_t))                        # (B, C, H, W)
+                f = inject(f, *self.target(text.e_t))                           # (B, C, H, W)
         return f.to(h.dtype)                                                    # (B, C, H, W)
 
 

@@ -79,7 +79,8 @@ def report(run, tasks, train, protocol):
             error = pictures.error_map(task.truth[i], model, SHOWN)
             sources = [images[i] for images in task.sources.values()]
             blank = [np.ones_like(task.truth[i])] * (width - len(sources))
-            sheet.append((f"{task.target}, {task.subjects[i]}", [*sources, *blank, *start, model, task.truth[i], error]))
+            what = task.name if width == 1 else task.target
+            sheet.append((f"{what}, {task.subjects[i]}", [*sources, *blank, *start, model, task.truth[i], error]))
         middle = len(task.truth) // 2                       # one slice per task stays with the numbers, for reproduce
         kept.update({f"{task.name}|{method}": images[middle].astype(np.float16) for method, images in task.results.items()})
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)

@@ -77,8 +77,8 @@ def test_posterior_steps_compose_to_the_marginals(name, eta):
     for t in range(10, 0, -1):
         variance = b.c[t] ** 2 * variance + b.v[t]
         assert float(variance) == pytest.approx(float(b.delta[t - 1] ** 2), abs=1e-9)
-        if eta == 0 and b.delta[t] > 0:
-            assert float(b.v[t]) == 0
+        if b.delta[t] > 0:                                  # the share of new noise: DBIM's rho = eta rho(Markov)
+            assert float(b.v[t].sqrt()) == pytest.approx(eta * float(Bridge(name, 10).v[t].sqrt()), abs=1e-12)
 
 
 def test_markov_coefficients_of_the_soft_bridge():
@@ -154,6 +154,8 @@ def test_ta_norm_starts_as_the_identity_and_follows_equation_3():
     f, e = images(3, 4)[:, :, :, :].expand(3, 6, 4, 4).clone(), text()
     layer = metadb.TANorm(6, 8, "both", share=False)
     assert torch.allclose(layer(f, e), f, atol=1e-6)
+    alpha, beta = 0.1 + 0.9 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))             # .893 and .119 at the start
+    assert torch.allclose(metadb.TANorm(6, 8, "target", False)(f, e), f * alpha + beta, atol=1e-6)
     shaken(layer)
     w_s, b_s, w_t, b_t = (layer.source.linear.weight, layer.source.linear.bias, layer.target.linear.weight, layer.target.linear.bias)
     raw_s, raw_t = e.e_s @ w_s.T + b_s, e.e_t @ w_t.T + b_t
@@ -233,6 +235,7 @@ def test_recursion_feeds_the_previous_estimate_back():
     seen, unet = [], net.unet.forward
     net.unet.forward = lambda x, t, condition: seen.append(x.clone()) or unet(x, t, condition)
     out = run(net, e)
+    assert torch.equal(seen[0][:, :1], images(3)) and torch.equal(seen[0][:, 1:2], images(3, seed=5))      # x_t, y
     assert len(seen) == 2 and not seen[0][:, 2].any() and torch.allclose(seen[1][:, 2:], torch.tanh(unet(seen[0], 1000 * torch.tensor([1, 5, 10]) / 10, e)), atol=1e-6)
     assert torch.equal(seen[0][:, :2], seen[1][:, :2]) and out.abs().max() < 1
     x = images(3).requires_grad_()
