@@ -268,13 +268,15 @@ def test_loss_arithmetic():
 
 
 def test_r1_looks_at_the_sample_not_at_its_condition():
-    w, u = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[7.0, 7.0]]]])
+    w, u = torch.tensor([[[[3.0, 4.0]]]], requires_grad=True), torch.tensor([[[[7.0, 7.0]]]], requires_grad=True)
 
     def disc(x_prev, x_t, t):
         return (w * x_prev + u * x_t).sum((1, 2, 3))[:, None]
     x = torch.zeros(5, 1, 1, 2)
-    assert float(metadb.r1_penalty(disc, x, x, None)) == pytest.approx(25 / 2)
-    assert float(metadb.r1_penalty(lambda *pair: disc(*pair).expand(5, 4) / 4, x, x, None)) == pytest.approx(25 / 8)    # per patch
+    penalty = metadb.r1_penalty(disc, x, x, None)
+    penalty.backward()
+    assert penalty.item() == pytest.approx(25 / 2) and torch.allclose(w.grad, w) and u.grad is None        # and it can be lowered
+    assert metadb.r1_penalty(lambda *pair: disc(*pair).expand(5, 4) / 4, x, x, None).item() == pytest.approx(25 / 8)    # per patch
 
 
 def test_gradients_go_where_they_belong():
