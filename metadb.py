@@ -460,8 +460,8 @@ class Bridge:
             self.c[t] = (delta[t - 1] ** 2 - self.v[t]).sqrt() / delta[t]
 
     def at(self, name, t, like):
-        """Entries t (B,) of a table, to broadcast over (B, 1, H, W)."""
-        return getattr(self, name)[t.cpu()].to(like.device, torch.float32)[:, None, None, None]
+        """Entries t (B,) of a table, to broadcast over `like` (B, 1, H, W); t is on the same device."""
+        return getattr(self, name).float().to(like.device)[t][:, None, None, None]
 
     def q_sample(self, t, x0, y, eps):
         """Eq. (1): a draw of x_t."""

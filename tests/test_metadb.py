@@ -380,6 +380,41 @@ def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_joi
             assert all((stored - b).abs().amax((1, 2)).min() == 0 for b in batch)
 
 
+@pytest.mark.parametrize("sem_real", [False, True])
+def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
+    """Eq. (9) with both weights, R_M on real images where asked for, R1 every tenth step, and which network learns from what."""
+    seen = []
+
+    def watch(name):
+        real = getattr(metadb, name)
+        monkeypatch.setattr(metadb, name, lambda *args: (seen.append((name, real(*args))), seen[-1][1])[1])
+    for name in ("semantic_loss", "adversarial_loss", "discriminator_loss", "r1_penalty"):
+        watch(name)
+    l1, update = metadb.F.l1_loss, metadb.Run.update
+    monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(("l1", l1(made, x0))), seen[-1][1])[1])
+    monkeypatch.setattr(metadb.Run, "update", lambda self, loss, optimiser, **how: (
+        seen.append(("update", loss, sum(len(g["params"]) for g in optimiser.param_groups), optimiser.defaults["betas"])), update(self, loss, optimiser, **how)))
+    monkeypatch.setattr(metadb.clip, "train_clip", lambda *args, **how: list(args[0].steps("encoder", 1, {"clip": args[1]})))     # its updates are not looked at
+    words = ["--epochs", "3", "--lambda-adv", "0.3", "--lambda-sem", "0.7", *(["--sem-real"] if sem_real else [])]
+    status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, *words, "--train")
+    assert status == 0, text
+    parts = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stages"]["bridge"]["parts"]
+    starts = [i for i, entry in enumerate(seen) if entry[0] == "l1"]
+    assert len(starts) == 12
+    for step, (start, end) in enumerate(zip(starts, [*starts[1:], len(seen)])):
+        entries = seen[start:end]
+        values = {name: [float(e[1].detach()) for e in entries if e[0] == name] for name in {e[0] for e in entries}}
+        r1 = values.get("r1_penalty", [])
+        assert len(r1) == (step % 10 == 0) and values["update"][0] == pytest.approx(values["discriminator_loss"][0] + sum(r1), rel=1e-5)
+        sem, *real, _ = values["semantic_loss"]
+        assert len(real) == (2 if sem_real else 0)
+        total = values["l1"][0] + 0.3 * values["adversarial_loss"][0] + 0.7 * (sem + sum(real) / 2)
+        assert values["update"][1] == pytest.approx(total, rel=1e-5)
+        first, second = (e for e in entries if e[0] == "update")
+        assert first[2] == len(parts["discriminator"]) and second[2] == len(parts["generator"]) + len(parts["sr"])
+        assert first[3] == second[3] == (0.5, 0.9)
+
+
 def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--lambda-adv", "0", "--lambda-sem", "0", "--train")
     assert status == 0, text
