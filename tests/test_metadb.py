@@ -387,11 +387,13 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
 
     def watch(name):
         real = getattr(metadb, name)
-        monkeypatch.setattr(metadb, name, lambda *args: (seen.append((name, real(*args))), seen[-1][1])[1])
+        monkeypatch.setattr(metadb, name, lambda *args: (seen.append((name, real(*args), args[0])), seen[-1][1])[1])
     for name in ("semantic_loss", "adversarial_loss", "discriminator_loss", "r1_penalty"):
         watch(name)
-    l1, update = metadb.F.l1_loss, metadb.Run.update
-    monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(("l1", l1(made, x0))), seen[-1][1])[1])
+    l1, update, recover, judge = metadb.F.l1_loss, metadb.Run.update, metadb.SRNet.forward, metadb.Discriminator.forward
+    monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(("l1", l1(made, x0), made)), seen[-1][1])[1])
+    monkeypatch.setattr(metadb.SRNet, "forward", lambda self, e_mask, f_p: (seen.append(("recover", torch.zeros(()), e_mask, f_p)), recover(self, e_mask, f_p))[1])
+    monkeypatch.setattr(metadb.Discriminator, "forward", lambda self, x_prev, x_t, t: (seen.append(("judge", torch.zeros(()), x_prev)), judge(self, x_prev, x_t, t))[1])
     monkeypatch.setattr(metadb.Run, "update", lambda self, loss, optimiser, **how: (
         seen.append(("update", loss, sum(len(g["params"]) for g in optimiser.param_groups), optimiser.defaults["betas"])), update(self, loss, optimiser, **how)))
     monkeypatch.setattr(metadb.clip, "train_clip", lambda *args, **how: list(args[0].steps("encoder", 1, {"clip": args[1]})))     # its updates are not looked at
@@ -413,6 +415,11 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
         first, second = (e for e in entries if e[0] == "update")
         assert first[2] == len(parts["discriminator"]) and second[2] == len(parts["generator"]) + len(parts["sr"])
         assert first[3] == second[3] == (0.5, 0.9)
+        judged, (e_mask, f_p) = [e[2].requires_grad for e in entries if e[0] == "judge"], next(e[2:] for e in entries if e[0] == "recover")
+        assert judged == [False, False, *([True] if r1 else []), True]     # real, made for D; R1's own; made for G, which learns from it
+        assert f_p.requires_grad and torch.equal(f_p, metadb.SRNet(8, (1, 2, 4, 8)).pooled(entries[0][2]))      # ... and from the prediction
+        e_t = next(e[2] for e in entries if e[0] == "semantic_loss")
+        assert not torch.allclose(e_mask, e_t, atol=0.1) and not e_t.requires_grad and not e_mask.requires_grad
 
 
 def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
