@@ -364,10 +364,10 @@ def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_joi
 
     def watch_q(self, t, x0, y, eps):
         steps.update(t.tolist())
-        seen.append(["q", x0, y, q_sample(self, t, x0, y, eps)])
-        return seen[-1][-1]
+        seen.append(["q", x0, y, q_sample(self, t, x0, y, eps), eps])
+        return seen[-1][3]
     monkeypatch.setattr(metadb.Bridge, "q_sample", watch_q)
-    monkeypatch.setattr(metadb.Bridge, "posterior", lambda self, t, x_t, x0, y, eps: (seen.append(["p", x_t, x0, y]), posterior(self, t, x_t, x0, y, eps))[1])
+    monkeypatch.setattr(metadb.Bridge, "posterior", lambda self, t, x_t, x0, y, eps: (seen.append(["p", x_t, x0, y, eps]), posterior(self, t, x_t, x0, y, eps))[1])
     monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(["l1", made, x0]), l1(made, x0))[1])
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--epochs", "1", "--train")
     assert status == 0, text
@@ -375,7 +375,8 @@ def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_joi
     assert len(at) == 4 and steps == {1, 2, 3}              # of --N 3
     images = metadb.data.open_dataset(ixi, ("t1", "t2"), 32, train_fraction=0.5, test_subjects=3, cache=tmp_path / "cache", say=str).images
     for i in at:
-        (_, x0, y, x_t), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
+        (_, x0, y, x_t, eps), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
+        assert torch.corrcoef(torch.stack([e.flatten() for e in (eps, first[4], second[4])])).triu(1).abs().max() < 0.1     # three noises
         assert goal is x0 and first[1] is x_t and first[2] is made and second[1] is x_t and second[2] is x0 and first[3] is second[3] is y
         for c, batch in ((1, x0), (0, y)):
             stored = torch.from_numpy(2 * images[:, c].astype("float32") - 1)
@@ -397,7 +398,8 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
     monkeypatch.setattr(metadb.SRNet, "forward", lambda self, e_mask, f_p: (seen.append(("recover", torch.zeros(()), e_mask, f_p)), recover(self, e_mask, f_p))[1])
     monkeypatch.setattr(metadb.Discriminator, "forward", lambda self, x_prev, x_t, t: (seen.append(("judge", torch.zeros(()), x_prev)), judge(self, x_prev, x_t, t))[1])
     monkeypatch.setattr(metadb.Run, "update", lambda self, loss, optimiser, **how: (
-        seen.append(("update", loss, sum(len(g["params"]) for g in optimiser.param_groups), optimiser.defaults["betas"])), update(self, loss, optimiser, **how)))
+        seen.append(("update", loss, sum(len(g["params"]) for g in optimiser.param_groups), optimiser.defaults["betas"], optimiser.param_groups[0]["lr"])),
+        update(self, loss, optimiser, **how)))
     monkeypatch.setattr(metadb.clip, "train_clip", lambda *args, **how: list(args[0].steps("encoder", 1, {"clip": args[1]})))     # its updates are not looked at
     words = ["--epochs", "3", "--lambda-adv", "0.3", "--lambda-sem", "0.7", *(["--sem-real"] if sem_real else [])]
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, *words, "--train")
@@ -417,6 +419,7 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
         first, second = (e for e in entries if e[0] == "update")
         assert first[2] == len(parts["discriminator"]) and second[2] == len(parts["generator"]) + len(parts["sr"])
         assert first[3] == second[3] == (0.5, 0.9)
+        assert first[4] == metadb.learning_rate(step, 12, 3e-4) and second[4] == metadb.learning_rate(step, 12, 5e-4)
         judged, (e_mask, f_p) = [e[2].requires_grad for e in entries if e[0] == "judge"], next(e[2:] for e in entries if e[0] == "recover")
         assert judged == [False, False, *([True] if r1 else []), True]     # real, made for D; R1's own; made for G, which learns from it
         assert f_p.requires_grad and torch.equal(f_p, metadb.SRNet(8, (1, 2, 4, 8)).pooled(entries[0][2]))      # ... and from the prediction
@@ -492,6 +495,23 @@ def test_noise_on_the_source_has_the_stated_size_and_is_repeatable(loaded):
     spoiled = metadb.spoil(noisy, run, u, [("s", i) for i in range(8)])
     assert float((spoiled - u).std()) == pytest.approx(10 / 255, rel=0.01) and metadb.spoil(cfg, run, u, []) is u
     assert torch.equal(metadb.spoil(noisy, run, u[:1], [("s", 3)]), spoiled[3:4])
+
+
+def test_the_noise_of_figure_5_reaches_the_model_and_the_copied_source(trained, tmp_path, monkeypatch, capsys):
+    ixi, out, _ = trained
+    (tmp_path / "run").mkdir()
+    for name in ("last.pt", "config.json"):
+        (tmp_path / "run" / name).write_bytes((out / name).read_bytes())
+    given, translate = [], metadb.translate
+    monkeypatch.setattr(metadb, "translate", lambda run, model, y, *rest: (given.append(y.clone()), translate(run, model, y, *rest))[1])
+    copied = []
+    for noise in ("0", "60"):
+        status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", "--evaluate", "--noise", noise)
+        assert status == 0, text
+        copied.append({r["metric"]: r["mean"] for r in json.loads((tmp_path / "run" / "results.json").read_text())["rows"] if r["method"] == "copy-source"})
+    clean, noisy = given
+    inside = (clean > 0.3) & (clean < 0.7)                      # nothing is clipped there
+    assert float((noisy - clean)[inside].std()) == pytest.approx(60 / 255, rel=0.15) and abs(copied[1]["psnr"] - copied[0]["psnr"]) > 0.1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
