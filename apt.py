@@ -184,11 +184,6 @@ def open_data(cfg, args, run):
     return ds
 
 
-def evenly(rows, most):
-    """At most `most` of the rows, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
-
-
 def captions(ds, rows):
     """What the encoder's text tower reads: for each slice, one sentence per contrast."""
     return [[caption(c, ds.position[r], ds.brain[r], ds.lesion[r]) for c in ds.contrasts] for r in rows]
@@ -567,7 +562,7 @@ def train_encoder(cfg, run, ds, slices):
     encoder.freeze()
     unseen = ds.rows("val")
     if len(unseen):
-        unseen = evenly(unseen, 64)
+        unseen = data.evenly(unseen, 64)
         scores = clip.report(encoder, ds.images[unseen], captions(ds, unseen))
         run.say("encoder on validation slices: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in scores.items()))
     return encoder
@@ -604,7 +599,7 @@ def make_codebooks(cfg, run, ds, slices, encoder):
     """Stage "codebook": one for each reading of the curves [D6], from at most 2,000 slices spread over the subjects.  Each
     process computes all of it."""
     codebooks = {name: Codebook(len(ds.contrasts), name) for name in CURVES}
-    chosen = evenly(np.arange(len(slices)), 2000)
+    chosen = data.evenly(np.arange(len(slices)), 2000)
     parts = np.array_split(chosen, math.ceil(len(chosen) / 16))
     for step in run.steps("codebook", len(parts), codebooks, 16):
         for codebook in codebooks.values():
@@ -654,7 +649,7 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
     if len(rows) == 0:
         run.say("no validation subjects: the last averaged weights are kept")
         return None
-    u = run.fetch(ds.images, evenly(rows, 32))                                                      # (V, C, H, W)
+    u = run.fetch(ds.images, data.evenly(rows, 32))                                                      # (V, C, H, W)
     present = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)
     context = condition(cfg, mif, encode(encoder, u), present)                          # (V, L, D)
     t = torch.linspace(0, T - 1, len(u), device=run.device).long()                      # (V,)  all noise levels
@@ -757,7 +752,7 @@ def evaluate(cfg, run, ds, model):
         for c, name in ((c, name) for c, name in enumerate(ds.contrasts) if name in task):
             results = {"APT": ours[:, c]} if cfg.prior == "noise" else {"APT": ours[:, c], "prior alone": start[:, c]}
             scored.append(Task(sources, name, truth[:, c], results, ds.subject[rows]))
-    some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
+    some = ds.images[data.evenly(ds.rows("train"), 2000)].astype(np.float32)            # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(ds.contrasts)},
            f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; unit: subject, the mean of its slices")
     draw_steps(cfg, run, ds, model, tasks[:4], rows[len(rows) // 2])
@@ -770,7 +765,7 @@ def draw_steps(cfg, run, ds, model, tasks, r):
     known = torch.tensor([[c not in task for c in ds.contrasts] for task in tasks], device=run.device)
     result, _ = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r])] * len(tasks), watched)
     first, second = np.arange(cfg.S + 1), np.arange(cfg.S + 1, len(watched))            # evaluations of stage 1, of stage 2
-    shown = [*evenly(first, 4), *(evenly(second, 3) if cfg.stage2 else ())]
+    shown = [*data.evenly(first, 4), *(data.evenly(second, 3) if cfg.stage2 else ())]
     columns, rows, labels = [f"{i + 1}: t = {watched[i][0]}" for i in shown], [], []
     shown = [watched[i] for i in shown]
     for b, task in enumerate(tasks):

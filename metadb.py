@@ -186,11 +186,6 @@ def open_data(cfg, args, run):
         cache=args.cache, workers=args.workers, say=run.say))
 
 
-def evenly(rows, most):
-    """At most `most` of the rows, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
-
-
 def all_directions(cfg, contrasts):
     """All (source, target) pairs of different contrasts, as channel numbers."""
     sources, targets = ([contrasts.index(canonical_contrast(c)) for c in names] for names in (cfg.source, cfg.target))
@@ -682,7 +677,7 @@ def validation(cfg, run, ds, prompts, bridge):
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")
         return None
-    rows, pairs = evenly(rows, 16), all_directions(cfg, list(ds.contrasts))
+    rows, pairs = data.evenly(rows, 16), all_directions(cfg, list(ds.contrasts))
     u = run.fetch(ds.images, rows)                                              # (V, C, H, W)
     chosen = [pairs[i % len(pairs)] for i in range(len(rows))]
     s, t = (torch.tensor(channels) for channels in zip(*chosen))                # (V,) each
@@ -779,7 +774,7 @@ def evaluate(cfg, run, ds, model):
         made = np.stack([done.pop(((s, t), r)) for r in rows])                          # (n, H, W)
         scored.append(Task({contrasts[s]: y[:, 0].cpu().numpy()}, contrasts[t], truth[:, t], {"MetaDB": made}, ds.subject[rows],
                            segmenters.get(t), ds.labels[rows] if cfg.segment else None))
-    some = ds.images[evenly(ds.rows("train"), 2000)].astype(np.float32)                 # (m, C, H, W)
+    some = ds.images[data.evenly(ds.rows("train"), 2000)].astype(np.float32)            # (m, C, H, W)
     report(run, scored, {name: some[:, c] for c, name in enumerate(contrasts)},
            f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; unit: subject, the mean of its slices")
 
@@ -788,7 +783,7 @@ def train_segmenters(cfg, run, ds, targets):
     """Fig. 6: {channel number: a segmenter of that contrast}, trained on at most 5,000 real slices of training subjects."""
     if ds.labels is None:
         raise RunError(f"--segment: not every subject in {ds.folder} has label maps (as BraTS's ..._seg.nii.gz)")
-    rows = evenly(ds.rows("train"), 5000)
+    rows = data.evenly(ds.rows("train"), 5000)
     labels = np.asarray(ds.labels[rows])                                                # (m, H, W)
     classes, made = tuple(np.unique(labels).tolist()), {}
     for t in sorted(targets):

@@ -36,7 +36,7 @@ from data.volumes import (
     write_volume,
 )
 
-__all__ = ["DataError", "Dataset", "SubjectSlices", "caption", "check", "denormalise", "find_layout", "is_phantom",
+__all__ = ["DataError", "Dataset", "SubjectSlices", "caption", "check", "denormalise", "evenly", "find_layout", "is_phantom",
            "load_subject", "open_dataset", "prompt", "read_volume", "write_volume"]
 
 KEEP = 1 / 3                 # of the volume's largest in-slice foreground; see kept_slices
@@ -259,6 +259,11 @@ class Dataset:
             quantiles = (np.arange(per_subject) + 0.5) / per_subject
             chosen.append(np.unique(rows[(quantiles * len(rows)).astype(int)]))
         return np.concatenate(chosen) if chosen else np.zeros(0, int)
+
+
+def evenly(rows, most):
+    """At most `most` of the rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
 
 
 def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8, test_subjects=50,

@@ -567,7 +567,7 @@ def test_weights_are_chosen_on_all_directions_whatever_will_be_sampled(loaded, m
     prompts = SimpleNamespace()
     validate = metadb.validation(two, run, ds, lambda names, s, t: asked.append((s.tolist(), t.tolist())) or prompts, model.bridge)
     assert set(zip(*asked[0])) == {(0, 1), (1, 0)}
-    rows = metadb.evenly(ds.rows("val"), 16)                    # the source as the answer: its mean squared error, by hand
+    rows = metadb.data.evenly(ds.rows("val"), 16)                    # the source as the answer: its mean squared error, by hand
     images = np.asarray(ds.images[rows], np.float64)
     assert validate(None) == pytest.approx(((images[:, 0] - images[:, 1]) ** 2).mean(), rel=1e-4)
 
