@@ -649,7 +649,7 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
     if len(rows) == 0:
         run.say("no validation subjects: the last averaged weights are kept")
         return None
-    u = run.fetch(ds.images, data.evenly(rows, 32))                                                      # (V, C, H, W)
+    u = run.fetch(ds.images, data.evenly(rows, 32))                                                 # (V, C, H, W)
     present = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)
     context = condition(cfg, mif, encode(encoder, u), present)                          # (V, L, D)
     t = torch.linspace(0, T - 1, len(u), device=run.device).long()                      # (V,)  all noise levels
