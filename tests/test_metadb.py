@@ -360,11 +360,10 @@ def test_train_and_evaluate_leave_what_they_promise(trained):
 
 def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_jointly(ixi, tmp_path, monkeypatch, capsys):
     """x0 of every step is the target contrast; it is what the L1 looks at, and x_{t-1} is drawn from (x_t, x0) and from (x_t, x0_hat)."""
-    seen, steps, q_sample, posterior, l1 = [], set(), metadb.Bridge.q_sample, metadb.Bridge.posterior, metadb.F.l1_loss
+    seen, q_sample, posterior, l1 = [], metadb.Bridge.q_sample, metadb.Bridge.posterior, metadb.F.l1_loss
 
     def watch_q(self, t, x0, y, eps):
-        steps.update(t.tolist())
-        seen.append(["q", x0, y, q_sample(self, t, x0, y, eps), eps])
+        seen.append(["q", x0, y, q_sample(self, t, x0, y, eps), eps, t])
         return seen[-1][3]
     monkeypatch.setattr(metadb.Bridge, "q_sample", watch_q)
     monkeypatch.setattr(metadb.Bridge, "posterior", lambda self, t, x_t, x0, y, eps: (seen.append(["p", x_t, x0, y, eps]), posterior(self, t, x_t, x0, y, eps))[1])
@@ -372,10 +371,10 @@ def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_joi
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--epochs", "1", "--train")
     assert status == 0, text
     at = [i for i, entry in enumerate(seen) if entry[0] == "l1"]
-    assert len(at) == 4 and steps == {1, 2, 3}              # of --N 3
+    assert len(at) == 4 and {t for i in at for t in seen[i - 1][5].tolist()} == {1, 2, 3}       # of --N 3
     images = metadb.data.open_dataset(ixi, ("t1", "t2"), 32, train_fraction=0.5, test_subjects=3, cache=tmp_path / "cache", say=str).images
     for i in at:
-        (_, x0, y, x_t, eps), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
+        (_, x0, y, x_t, eps, _), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
         assert torch.corrcoef(torch.stack([e.flatten() for e in (eps, first[4], second[4])])).triu(1).abs().max() < 0.1     # three noises
         assert goal is x0 and first[1] is x_t and first[2] is made and second[1] is x_t and second[2] is x0 and first[3] is second[3] is y
         for c, batch in ((1, x0), (0, y)):
