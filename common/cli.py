@@ -109,7 +109,7 @@ def flags(values):
     words = []
     for name, value in values.items():
         name = name.replace("_", "-")
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {show(value)}")
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} " + (str(show(value)) or '""'))
     return " ".join(words)
 
 

@@ -143,7 +143,7 @@ def test_flags_are_written_as_they_are_typed():
     assert flags(values) == "--steps 8 --rate 0.25 --mult 1,3 --no-refine --plain --kind mean"
     config, _ = read(*flags(values).split())
     assert {name: getattr(config, name) for name in values} == values
-    assert flags({"test_slices": 2, "missing": ["t1", "t2"]}) == "--test-slices 2 --missing t1,t2" and flags({}) == ""
+    assert flags({"test_slices": 2, "missing": ["t1", "t2"]}) == "--test-slices 2 --missing t1,t2" and flags({}) == "" and flags({"fields": ()}) == '--fields ""'
 
 
 def help_of(capsys, *what):
