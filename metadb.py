@@ -587,8 +587,11 @@ def learning_rate(step, steps, peak, low=1e-5):
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge", Eq. (9).  In every step first the discriminator is updated, then generator and SR-Net together, against
-    the new discriminator.  The generator with the lowest validation error is kept."""
+    """Stage "bridge": Eq. (9), which adds up Eq. (6), Eq. (7) and Eq. (8).
+
+    In every step first the discriminator is updated, then generator and SR-Net together, against the new discriminator.
+    The generator with the lowest validation error is kept.
+    """
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts, slices, device = list(ds.contrasts), ds.part("train"), run.device
     table = text_table(cfg, encoder, complete(ds), contrasts)
