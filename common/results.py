@@ -347,5 +347,5 @@ def picture(path, found, method):
             nothing = np.full((*truth.shape, 3), np.nan)
             sheet.append([next(iter(found.values()))[f"{key}|drawn"],
                           *(images.get(f"{task}|{method}|drawn", nothing) for images in found.values())])
-            labels.append("segmented")
+            labels.append("segmented, another slice")
     pictures.grid(path, sheet, ["truth", *found], labels, note=f"error: |truth - result|, white from {SHOWN} on")
