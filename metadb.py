@@ -765,7 +765,7 @@ def evaluate(cfg, run, ds, model):
         each, at = torch.arange(len(part)), [r for _, r in part]
         u, keys = run.fetch(ds.images, at), [(ds.subject[r], int(ds.z[r])) for r in at]         # (B, C, H, W)
         y = spoil(cfg, run, u[each, s, None], keys)                                             # (B, 1, H, W)
-        made = translate(run, model, y, prompts(ds.subject[at], s, t), keys)               # (B, 1, H, W)
+        made = translate(run, model, y, prompts(ds.subject[at], s, t), keys)                    # (B, 1, H, W)
         done += zip(part, made[:, 0].cpu().numpy())
     done = dict(run.gather(done))
     if run.rank > 0:
