@@ -109,7 +109,8 @@ def flags(values):
     words = []
     for name, value in values.items():
         name = name.replace("_", "-")
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} " + (str(show(value)) or '""'))
+        shown = str(show(value)) or '""'
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {shown}")
     return " ".join(words)
 
 
