@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--renew-golden", action="store_true", help="store the numbers of the golden runs anew")
 
 
 def pytest_configure(config):
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+
+
+@pytest.fixture
+def renew_golden(request):
+    return request.config.getoption("--renew-golden")
 
 
 def wake(module, seed=0):

@@ -1,0 +1,170 @@
+"""Golden runs: a toy training of each script, its evaluation, a table and a synthesis give the numbers stored in tests/golden.
+
+The other tests hold the equations. These hold the wiring: which slice, which weights, which prompt, which noise goes
+where. A wrong wire changes a loss or a score. The stored numbers are compared to about 1e-3; rounding is far below.
+
+    python -m pytest tests/test_golden.py --renew-golden        # writes tests/golden again; only if numbers were meant to change
+"""
+import csv
+import dataclasses
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import apt
+import data
+import metadb
+from common import downstream
+from common.run import Run
+from data import phantom
+
+HOME = ROOT / "tests" / "golden"
+NETWORK = "--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --encoder-steps 6 --encoder-batch 8".split()
+PEOPLE = "--train-fraction 0.5 --test-subjects 2 --test-slices 2 --sample-batch 5 --seed 3".split()        # 4 train, 2 validate, 2 test
+APT = [*NETWORK, *PEOPLE, *"--mif-epochs 6 --mif-batch 8 --mif-lr 0.003 --steps 7 --batch 4 --lr 0.05 --ema 0.8 --M 400 --S 4 --N 4".split()]
+METADB = [*NETWORK, *PEOPLE, *"--disc-base 8 --epochs 1 --batch 4 --N 4 --lr 0.02 --lr-d 0.004 --lambda-sem 0.3".split()]
+
+
+class Recorder:
+    """Runs a script as if typed, with everything that it logs in training kept in .numbers."""
+
+    def __init__(self, script, monkeypatch, folder):
+        self.script, self.monkeypatch, self.numbers = script, monkeypatch, {}
+        self.folder = folder
+        log = Run.log
+
+        def record(run, **values):
+            for name, value in values.items():
+                self.numbers.setdefault(f"log {name}", []).append(float(value.detach()) if torch.is_tensor(value) else float(value))
+            log(run, **values)
+
+        def small(tensor):
+            """Layers that start at zero would hide every mistake below them, so here they start at small random values."""
+            g = torch.Generator().manual_seed(tensor.numel())
+            with torch.no_grad():
+                return tensor.copy_(0.1 * torch.randn(tensor.shape, generator=g))
+        monkeypatch.setattr(Run, "log", record)
+        monkeypatch.setattr(torch.nn.init, "zeros_", small)
+
+    def call(self, *words):
+        words = [f"{self.script.__name__}.py", "--out", self.folder / "run", "--device", "cpu", *words]
+        self.monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        self.script.main()
+
+    def keep_scores(self, title):
+        """Every score of every subject in results.json."""
+        content = json.loads((self.folder / "run" / "results.json").read_text())
+        for row in content["rows"]:
+            if row["metric"] in ("psnr", "ssim") or row["metric"].startswith("dice"):
+                for subject, value in row["values"].items():
+                    self.numbers[f"{title}: {row['task']}, {row['method']}, {row['metric']}, {subject}"] = value
+
+    def keep_table(self, name):
+        """What a table compares: the mean over the tasks, and the difference to the row of reference."""
+        with open(self.folder / "run" / "tables" / f"{name}.csv", encoding="utf-8", newline="") as f:
+            for line in csv.DictReader(f):
+                if line["kind"] != "paper only" and line["task"] == "mean" and line["metric"] in ("psnr", "ssim"):
+                    for key in ("mean", "difference"):
+                        self.numbers[f"{name}: {line['row']}, {line['metric']}, {key}"] = float(line[key]) if line[key] else None
+
+    def keep_volumes(self):
+        """Of every synthetic volume: the mean, and a mean with weights that depend on the place."""
+        for path in sorted((self.folder / "run" / "synthetic").rglob("*.nii.gz")):
+            volume = np.asarray(nib.load(path).dataobj, dtype=np.float64)
+            ramp = np.linspace(-1, 1, volume.size).reshape(volume.shape)
+            self.numbers[f"volume {path.name}"] = [volume.mean(), (volume * ramp).mean(), volume.std()]
+
+    def compare(self, renew):
+        """With the stored numbers, to 1e-3 of the value and at most 1e-4 near zero (a difference in dB: .02)."""
+        path = HOME / f"{self.folder.name}.json"
+        if renew:
+            rounded = json.loads(json.dumps(self.numbers), parse_float=lambda text: float(f"{float(text):.7g}"))
+            path.write_text(json.dumps(rounded, indent=0) + "\n", encoding="utf-8")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        assert list(self.numbers) == list(stored)
+        wrong = []
+        for name, wanted in stored.items():
+            found = self.numbers[name]
+            absolute = 0.02 if name.endswith("psnr, difference") or "dice" in name else 1e-4
+            if wanted is None or found is None:
+                same = wanted is found
+            else:
+                same = np.shape(found) == np.shape(wanted) and np.allclose(found, wanted, rtol=1e-3, atol=absolute)
+            if not same:
+                wrong.append(f"{name}: {found}, stored {wanted}")
+        assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Eight subjects of each kind, four slices each."""
+    folder = tmp_path_factory.mktemp("golden-data")
+    for name in ("brats", "ixi"):
+        phantom.make(name, folder / name, subjects=8, size=32, slices=4)
+    return folder
+
+
+def assert_best_is_not_last(numbers):
+    """Only then does a score show which weights were kept."""
+    validation = numbers["log validation"]
+    assert min(validation) < validation[-1]
+
+
+def test_apt(scans, tmp_path, monkeypatch, renew_golden):
+    gold = Recorder(apt, monkeypatch, tmp_path / "apt")
+    where = ["--data", scans / "brats"]
+    gold.call(*where, *APT, "--train", "--evaluate")
+    gold.keep_scores("each")
+    gold.numbers["codebook"] = [entry["votes"] + entry["gain"] for table in json.loads((gold.folder / "run" / "codebook.json").read_text()).values()
+                                for entries in table.values() for entry in entries]
+    assert_best_is_not_last(gold.numbers)
+    gold.call(*where, "--evaluate", "--missing", "t1,flair", "--paste", "both", "--curves", "scalar", "--w", "0.8", "--alpha", "10")
+    gold.keep_scores("two")
+    gold.call(*where, "--reproduce", "table3", "--test-slices", "1")
+    gold.keep_table("table3")
+    for scan in scans.glob("brats/*/*t1ce.nii.gz"):
+        if any(name in scan.name for name in json.loads((gold.folder / "run" / "split.json").read_text())["test"]):
+            scan.rename(scan.with_suffix(".kept"))
+    gold.call(*where, "--synthesize")
+    gold.keep_volumes()
+    for scan in scans.glob("brats/*/*.kept"):
+        scan.rename(scan.with_suffix(".gz"))
+    gold.compare(renew_golden)
+
+
+def test_metadb(scans, tmp_path, monkeypatch, renew_golden):
+    """Three directions in one model, so that a prompt or an image of another direction shows."""
+    gold = Recorder(metadb, monkeypatch, tmp_path / "metadb")
+    where = ["--data", scans / "ixi"]
+    gold.call(*where, *METADB, "--source", "t1,pd", "--target", "t2,pd", "--train", "--evaluate")
+    gold.keep_scores("all")
+    assert_best_is_not_last(gold.numbers)
+    gold.call(*where, "--evaluate", "--only", "t1,pd", "--eta", "0.3", "--noise", "20")
+    gold.keep_scores("one")
+    gold.call(*where, "--reproduce", "table6", "--test-slices", "1")
+    gold.keep_table("table6")
+    gold.call(*where, "--synthesize", "--only", "pd,t2")
+    gold.keep_volumes()
+    gold.compare(renew_golden)
+
+
+def test_metadb_segmenter(scans, tmp_path, monkeypatch, renew_golden):
+    """Figure 6: the segmenter learns from real target slices of training subjects.
+
+    After so few steps it finds nothing; so a threshold stands in for it, and the scores show what is compared with what.
+    """
+    gold = Recorder(metadb, monkeypatch, tmp_path / "metadb_segmenter")
+    open_dataset = data.open_dataset                    # the segmenter's seed holds the fingerprint, and that the place of the files
+
+    def with_fixed_name(*args, **settings):
+        return dataclasses.replace(open_dataset(*args, **settings), fingerprint="golden")
+    monkeypatch.setattr(data, "open_dataset", with_fixed_name)
+    monkeypatch.setattr(downstream, "segment", lambda model, images: 2 * (np.asarray(images) > 0.5))
+    gold.call("--data", scans / "brats", *METADB, "--target", "flair", "--segment", "--segment-steps", "6", "--train", "--evaluate")
+    gold.keep_scores("flair")
+    gold.compare(renew_golden)
