@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 
 
-def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
+def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, script=None):
     """Returns (config, args).  args holds the run flags, and args.typed the science flags that the user typed.
 
     presets        {"demo": {...}, "paper": {...}}: field overrides
@@ -21,8 +21,9 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
     limits         {field: (lowest, highest)}: a number outside stops with exit status 2 and a sentence; numbers that are
                    not listed must be positive, and a listed tuple must not be empty
     choose_preset  data folder -> name of the preset to use when --preset is not typed
+    script         name of the script, for messages and the default of --out; by default the program that runs
     """
-    script = Path(sys.argv[0]).stem
+    script = script or Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
         prog=f"python {script}.py", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"python {script}.py --data FOLDER [--train] [--evaluate] [--synthesize] [flags]; --help explains all flags")
@@ -38,7 +39,7 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None):
     args.typed = {name: value for name, value in values.items() if value is not None}
     preset_typed, args.preset = args.preset is not None, args.preset or choose_preset(args.data)
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
-    args.cache = args.out.parent / "cache"                  # of decoded slices, shared by all runs beside this one
+    args.cache = args.cache or args.out.parent / "cache"    # of decoded slices, shared by all runs beside this one
     for name, least in (("workers", 0), ("seed", 0), ("seeds", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {least} and more")
@@ -62,6 +63,7 @@ def add_run_flags(parser, script, presets, tables):
         "run (the same for every script; --train, --evaluate, --synthesize run in that order, none of them is a dry run)")
     run.add_argument("--data", type=Path, help="data folder; data/<phantom name> is made on first use")
     run.add_argument("--out", type=Path, help=f"run folder [runs/{script}-<data>]")
+    run.add_argument("--cache", type=Path, help="folder for decoded slices [cache beside the run folder]")
     run.add_argument("--check", action="store_true",
                      help="open every file of the data folder, say what is there and what is wrong, stop")
     run.add_argument("--train", action="store_true", help="train; the same command again continues an unfinished run")

@@ -23,7 +23,6 @@ import json
 import math
 import re
 import unicodedata
-import zipfile
 from collections import Counter, defaultdict, namedtuple
 
 import numpy as np
@@ -31,8 +30,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.embeddings import Features, cosines, look_up
+
 Tokens = namedtuple("Tokens", "ids vals mask")            # (B, L) int64, (B, L) float32, (B, L) bool: a real token
-Features = namedtuple("Features", "tokens mask pooled")   # (B, N, W), (B, N) bool or None, (B, D) not normalised
 
 SIZES = {
     # parameters: text 0.34 M, image 0.29 M at 64 x 64
@@ -297,12 +297,6 @@ class ImageEncoder(nn.Module):
 
 # ---- Objective ------------------------------------------------------------------------------------------------------
 
-def cosines(a, b):
-    """All cosines between rows of a (n, D) and rows of b (m, D): (n, m), in float32 whatever the autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
-
-
 def contrastive_loss(logits, groups):
     """Symmetric InfoNCE in which all members of a group are positives of each other, with equal shares.
 
@@ -536,6 +530,34 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
     return clip
 
 
+def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **terms):
+    """Stage "encoder" of a script: a fresh CLIP, trained on the training subjects of a data.Dataset, then frozen.
+
+    captions(rows) -> for each row of ds one sentence per contrast.  terms: further arguments of train_clip.
+    What it can do on validation slices is said; load_encoder finds it again in a checkpoint.
+    """
+    rows = ds.rows("train")
+    texts = captions(rows)
+    vocabulary = [text for row in texts for text in row]
+    clip = build(size_name, vocabulary, image_size, seed=run.seed).to(run.device)
+    clip.subjects = sorted(ds.split["train"])
+    run.about["encoder"] = {k: v for k, v in clip.state().items() if k != "weights"}
+    train_clip(run, clip, ds.part("train"), texts, ds.subject[rows], steps, min(batch, len(rows)), lr, **terms)
+    clip.freeze()
+    unseen = ds.rows("val", 64)
+    if len(unseen):
+        scores = report(clip, ds.images[unseen], captions(unseen))
+        words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items()]
+        run.say(f"encoder on validation slices: {', '.join(words)}")
+    return clip
+
+
+def load_encoder(run):
+    """The frozen CLIP of a run's checkpoint, on its device."""
+    weights = run.stages["encoder"]["parts"]["clip"]
+    return CLIP.from_state({**run.about["encoder"], "weights": weights}).freeze().to(run.device)
+
+
 def warn_if_stuck(run, excess, texts):
     """A tower that cannot tell its samples apart has a loss of ln(batch), here less the floor of equal captions."""
     repeats = Counter(texts)
@@ -591,102 +613,3 @@ def report(clip, images, captions):
         result["slice_to_slice"] = sum(retrieval(z[:, i], z[:, j]) for i, j in pairs) / len(pairs)
         result["slice_to_slice_chance"] = 1 / len(z)
     return result
-
-
-# ---- Prompts as a table ---------------------------------------------------------------------------------------------
-
-def look_up(table, prompts):
-    """Features (on the CPU) of prompts from a table {prompt: [tokens, mask, pooled]}; ValueError if one is not in it.
-
-    Its tokens and mask are None where the table has none.
-    """
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
-    if missing:
-        raise ValueError(f"{len(missing)} prompts have no embedding (first: {missing[0]!r}); add them to the file, "
-                         f"which needs every prompt as it is written, also those with [MASK] or None")
-    tokens, masks, pooled = zip(*(table[prompt] for prompt in prompts))
-    if tokens[0] is None:
-        return Features(None, None, torch.stack(pooled))                            # pooled (B, D)
-    tokens = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)              # (B, L, W)
-    masks = nn.utils.rnn.pad_sequence(list(masks), batch_first=True)                # (B, L)   padded with False
-    return Features(tokens, masks, torch.stack(pooled))                             # pooled (B, D)
-
-
-def embed(table, prompts):
-    """What a network is conditioned on: Features as by look_up, pooled (n, D) after LayerNorm (mean 0, variance 1).
-
-    Encoders differ in scale, and entries of a unit vector are tiny (512 of them: 0.04), so that maps would ignore them.
-    """
-    features = look_up(table, prompts)
-    return features._replace(pooled=F.layer_norm(features.pooled, features.pooled.shape[1:]))      # (n, D)
-
-
-def report_closest(run, table, prompts):
-    """Say how alike the two most alike of the distinct prompts are, and warn above 0.99.  Returns that cosine of embed.
-
-    Prompts that differ in a number alone (35 and 36 years) should be alike: give those that must be told apart.
-    """
-    prompts = list(dict.fromkeys(prompts))
-    if len(prompts) < 2:
-        run.say("text features: a single prompt, there is nothing to tell apart")
-        return None
-    e = embed(table, prompts).pooled                                                # (n, D)
-    alike = cosines(e, e).fill_diagonal_(-2)                                        # (n, n)
-    i, j = divmod(alike.argmax().item(), len(prompts))
-    cosine = alike[i, j].item()
-    run.say(f"text features of {len(prompts)} prompts: cosine at most {cosine:.3f}, "
-            f"of {prompts[i]!r} and {prompts[j]!r}")
-    if cosine > 0.99:
-        run.say("warning: these two can hardly be told apart, and what depends on them cannot differ; usual causes: "
-                "the encoder trained too briefly, or no training caption held these words")
-    return cosine
-
-
-def load_embeddings(path):
-    """A table as CLIP.remember's of text features made elsewhere (BiomedCLIP, say), and their width D.
-
-    path: .npz with prompts (n strings), pooled (n, D) and, for cross-attention, tokens (n, L, W) with mask (n, L), True
-    where a token is no padding.  ValueError if the file cannot be read or is not like that.
-    """
-    try:
-        with open(path, "rb") as file:
-            found = dict(np.load(file))
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"embeddings {path}: not readable as .npz ({error}); write the file with "
-                         f"numpy.savez(path, prompts=numpy.array(list_of_str), pooled=array)") from error
-    fault, shapes = fault_of(found), {name: part.shape for name, part in found.items()}
-    if fault:
-        raise ValueError(f"embeddings {path}: {fault}; it holds {shapes} and needs prompts (n strings), pooled "
-                         f"(n, D), and both or neither of tokens (n, L, W) and mask (n, L)")
-    n = len(found["prompts"])
-    pooled = torch.from_numpy(found["pooled"].astype(np.float32))                   # (n, D)
-    tokens = masks = [None] * n
-    if "tokens" in found:
-        tokens = torch.from_numpy(found["tokens"].astype(np.float32))               # (n, L, W)
-        masks = torch.from_numpy(found["mask"])                                     # (n, L)
-    table = {str(prompt): list(row) for prompt, *row in zip(found["prompts"], tokens, masks, pooled)}
-    return table, pooled.shape[1]
-
-
-def fault_of(found):
-    """Why the arrays {name: array} of a file are no embeddings, or None."""
-    if "prompts" not in found or "pooled" not in found or ("tokens" in found) != ("mask" in found):
-        return "an array is missing"
-    prompts, pooled = found["prompts"], found["pooled"]
-    if prompts.ndim != 1 or prompts.dtype.kind != "U" or not len(prompts):
-        return "prompts are not a list of strings"
-    if len(set(prompts.tolist())) < len(prompts):
-        return "a prompt is there twice"
-    if pooled.ndim != 2 or len(pooled) != len(prompts) or not finite(pooled):
-        return "pooled is not one row of finite numbers per prompt"
-    if "tokens" in found:
-        tokens, mask = found["tokens"], found["mask"]
-        if tokens.ndim != 3 or len(tokens) != len(prompts) or not finite(tokens):
-            return "tokens are not one matrix of finite numbers per prompt"
-        if mask.shape != tokens.shape[:2] or mask.dtype != bool or not mask.any(axis=1).all():
-            return "mask is not one bool per token, at least one of each prompt true"   # else attention gives NaN
-    return None
-
-
-def finite(array):
-    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.device import seed_of
+from common.files import RunError
 from common.metrics import row
-from common.run import seed_of
 from common.unet import UNet
 
 
@@ -95,6 +96,24 @@ def train_segmenter(run, images, labels, classes, steps, batch, lr=1e-3, stage="
         run.update(loss, optimiser)
         run.log(loss=loss, **facts)
     return model.eval().requires_grad_(False)
+
+
+def train_segmenters(run, ds, targets, steps, batch):
+    """{contrast: a Segmenter of it}, each trained on at most 5,000 real slices of the training subjects of a data.Dataset.
+
+    RunError if not every subject has label maps.
+    """
+    if ds.labels is None:
+        raise RunError(f"--segment: not every subject in {ds.folder} has label maps (as BraTS's ..._seg.nii.gz)")
+    rows = ds.rows("train", 5000)
+    labels = np.asarray(ds.labels[rows])                                       # (n, H, W)
+    classes = tuple(np.unique(labels).tolist())
+    made = {}
+    for target in sorted(targets, key=ds.contrasts.index):
+        stage = f"segmenter {target} {steps} {ds.fingerprint[:8]}"
+        images = ds.images[rows, ds.contrasts.index(target)]                   # (n, H, W)
+        made[target] = train_segmenter(run, images, labels, classes, steps, batch, stage=stage)
+    return made
 
 
 @torch.no_grad()

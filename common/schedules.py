@@ -41,3 +41,24 @@ def ddim_step(x_t, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=None):
     sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_next) ** 0.5
     mean = alpha_bar_next ** 0.5 * x0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_from_x0(x_t, alpha_bar, x0)
     return mean if eta == 0 else mean + sigma * noise
+
+
+def ddbm_bridge(N):
+    """(a, m, delta) over t = 0..N, each (N+1,) in float64: x_t = a x0 + m y + delta eps.
+
+    The variance-preserving bridge of Zhou et al., Denoising Diffusion Bridge Models (2024).
+    """
+    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)
+    alpha = torch.exp(-0.05 * t - 0.5 * t ** 2)
+    rho2 = torch.exp(0.1 * t + t ** 2) - 1
+    rest = rho2[-1] - rho2                          # variance still to come
+    a = alpha * rest / rho2[-1]
+    m = alpha / alpha[-1] * rho2 / rho2[-1]
+    return a, m, alpha * (rest * rho2 / rho2[-1]).sqrt()
+
+
+def syndiff_schedule(N):
+    """The same for SynDiff (Ozbey et al., 2023), which is no bridge: m is 0, and x_N is almost pure noise."""
+    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)
+    alpha_bar = torch.exp(-0.5 * t ** 2 * (20 - 0.1) - 0.1 * t)
+    return alpha_bar.sqrt(), torch.zeros_like(t), (1 - alpha_bar).sqrt()

@@ -119,12 +119,51 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(h)                                            # (B, C, H, W)
 
 
+class SelfAttention(nn.Module):
+    """The usual plug of a diffusion U-Net: each position looks at all others.  It does not read the condition."""
+
+    def __init__(self, channels, head_dim, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.attention = Attention(channels, head_dim)
+        zeroed(self.attention.out)
+
+    def forward(self, h, condition):
+        height, width = h.shape[2:]
+        x = self.norm(h).flatten(2).transpose(1, 2)                            # (B, N, C)
+        a = self.attention(x)                                                  # (B, N, C)
+        return h + a.transpose(1, 2).unflatten(2, (height, width))             # (B, C, H, W)
+
+
+class Chain(nn.ModuleList):
+    """Several plugs at one place, one behind the other."""
+
+    def forward(self, h, condition):
+        for module in self:
+            h = module(h, condition)                                           # (B, C, H, W)
+        return h
+
+
 def attention_at(sizes, make):
     """The usual plug: make(site) after every block whose map is one of `sizes` pixels wide, and between the two mid blocks."""
     def plug(site):
         wanted = site.index == 0 if site.stage == "mid" else site.size in sizes
         return make(site) if site.where == "block" and wanted else None
     return plug
+
+
+def check_sizes(size, base, mult, groups, head_dim):
+    """The sizes of a U-Net's maps, one per level.  ValueError, in words of the flags, if they do not go together."""
+    deepest = 2 ** (len(mult) - 1)
+    if size % deepest:
+        raise ValueError(f"--size {size}: must be a multiple of {deepest}, for {len(mult)} --mult")
+    for m in (1, *mult):
+        if base * m % groups:
+            raise ValueError(f"--base {base} times --mult {m} must be divisible by --groups {groups}")
+    for m in mult:
+        if base * m % head_dim:
+            raise ValueError(f"--base {base} times --mult {m} must be divisible by --head-dim {head_dim}")
+    return [size // 2 ** level for level in range(len(mult))]
 
 
 class UNet(nn.Module):

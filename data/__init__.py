@@ -247,9 +247,27 @@ class Dataset:
         """The slices of one part as a lazy array: len() and indexing, nothing is read before."""
         return Rows(self.images, self.rows(part))
 
-    def rows(self, part):
-        """Indices of all rows of "train", "val" or "test", in order of subject and slice."""
-        return np.flatnonzero(np.isin(self.subject, self.split[part]))
+    def rows(self, part, most=None):
+        """Indices of all rows of "train", "val" or "test", or of `most` of them, evenly spaced; in their order."""
+        rows = np.flatnonzero(np.isin(self.subject, self.split[part]))
+        return rows if most is None else evenly(rows, most)
+
+    def captions(self, rows):
+        """For each of the rows, one sentence per contrast about the slice (see caption)."""
+        texts = []
+        for r in rows:
+            texts.append([caption(c, self.position[r], self.brain[r], self.lesion[r]) for c in self.contrasts])
+        return texts
+
+    @property
+    def complete(self):
+        """The subjects whose slices are in the data set."""
+        there = set(self.subject)
+        return [s for s in self.subjects if s.name in there]
+
+    def keys(self, rows):
+        """(subject, slice number) of rows, which fix the noise of sampling."""
+        return [(str(self.subject[r]), int(self.z[r])) for r in rows]
 
     def spread(self, part, per_subject):
         """Rows at the quantiles (k + 0.5) / per_subject of each subject's kept slices; fewer if it has fewer."""
@@ -263,6 +281,8 @@ class Dataset:
 
 def evenly(rows, most):
     """At most `most` of the rows, evenly spaced."""
+    if len(rows) == 0:
+        return rows
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
 
 
@@ -275,7 +295,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     up to 4. say: called with every line for the user. DataError for everything that is wrong with the data.
     """
     folder, cache = Path(folder), Path(cache)
-    _make_phantom(folder, say)
+    make_phantom(folder, say)
     layout = find_layout(folder, contrasts)
     complete = [subject for subject in layout.subjects if len(subject.files) == len(layout.contrasts)]
     incomplete = [subject for subject in layout.subjects if len(subject.files) < len(layout.contrasts)]
@@ -321,7 +341,9 @@ def _can_be_made(folder):
     return folder.name in phantom.SETS
 
 
-def _make_phantom(folder, say):
+def make_phantom(folder, say):
+    """Make the phantoms that a folder of this name stands for, if it does not exist yet.  say: called with a line."""
+    folder = Path(folder)
     if _can_be_made(folder):
         from data import phantom
 
@@ -557,7 +579,7 @@ def check(folder, contrasts=None, say=print):
     """Open every file of a folder, say what was found and what is wrong; True if open_dataset can use it."""
     folder = Path(folder)
     try:
-        _make_phantom(folder, say)
+        make_phantom(folder, say)
         layout = find_layout(folder, contrasts)
     except DataError as error:
         say(f"error: {error}")

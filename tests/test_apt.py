@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import apt
+from common.evaluation import missing_patterns
+from common.files import RunError
 from common.schedules import cosine_alpha_bar, ddim_step, eps_from_x0, linear_alpha_bar, q_sample
 
 COSINE, LINEAR = cosine_alpha_bar(), linear_alpha_bar()
@@ -184,14 +186,16 @@ def three_contrasts():
 def test_codebook_finds_the_right_contrast_curve_and_gain():
     u = three_contrasts()
     book = codebook_of(u)
-    source, curve, gain = book.look_up(1, [0, 2])
+    (source, curve), *_ = book.ranked(1, [0, 2])
+    gain = book.gain(1, source, curve)
     assert (source, curve) == (0, 1)                                     # the inversion of contrast 0
     assert gain == pytest.approx(0.8, rel=1e-4)
     prior = gain * apt.warp(u[:, source], book.curves[curve])
     assert torch.allclose(prior, u[:, 1], atol=1e-4)
     assert book.votes.sum() == 6 * 3                                     # one vote per slice and target
     assert all(not book.votes[c, c].any() for c in range(3))             # never from itself
-    source, curve, gain = book.look_up(1, [2])                           # the better source is missing too: fall back
+    (source, curve), *_ = book.ranked(1, [2])                             # the better source is missing too: fall back
+    gain = book.gain(1, source, curve)
     assert source == 2
     assert gain == pytest.approx(float(u[:, 1].mean() / apt.warp(u[:, 2], book.curves[curve]).mean()), rel=1e-4)
 
@@ -212,7 +216,7 @@ def test_codebook_survives_its_state_dict():
     book = codebook_of(three_contrasts())
     again = apt.Codebook(3, "identity")
     again.load_state_dict(book.state_dict())
-    assert again.look_up(1, [0, 2]) == book.look_up(1, [0, 2])
+    assert again.ranked(1, [0, 2]) == book.ranked(1, [0, 2])
     assert again.readable(["a", "b", "c"])["b"][0]["source"] == "a"
 
 
@@ -439,9 +443,10 @@ def test_squared_norm_with_the_printed_step_diverges(world):
 
 def test_patterns():
     names = ("flair", "t1", "t1ce", "t2")
-    assert apt.patterns(names, ("each",)) == [("flair",), ("t1",), ("t1ce",), ("t2",)]
-    assert len(apt.patterns(names, ("all",))) == 4 + 6 + 4
-    assert apt.patterns(names, ("t2", "flair")) == [("flair", "t2")]         # contrast 0 is not forgotten
+    assert [missing for _, missing in missing_patterns(("each",), names)] == [("flair",), ("t1",), ("t1ce",), ("t2",)]
+    assert len(missing_patterns(("all",), names)) == 4 + 6 + 4
+    assert missing_patterns(("t2", "flair"), names) == [(("t1", "t1ce"), ("flair", "t2"))]         # contrast 0 is not forgotten
+    assert apt.asked(apt.Config(missing=("t2", "flair")), names) == ("flair", "t2") and apt.asked(apt.Config(), names) == ()
     for bad in (("t3",), names):
-        with pytest.raises(apt.RunError, match="--missing"):
-            apt.patterns(names, bad)
+        with pytest.raises(RunError, match="--missing"):
+            missing_patterns(bad, names)

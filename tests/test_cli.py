@@ -163,7 +163,7 @@ def test_help_shows_the_comment_and_the_default_and_percent_signs(capsys):
 
 def test_every_field_of_the_scripts_has_help_and_fits_its_limits_and_presets(capsys):
     for script in (apt, metadb):
-        text = help_of(capsys, script.Config, script.PRESETS, script.TABLES, script.LIMITS, None, script.__doc__)
+        text = help_of(capsys, script.Config, script.PRESETS, [], script.LIMITS, None, script.__doc__)
         fields = {f.name: f for f in dataclasses.fields(script.Config)}
         for name in fields:
             flag = name.replace("_", "-")
@@ -171,5 +171,5 @@ def test_every_field_of_the_scripts_has_help_and_fits_its_limits_and_presets(cap
         assert set(script.LIMITS) <= set(fields) and set(script.SAMPLING) <= set(fields)
         for preset in script.PRESETS:
             words = ["--data", "x", "--preset", preset]
-            config, _ = parse(script.Config, script.PRESETS, script.TABLES, script.LIMITS, None, "", words)
+            config, _ = parse(script.Config, script.PRESETS, [], script.LIMITS, None, "", words)
             assert config == script.Config(**script.PRESETS[preset])

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import clip as C
+from common import embeddings as E
 
 CONTRASTS = ("flair", "t1", "t1ce", "t2")
 ECHO_TIMES = (120, 10, 12.5, 90)
@@ -745,7 +746,7 @@ def test_table_of_a_frozen_tower_encodes_each_prompt_once():
     clip.encode_text(prompts)
     expected = clip.encode_text(clip.tokenizer(prompts))
     clip.freeze()                                               # forgets its own, not the caller's
-    e = C.embed(table, prompts)
+    e = E.embed(table, prompts)
     assert calls == [1, 1, 1, 4] and torch.equal(e.mask, expected.mask)
     assert torch.allclose(e.tokens[e.mask], expected.tokens[e.mask], atol=1e-5) and not e.tokens[~e.mask].any()
     p = expected.pooled.numpy()
@@ -757,13 +758,13 @@ def test_closest_prompts_are_named_and_warned_about():
     unit = {"a": (1, -1, 0), "b": (3, 0, -3), "c": (5, 4, 5), "d": (-2, 2.1, 0)}           # means 0 but for c
     table = {name: [None, None, torch.tensor(v, dtype=torch.float32)] for name, v in unit.items()}
     run = StandInRun()
-    assert C.report_closest(run, table, ["b", "a", "b"]) == pytest.approx(0.5, abs=1e-4)
+    assert E.report_closest(run, table, ["b", "a", "b"]) == pytest.approx(0.5, abs=1e-4)
     assert len(run.said) == 1 and "0.500" in run.said[0] and "'b' and 'a'" in run.said[0] and "of 2 prompts" in run.said[0]
-    assert C.report_closest(run, table, ["c", "b", "a"]) == pytest.approx(0.75 ** 0.5, abs=1e-4)   # c less its mean: (1, -2, 1) / 3
+    assert E.report_closest(run, table, ["c", "b", "a"]) == pytest.approx(0.75 ** 0.5, abs=1e-4)   # c less its mean: (1, -2, 1) / 3
     table["e"] = [None, None, torch.tensor([2.0, -2.1, 0])]
-    assert C.report_closest(run, table, list(unit) + ["e"]) > 0.99
+    assert E.report_closest(run, table, list(unit) + ["e"]) > 0.99
     assert len(run.said) == 4 and "'a' and 'e'" in run.said[2] and run.said[3].startswith("warning")
-    assert C.report_closest(run, table, ["a", "a"]) is None and "single" in run.said[4]
+    assert E.report_closest(run, table, ["a", "a"]) is None and "single" in run.said[4]
 
 
 def embeddings(**changes):
@@ -774,16 +775,16 @@ def embeddings(**changes):
 
 def test_embeddings_made_elsewhere(tmp_path):
     np.savez(tmp_path / "emb.npz", **embeddings())
-    table, width = C.load_embeddings(tmp_path / "emb.npz")
+    table, width = E.load_embeddings(tmp_path / "emb.npz")
     assert width == 3 and list(table) == ["t1", "t2; [MASK]"] and all(type(prompt) is str for prompt in table)
-    found = C.look_up(table, ["t2; [MASK]", "t1", "t1"])
+    found = E.look_up(table, ["t2; [MASK]", "t1", "t1"])
     assert found.pooled.tolist() == [[4, 0, 6], [1, 2, 3], [1, 2, 3]] and found.pooled.dtype == torch.float32
     assert found.tokens[:2].tolist() == np.arange(16.0).reshape(2, 2, 4)[::-1].tolist()
     assert found.mask.tolist() == [[True, True], [True, False], [True, False]]
     with pytest.raises(ValueError, match=r"2 prompts.*first: 'T1'.*every prompt"):
-        C.embed(table, ["t1", "T1", "pd", "T1"])
+        E.embed(table, ["t1", "T1", "pd", "T1"])
     np.savez(tmp_path / "emb.npz", **embeddings(tokens=None, mask=None))
-    features = C.embed(C.load_embeddings(tmp_path / "emb.npz")[0], ["t1"])
+    features = E.embed(E.load_embeddings(tmp_path / "emb.npz")[0], ["t1"])
     assert features.tokens is None and features.mask is None
     assert features.pooled[0].tolist() == pytest.approx([-1.5 ** 0.5, 0, 1.5 ** 0.5], abs=1e-4)
 
@@ -802,7 +803,7 @@ def test_embeddings_made_elsewhere(tmp_path):
 def test_unfit_embeddings_are_refused_in_one_line(tmp_path, changes, why):
     np.savez(tmp_path / "emb.npz", **embeddings(**changes))
     with pytest.raises(ValueError, match=why) as caught:
-        C.load_embeddings(tmp_path / "emb.npz")
+        E.load_embeddings(tmp_path / "emb.npz")
     assert "emb.npz" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -815,5 +816,5 @@ def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path, content):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="not readable") as caught:
-        C.load_embeddings(path)
+        E.load_embeddings(path)
     assert "\n" not in str(caught.value)

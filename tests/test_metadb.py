@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import ROOT
 from torch import nn
+from toys import weights
 
+import data
 import metadb
-from common.run import guarded
+from common import clip, embeddings, script
+from common.run import Run
 from data import phantom
 from metadb import Bridge
 
@@ -158,7 +162,7 @@ def test_ta_norm_starts_as_the_identity_and_follows_equation_3():
     assert torch.allclose(metadb.TANorm(6, 8, "target", False)(f, e), f * alpha + beta, atol=1e-6)
     shaken(layer)
     w_s, b_s, w_t, b_t = (layer.source.linear.weight, layer.source.linear.bias, layer.target.linear.weight, layer.target.linear.bias)
-    raw_s, raw_t = e.e_s @ w_s.T + b_s, e.e_t @ w_t.T + b_t
+    raw_s, raw_t = e.e_src @ w_s.T + b_s, e.e_tgt @ w_t.T + b_t
     alpha_s, beta_s = 0.1 + 0.9 * raw_s[:, :6].sigmoid(), raw_s[:, 6:].sigmoid()
     alpha_t, beta_t = 0.1 + 0.9 * raw_t[:, :6].sigmoid(), raw_t[:, 6:].sigmoid()
     by_hand = (f - beta_s[:, :, None, None]) / alpha_s[:, :, None, None] * alpha_t[:, :, None, None] + beta_t[:, :, None, None]
@@ -171,19 +175,19 @@ def test_a_shared_map_is_undone_by_the_opposite_direction():
     f, e = torch.randn(3, 6, 4, 4), text()
     layer = shaken(metadb.TANorm(6, 8, "both", share=True))
     there = layer(f, e)
-    assert torch.allclose(layer(there, e._replace(e_s=e.e_t, e_t=e.e_s)), f, atol=1e-4)
-    assert torch.allclose(layer(f, e._replace(e_t=e.e_s)), f, atol=1e-5) and not torch.allclose(there, f, atol=0.1)
+    assert torch.allclose(layer(there, e._replace(e_src=e.e_tgt, e_tgt=e.e_src)), f, atol=1e-4)
+    assert torch.allclose(layer(f, e._replace(e_tgt=e.e_src)), f, atol=1e-5) and not torch.allclose(there, f, atol=0.1)
 
 
 def test_one_prompt_alone_does_half_of_it():
     f, e, other = torch.randn(3, 6, 4, 4), text(), text(seed=1)
     source, target = shaken(metadb.TANorm(6, 8, "source", False)), shaken(metadb.TANorm(6, 8, "target", False))
     assert source.target is None and target.source is None
-    assert torch.equal(source(f, e), source(f, e._replace(e_t=other.e_t))) and not torch.equal(source(f, e), source(f, e._replace(e_s=other.e_s)))
-    assert torch.equal(target(f, e), target(f, e._replace(e_s=other.e_s))) and not torch.equal(target(f, e), target(f, e._replace(e_t=other.e_t)))
-    alpha, beta = source.source(e.e_s)
+    assert torch.equal(source(f, e), source(f, e._replace(e_tgt=other.e_tgt))) and not torch.equal(source(f, e), source(f, e._replace(e_src=other.e_src)))
+    assert torch.equal(target(f, e), target(f, e._replace(e_src=other.e_src))) and not torch.equal(target(f, e), target(f, e._replace(e_tgt=other.e_tgt)))
+    alpha, beta = source.source(e.e_src)
     assert torch.allclose(source(f, e), (f - beta) / alpha, atol=1e-6)
-    alpha, beta = target.target(e.e_t)
+    alpha, beta = target.target(e.e_tgt)
     assert torch.allclose(target(f, e), f * alpha + beta, atol=1e-6)
 
 
@@ -282,12 +286,12 @@ def test_r1_looks_at_the_sample_not_at_its_condition():
 def test_gradients_go_where_they_belong():
     e, net = text(), metadb.SRNet(8, (1, 2))
     made = images(3).requires_grad_()
-    metadb.semantic_loss(e.e_t, net(e.e_mask, net.pooled(made))).backward()
-    assert made.grad.abs().sum() > 0 and all(p.grad is not None for p in net.parameters()) and e.e_t.grad is None
+    metadb.semantic_loss(e.e_tgt, net(e.e_mask, net.pooled(made))).backward()
+    assert made.grad.abs().sum() > 0 and all(p.grad is not None for p in net.parameters()) and e.e_tgt.grad is None
 
 
 def test_the_discriminator_judges_patches_and_sees_the_time():
-    D, x = shaken(metadb.Discriminator(8, 10), scale=0.1), images(2, 32)
+    D, x = shaken(metadb.PairDiscriminator(8, 10), scale=0.1), images(2, 32)
     one = D(x, images(2, 32, seed=3), torch.tensor([2, 2]))
     assert one.shape == (2, 1, 4, 4) and not torch.allclose(one, D(x, images(2, 32, seed=3), torch.tensor([9, 9])), atol=1e-5)
     assert not torch.allclose(one, D(images(2, 32, seed=3), x, torch.tensor([2, 2])), atol=1e-5)     # the order of the pair matters
@@ -313,15 +317,7 @@ def ixi(tmp_path_factory):
 
 
 def call(monkeypatch, capsys, *words):
-    """Run metadb.main() as if typed; returns (exit status, output)."""
-    monkeypatch.setattr(sys, "argv", ["metadb.py", *map(str, words)])
-    status = 0
-    try:
-        guarded(metadb.main, metadb.DataError)
-    except SystemExit as end:
-        status = end.code or 0
-    seen = capsys.readouterr()
-    return status, seen.out + seen.err
+    return toys.call(metadb, monkeypatch, capsys, *words)
 
 
 def command(*words):
@@ -334,17 +330,6 @@ def trained(ixi, tmp_path_factory):
     done = subprocess.run(command("--data", ixi, "--out", out, *TINY, "--train", "--evaluate"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return ixi, out, done.stdout
-
-
-def tensors(tree):
-    if torch.is_tensor(tree):
-        return [tree]
-    return [v for branch in (tree.values() if isinstance(tree, dict) else tree) for v in tensors(branch)] if isinstance(tree, (dict, list)) else []
-
-
-def weights(out):
-    stages = torch.load(out / "last.pt", weights_only=True)["stages"]
-    return [t for stage in stages.values() for t in tensors(stage["parts"])]
 
 
 def test_train_and_evaluate_leave_what_they_promise(trained):
@@ -372,7 +357,7 @@ def test_a_step_compares_the_prediction_with_the_target_and_draws_real_pairs_joi
     assert status == 0, text
     at = [i for i, entry in enumerate(seen) if entry[0] == "l1"]
     assert len(at) == 4 and {t for i in at for t in seen[i - 1][5].tolist()} == {1, 2, 3}       # of --N 3
-    images = metadb.data.open_dataset(ixi, ("t1", "t2"), 32, train_fraction=0.5, test_subjects=3, cache=tmp_path / "cache", say=str).images
+    images = data.open_dataset(ixi, ("t1", "t2"), 32, train_fraction=0.5, test_subjects=3, cache=tmp_path / "cache", say=str).images
     for i in at:
         (_, x0, y, x_t, eps, _), (_, made, goal), first, second = seen[i - 1], seen[i], seen[i + 1], seen[i + 2]
         assert torch.corrcoef(torch.stack([e.flatten() for e in (eps, first[4], second[4])])).triu(1).abs().max() < 0.1     # three noises
@@ -392,14 +377,14 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
         monkeypatch.setattr(metadb, name, lambda *args: (seen.append((name, real(*args), args[0])), seen[-1][1])[1])
     for name in ("semantic_loss", "adversarial_loss", "discriminator_loss", "r1_penalty"):
         watch(name)
-    l1, update, recover, judge = metadb.F.l1_loss, metadb.Run.update, metadb.SRNet.forward, metadb.Discriminator.forward
+    l1, update, recover, judge = metadb.F.l1_loss, Run.update, metadb.SRNet.forward, metadb.PairDiscriminator.forward
     monkeypatch.setattr(metadb.F, "l1_loss", lambda made, x0: (seen.append(("l1", l1(made, x0), made)), seen[-1][1])[1])
     monkeypatch.setattr(metadb.SRNet, "forward", lambda self, e_mask, f_p: (seen.append(("recover", torch.zeros(()), e_mask, f_p)), recover(self, e_mask, f_p))[1])
-    monkeypatch.setattr(metadb.Discriminator, "forward", lambda self, x_prev, x_t, t: (seen.append(("judge", torch.zeros(()), x_prev)), judge(self, x_prev, x_t, t))[1])
-    monkeypatch.setattr(metadb.Run, "update", lambda self, loss, optimiser, **how: (
+    monkeypatch.setattr(metadb.PairDiscriminator, "forward", lambda self, x_prev, x_t, t: (seen.append(("judge", torch.zeros(()), x_prev)), judge(self, x_prev, x_t, t))[1])
+    monkeypatch.setattr(Run, "update", lambda self, loss, optimiser, **how: (
         seen.append(("update", loss, sum(len(g["params"]) for g in optimiser.param_groups), optimiser.defaults["betas"], optimiser.param_groups[0]["lr"])),
         update(self, loss, optimiser, **how)))
-    monkeypatch.setattr(metadb.clip, "train_clip", lambda *args, **how: list(args[0].steps("encoder", 1, {"clip": args[1]})))     # its updates are not looked at
+    monkeypatch.setattr(clip, "train_clip", lambda *args, **how: list(args[0].steps("encoder", 1, {"clip": args[1]})))     # its updates are not looked at
     words = ["--epochs", "3", "--lambda-adv", "0.3", "--lambda-sem", "0.7", *(["--sem-real"] if sem_real else [])]
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, *words, "--train")
     assert status == 0, text
@@ -437,25 +422,18 @@ def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
 def loaded(trained):
     """(config, run, model, data set) of the tiny run, its generator made lively."""
     ixi, out, _ = trained
-    args = SimpleNamespace(data=ixi, out=out, cache=out.parent / "cache", seed=0, device="cpu", precision="fp32", train=False, typed={},
-                           workers=1, split=None, compile=False)
-    run = metadb.Run("metadb", metadb.Config(), args)
-    cfg = run.settle(metadb.SAMPLING)
-    run.load()
-    model = metadb.load_model(cfg, run)
+    cfg, run, ds = toys.open_run(metadb, ixi, out)
+    model = metadb.load_model(cfg, run, ds.complete)
     shaken(model.generator, scale=0.1)
-    ds = metadb.open_data(cfg, args, run)
-    run.close()
     return cfg, run, model, ds
 
 
-def translated(loaded, keys=("a", "b", "c"), rows=(0, 5, 9), prompts=None):
+def translated(loaded, keys=("a", "b", "c"), rows=(0, 5, 9)):
     cfg, run, model, ds = loaded
-    subjects = metadb.complete(ds)
-    prompts = prompts or metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, ds.contrasts), cfg, subjects, list(ds.contrasts), run.device)
-    y = torch.from_numpy(ds.images[list(rows)].astype("float32"))[:, :1]
-    text = prompts(ds.subject[list(rows)], [0] * len(rows), [1] * len(rows))
-    return metadb.translate(run, model, y, text, [(k, 0) for k in keys])
+    rows = list(rows)
+    y = torch.from_numpy(ds.images[rows].astype("float32"))[:, :1]
+    text = metadb.tell(model.prompts, ds.subject[rows], [0] * len(rows), [1] * len(rows))
+    return metadb.translate(run, model.generator, model.bridge, y, text, [(k, 0) for k in keys])
 
 
 def test_samples_do_not_depend_on_batch_mates_or_order(loaded):
@@ -467,24 +445,25 @@ def test_samples_do_not_depend_on_batch_mates_or_order(loaded):
 
 def test_source_and_target_get_their_own_prompts_and_the_target_the_masked_one(loaded):
     cfg, run, model, ds = loaded
-    subjects, contrasts = metadb.complete(ds), list(ds.contrasts)
-    prompts = metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, contrasts), cfg, subjects, contrasts, run.device)
-    texts = metadb.prompts_of(subjects, contrasts, cfg.fields)
-    name, at = subjects[2].name, [list(texts).index((subjects[2].name, c)) for c in (0, 1)]
-    own = metadb.clip.embed(model.encoder.remember(list(texts.values())), list(texts.values())).pooled
-    assert torch.allclose(prompts([name], [0], [1]).e_s, own[at[:1]], atol=1e-5) and torch.allclose(prompts([name], [0], [1]).e_t, own[at[1:]], atol=1e-5)
-    prompts.masked = torch.arange(len(prompts.masked))[:, None]                 # else the same for both contrasts
-    assert prompts([name, name], [0, 1], [1, 0]).e_mask[:, 0].tolist() == [at[1], at[0]]
+    name, meta = ds.complete[2].name, ds.complete[2].meta
+    texts = [metadb.prompt(c, meta, cfg.fields, masked) for masked in ((), ("modality",)) for c in ds.contrasts]
+    own = embeddings.embed(model.prompts.encoder.remember(texts), texts).pooled
+    there, back = (metadb.tell(model.prompts, [name], *pair) for pair in (([0], [1]), ([1], [0])))
+    assert torch.equal(there.e_src, own[:1]) and torch.equal(there.e_tgt, own[1:2]) and torch.equal(back.e_src, own[1:2]) and torch.equal(back.e_tgt, own[:1])
+    seen = []
+    watched = SimpleNamespace(words=False, sentences=lambda *how: seen.append(how) or how, features=lambda how: SimpleNamespace(pooled=how))
+    told = metadb.tell(watched, "names", "src", "tgt")
+    assert told.e_src == ("names", "src") and told.e_tgt == ("names", "tgt") and told.e_mask == ("names", "tgt", ("modality",))
 
 
 def test_the_masked_prompt_differs_from_the_whole_one_by_the_contrast_alone(loaded):
-    cfg, _, _, ds = loaded
-    subjects = metadb.complete(ds)[:1]
-    whole, hidden = (metadb.prompts_of(subjects, ds.contrasts, cfg.fields, masked) for masked in ((), ("modality",)))
-    a, b = whole[subjects[0].name, 0], hidden[subjects[0].name, 0]
+    cfg, _, model, ds = loaded
+    whole, hidden = (model.prompts.sentences([ds.complete[0].name] * 2, [0, 1], masked) for masked in ((), ("modality",)))
+    a, b = whole[0], hidden[0]
     assert "T1-weighted" in a and "[MASK]" in b and "T1" not in b and a.split("Description")[0] == b.split("Description")[0]
-    assert hidden[subjects[0].name, 0] == hidden[subjects[0].name, 1]
-    assert metadb.prompts_of(subjects, ds.contrasts, ("scanner",))[subjects[0].name, 0].startswith("Scanner: ")
+    assert hidden[0] == hidden[1] and set(model.prompts.every()) >= {a, b}
+    scanner = embeddings.Prompts(None, ds.complete, ds.contrasts, ("scanner",))
+    assert scanner.sentences([ds.complete[0].name], [0])[0].startswith("Scanner: ")
 
 
 def test_noise_on_the_source_has_the_stated_size_and_is_repeatable(loaded):
@@ -502,13 +481,13 @@ def test_the_noise_of_figure_5_reaches_the_model_and_the_copied_source(trained, 
     for name in ("last.pt", "config.json"):
         (tmp_path / "run" / name).write_bytes((out / name).read_bytes())
     given, translate = [], metadb.translate
-    monkeypatch.setattr(metadb, "translate", lambda run, model, y, *rest: (given.append(y.clone()), translate(run, model, y, *rest))[1])
+    monkeypatch.setattr(metadb, "translate", lambda run, G, bridge, y, *rest: (given.append(y.clone()), translate(run, G, bridge, y, *rest))[1])
     copied = []
     for noise in ("0", "60"):
         status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", "--evaluate", "--noise", noise)
         assert status == 0, text
         copied.append({r["metric"]: r["mean"] for r in json.loads((tmp_path / "run" / "results.json").read_text())["rows"] if r["method"] == "copy-source"})
-    clean, noisy = given
+    clean, noisy = (y for y in given if len(y) > 1)             # the picture of the steps has one slice
     inside = (clean > 0.3) & (clean < 0.7)                      # nothing is clipped there
     assert float((noisy - clean)[inside].std()) == pytest.approx(60 / 255, rel=0.15) and abs(copied[1]["psnr"] - copied[0]["psnr"]) > 0.1
 
@@ -518,8 +497,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     """Generator, SR-Net, discriminator and both optimisers equal those of the undisturbed run."""
     ixi, undisturbed, _ = trained
     out = tmp_path / "killed"
-    words = [sys.executable, "-c", "import sys, common.run; common.run.time.monotonic = (lambda c=iter(range(0, 10**9, 100)): next(c)); sys.argv[0] = 'metadb.py'; "
-             "import metadb; common.run.guarded(metadb.main)", "--data", str(ixi), "--out", str(out), *TINY, "--train"]      # saves after every step
+    words = [sys.executable, "-c", toys.EAGER.format(script="metadb"), "--data", str(ixi), "--out", str(out), *TINY, "--train"]
     for step in (1, 4):
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time() + 60
@@ -562,11 +540,11 @@ def test_weights_are_chosen_on_all_directions_whatever_will_be_sampled(loaded, m
     cfg, run, model, ds = loaded
     two, asked = dataclasses.replace(cfg, source=("t1", "t2"), target=("t1", "t2"), only=("t1", "t2")), []
     assert len(ds.rows("val")) > 0 and metadb.directions(two, ["t1", "t2"]) == [(0, 1)]
-    monkeypatch.setattr(metadb, "translate", lambda run, model, u, *rest: u)
-    prompts = SimpleNamespace()
-    validate = metadb.validation(two, run, ds, lambda names, s, t: asked.append((s.tolist(), t.tolist())) or prompts, model.bridge)
+    monkeypatch.setattr(metadb, "translate", lambda run, G, bridge, u, *rest: u)
+    monkeypatch.setattr(metadb, "tell", lambda prompts, names, src, tgt: asked.append((src.tolist(), tgt.tolist())))
+    validate = metadb.validation(two, run, ds, None, model.bridge)
     assert set(zip(*asked[0])) == {(0, 1), (1, 0)}
-    rows = metadb.data.evenly(ds.rows("val"), 16)                    # the source as the answer: its mean squared error, by hand
+    rows = ds.rows("val", 16)                    # the source as the answer: its mean squared error, by hand
     images = np.asarray(ds.images[rows], np.float64)
     assert validate(None) == pytest.approx(((images[:, 0] - images[:, 1]) ** 2).mean(), rel=1e-4)
 
@@ -602,20 +580,20 @@ def test_a_trained_model_is_tried_on_other_data(trained, tmp_path, monkeypatch, 
 
 
 def test_a_dry_run_and_a_benchmark_say_sizes_and_rates(ixi, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metadb.Run.time, "__defaults__", (0.1,))
+    monkeypatch.setattr(script.benchmark, "__defaults__", (0.1,))
     base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
     status, text = call(monkeypatch, capsys, *base)
     assert status == 0 and "prompt: Age: " in text and "x0_hat (1, 1, 32, 32)" in text and "this was a dry run" in text
     assert all(f"{name}: " in text for name in ("generator", "discriminator", "SR-Net")) and not (tmp_path / "run").exists()
     status, text = call(monkeypatch, capsys, *base, "--benchmark")
-    assert status == 0 and "a sample takes 3 times 2 passes" in text and "GFLOP/s" in text
+    assert status == 0 and "bridge: " in text and "sampling: " in text and "GFLOP/s" in text
 
 
 def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
-    status, text = call(monkeypatch, capsys, *base, "--dump-prompts", tmp_path / "prompts.txt")
+    embeddings.main(["--data", str(ixi), "--contrasts", "T1,t2", "--to", str(tmp_path / "prompts.txt")])
     prompts = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert status == 0 and any("[MASK]" in p for p in prompts) and len(set(prompts)) == len(prompts)
+    assert any("[MASK]" in p for p in prompts) and len(set(prompts)) == len(prompts)
     np.savez(tmp_path / "own.npz", prompts=np.array(prompts), pooled=np.random.default_rng(0).normal(size=(len(prompts), 20)).astype(np.float32))
     status, text = call(monkeypatch, capsys, *base, "--text-file", tmp_path / "own.npz", "--train", "--evaluate")
     assert status == 0 and "| MetaDB |" in text, text
@@ -679,21 +657,17 @@ def test_hidden_contrast(conditioning, tmp_path, monkeypatch, capsys):
     status, text = call(monkeypatch, capsys, "--data", tmp_path / "train", "--out", tmp_path / "run", "--source", "pd", "--target", "t2",
                         "--conditioning", conditioning, "--train")
     assert status == 0, text
-    args = SimpleNamespace(data=tmp_path / "train", out=tmp_path / "run", cache=tmp_path / "cache", seed=0, device="cpu", precision="fp32",
-                           train=False, typed={}, workers=1, split=None, compile=False)
-    run = metadb.Run("metadb", metadb.Config(), args)
-    cfg = run.settle(metadb.SAMPLING)
-    run.load()
-    model, contrasts = metadb.load_model(cfg, run), ["pd", "t2"]
-    subjects = metadb.data.find_layout(tmp_path / "three", ("pd", "t2")).subjects
-    prompts = metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, contrasts), cfg, subjects, contrasts, run.device)
-    images = {s.name: metadb.data.load_subject(s, ("pd", "t2"), 64).images[2:10:2] for s in subjects}     # (4, 2, 64, 64) each
+    cfg, run, _ = toys.open_run(metadb, tmp_path / "train", tmp_path / "run")
+    subjects = data.find_layout(tmp_path / "three", ("pd", "t2")).subjects
+    model = metadb.load_model(cfg, run, subjects)
+    images = {s.name: data.load_subject(s, ("pd", "t2"), 64).images[2:10:2] for s in subjects}     # (4, 2, 64, 64) each
     right, wrong, blind = [], [], []
     for head in range(4):
         names = [s.name for s in subjects[3 * head:3 * head + 3]]
         source, targets = torch.from_numpy(images[names[0]][:, :1]), np.stack([images[name][:, 1] for name in names])    # (3, 4, 64, 64)
         assert all(np.array_equal(images[name][:, 0], images[names[0]][:, 0]) for name in names)
-        made = np.stack([metadb.translate(run, model, source, prompts([name] * 4, [0] * 4, [1] * 4), [(head, z) for z in range(4)])[:, 0].numpy()
+        made = np.stack([metadb.translate(run, model.generator, model.bridge, source, metadb.tell(model.prompts, [name] * 4, [0] * 4, [1] * 4),
+                                              [(head, z) for z in range(4)])[:, 0].numpy()
                          for name in names])
         right.append((made - targets) ** 2)
         wrong.append((made[[1, 2, 0]] - targets) ** 2)

@@ -12,13 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import ROOT
+from toys import flat, weights
 
 import apt
 import metadb
-from common.run import guarded
+from common import script
 from data import phantom
-from data.volumes import DataError
 
 TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --encoder-steps 3 --encoder-batch 8 --mif-epochs 2 "
         "--mif-batch 8 --steps 6 --batch 4 --M 100 --S 4 --N 4 --train-fraction 0.5 --test-subjects 3 --test-slices 2 --sample-batch 5").split()
@@ -32,15 +33,7 @@ def brats(tmp_path_factory):
 
 
 def call(monkeypatch, capsys, *words):
-    """Run apt.main() as if typed; returns (exit status, output)."""
-    monkeypatch.setattr(sys, "argv", ["apt.py", *map(str, words)])
-    status = 0
-    try:
-        guarded(apt.main, DataError)
-    except SystemExit as end:
-        status = end.code or 0
-    seen = capsys.readouterr()
-    return status, seen.out + seen.err
+    return toys.call(apt, monkeypatch, capsys, *words)
 
 
 @pytest.fixture(scope="session")
@@ -51,17 +44,6 @@ def trained(brats, tmp_path_factory):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return brats, out, done.stdout
-
-
-def weights(out):
-    stages = torch.load(out / "last.pt", weights_only=True)["stages"]
-    return [value for stage in stages.values() for part in stage["parts"].values() for value in flat(part)]
-
-
-def flat(tree):
-    if torch.is_tensor(tree):
-        return [tree]
-    return [v for branch in (tree.values() if isinstance(tree, dict) else tree) for v in flat(branch)] if isinstance(tree, (dict, list)) else []
 
 
 def test_train_and_evaluate_leave_what_they_promise(trained):
@@ -97,35 +79,23 @@ def test_another_configuration_is_refused_and_a_sampling_switch_is_not(trained, 
     assert not any(r["method"] == "prior alone" for r in second["rows"])
 
 
-class Words:
-    """What Run needs to know of the command line."""
-    seed, device, precision, train, typed, workers, split, compile = 0, "cpu", "fp32", False, {}, 1, None, False
-
-    def __init__(self, data, out):
-        self.data, self.out, self.cache = data, out, out.parent / "cache"
-
-
 @pytest.fixture(scope="session")
 def loaded(trained):
     """(config, run, model, four test slices (4, C, H, W)) of the tiny run; its network made lively, six steps leave it near zero."""
     data, out, _ = trained
-    run = apt.Run("apt", apt.Config(), Words(data, out))
-    cfg = run.settle(apt.SAMPLING)
-    run.load()
-    model = apt.load_model(cfg, run)
+    cfg, run, ds = toys.open_run(apt, data, out)
+    model = apt.load_model(cfg, run, [])
     g = torch.Generator().manual_seed(0)
     for p in model.unet.parameters():
         p += 0.05 * torch.randn(p.shape, generator=g)
-    ds = apt.open_data(cfg, run.args, run)
-    run.close()
     return cfg, run, model, torch.from_numpy(ds.images[[0, 5, 9, 13]].astype(np.float32))
 
 
 def impute(loaded, u=None, known=(False, True, True, True), keys=(0, 1, 2, 3), **switches):
     cfg, run, model, images = loaded
     u = images if u is None else u
-    cfg = dataclasses.replace(cfg, **switches)
-    return apt.impute(cfg, run, model, u, torch.tensor([known] * len(u)), [("s", k) for k in keys])[0]
+    model = dataclasses.replace(model, cfg=dataclasses.replace(cfg, **switches))
+    return model.fill(u, torch.tensor([known] * len(u)), [("s", k) for k in keys])[0]
 
 
 @pytest.mark.parametrize("words", [["--schedule", "linear"], ["--mif", "zero"], ["--encoder", "pixels"], ["--size", "64"]])
@@ -143,7 +113,7 @@ def test_every_sampling_switch_changes_the_result(loaded, switch):
 
 def test_alpha_is_scaled_with_the_image_size(loaded, monkeypatch):
     seen = []
-    monkeypatch.setattr(apt, "guided_x0", lambda eps_model, x_t, t, alpha_bar, y, known, alpha: seen.append(alpha) or x_t)
+    monkeypatch.setattr(apt, "guided_x0", lambda eps_model, x_t, t, alpha_bar, y, A, alpha: seen.append(alpha) or x_t)
     impute(loaded)
     assert set(seen) == {20 * 32 / 256}
 
@@ -187,17 +157,17 @@ def test_the_sampler_can_be_watched(loaded):
     cfg, run, model, u = loaded
     watched, known = [], torch.tensor([[False, True, True, True]])
     free = dataclasses.replace(cfg, alpha=0.0, stage2=False)
-    out, _ = apt.impute(free, run, model, u[:1], known, [("s", 0)], watched)
-    assert [t for t, _, _ in watched] == [100, 75, 50, 25, 0]
+    out, _ = dataclasses.replace(model, cfg=free).fill(u[:1], known, [("s", 0)], watched)
+    assert [t for t, _, _ in watched] == ["t = 100", "t = 75", "t = 50", "t = 25", "t = 0"]
     assert torch.allclose((watched[-1][2][:, 0] + 1) / 2, out[:, 0], atol=1e-5)
     del watched[:]
-    apt.impute(cfg, run, model, u[:1], known, [("s", 0)], watched)
-    assert [t for t, _, _ in watched[cfg.S + 1:]] == [50, 50, 25, 0]
+    model.fill(u[:1], known, [("s", 0)], watched)
+    assert [t for t, _, _ in watched[cfg.S + 1:]] == ["t = 50", "t = 50", "t = 25", "t = 0"]
 
 
 def test_figure_6_differs_between_slices_by_z_alone(loaded, monkeypatch):
     cfg, run, model, _ = loaded
-    ds, drawn = apt.open_data(cfg, run.args, run), {}
+    ds, drawn = toys.open_run(apt, run.args.data, run.args.out)[2], {}
     monkeypatch.setattr(apt.pictures, "grid", lambda path, rows, columns, labels, note: drawn.update(rows=rows, path=path))
     apt.figure6(cfg, run, ds, model)
     made = np.stack([np.stack(row[4:]) for row in drawn["rows"]])                           # (subjects, C, H, W)
@@ -212,11 +182,11 @@ def test_the_codebook_picture_shows_the_prior_that_sampling_takes(loaded, monkey
     cfg, _, model, u = loaded
     book, drawn = model.codebooks["points"], {}
     monkeypatch.setattr(apt.pictures, "grid", lambda path, rows, columns, labels, note: drawn.update(rows=rows, labels=labels))
-    apt.draw_codebook(tmp_path / "x.png", book, model.contrasts, u[0].numpy())
+    apt.draw_codebook(tmp_path / "x.png", book, model.contrasts, u[0])
     for c in range(4):
         known = torch.tensor([[k != c for k in range(4)]])
         expected = apt.prior_images(dataclasses.replace(cfg, prior="adaptive"), book, u[:1], known, [None])[0, c]
-        source, curve, gain = book.look_up(c, [k for k in range(4) if k != c])
+        source, curve = book.ranked(c, [k for k in range(4) if k != c])[0]
         image, plot, prior, truth = drawn["rows"][2 * c]
         assert torch.allclose(prior, expected, atol=1e-3) and torch.equal(truth, u[0, c]) and torch.equal(image, u[0, source])
         assert f"from {model.contrasts[source]}: {int(book.votes[c, source, curve])} of" in drawn["labels"][2 * c]
@@ -304,8 +274,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     """Killed once in each stage, by watching the log; the weights of every stage equal those of the undisturbed run."""
     data, undisturbed, _ = trained
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", "import sys, common.run; common.run.time.monotonic = (lambda c=iter(range(0, 10**9, 100)): next(c)); sys.argv[0] = 'apt.py'; "
-               "import apt; common.run.guarded(apt.main)", "--data", data, "--out", out, *TINY, "--train"]      # saves after every step
+    command = [sys.executable, "-c", toys.EAGER.format(script="apt"), "--data", data, "--out", out, *TINY, "--train"]
     for stage, step in (("encoder", 2), ("mif", 1), ("diffusion", 1), ("diffusion", 4)):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time() + 60
@@ -354,7 +323,7 @@ def test_torchrun_equals_one_process(trained, tmp_path):
     (["--lr", "nan"], 2, "--lr nan"), (["--lr", "-1"], 2, "--lr -1"), (["--workers", "-1"], 2, "--workers -1"), (["--size", "7"], 2, "--size 7"),
     (["--size", "36", "--mult", "1,1,1,1"], 2, "multiple of 8"), (["--prior", "best"], 2, "invalid choice"), (["--M", "5", "--S", "10"], 2, "--S 10"),
     (["--stepz", "3"], 2, "unrecognized"), (["--missing", "t3", "--train", "--evaluate"], 2, "--missing t3: name some"), (["--contrasts", "t1,t9"], 2, "t9"),
-    (["--contrasts", "t1"], 2, "APT needs two"), (["--device", "cuda"], 1, "--device cuda"), (["--evaluate"], 1, "holds no trained model"),
+    (["--contrasts", "t1"], 2, "two or more are needed"), (["--device", "cuda"], 1, "--device cuda"), (["--evaluate"], 1, "holds no trained model"),
     (["--split", "nowhere.json"], 1, "nowhere.json")])
 def test_wrong_words_get_one_line(brats, tmp_path, monkeypatch, capsys, words, status, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -384,7 +353,7 @@ def test_dry_run_writes_no_run_and_check_reports(brats, tmp_path, monkeypatch, c
 
 
 def test_benchmark_prints_rates(brats, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(apt.Run.time, "__defaults__", (0.1,))
+    monkeypatch.setattr(script.benchmark, "__defaults__", (0.1,))
     code, text = call(monkeypatch, capsys, "--data", brats, "--out", tmp_path / "run", *TINY, "--benchmark")
     assert code == 0 and "slices/s" in text and "GFLOP/s" in text and "data-wait" in text
 
@@ -406,9 +375,11 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
     blocks = re.findall(r"```sh\n(.*?)```", readme, re.S)
     assert "python apt.py --data data/brats --train" in blocks[0] and blocks[1].strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     from common.cli import parse
+    from common.tables import load_tables
     for line in (line for block in blocks for line in block.splitlines()):
         for name, words in re.findall(r"(apt|metadb)\.py ([^#&|]*)", line):
-            script = {"apt": apt, "metadb": metadb}[name]
-            parse(script.Config, script.PRESETS, script.TABLES, script.LIMITS, lambda folder: "paper", script.__doc__, words.split())
+            module = {"apt": apt, "metadb": metadb}[name]
+            tables = [*load_tables(name), *module.METHOD.figures]
+            parse(module.Config, module.PRESETS, tables, module.LIMITS, lambda folder: "paper", module.__doc__, words.split(), name)
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
         assert Path(ROOT / path).exists(), path

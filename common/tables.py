@@ -1,11 +1,10 @@
-"""After the model: scores, pictures and volumes of test subjects, and the tables of a paper, row by row.
+"""The tables of a paper: every row is trained and scored, and set beside the printed numbers.
 
-report      scores what was synthesised beside the standing baselines
-synthesize  writes missing contrasts as volumes
-reproduce   runs every row of a table of the paper and sets it beside the printed numbers
+A row of a table is nothing but a command with other flags in a run folder of its own, so that it can be repeated by hand.
+What it left behind (results.json) is used again instead of running it twice.
 
-A row of a table is nothing but a command with other flags in a run folder of its own, so that it can be repeated by hand;
-what it left behind (results.json) is used again instead of running it twice.
+Rows are data: data/paper_tables/<script>.json.  In a table's entry "flags" holds {row: {field: value}}, "against" the row
+that the others are compared with, "rows" the numbers that the paper prints.
 """
 import argparse
 import csv
@@ -13,173 +12,155 @@ import dataclasses
 import io
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import downstream, metrics, pictures
+from common import metrics, pictures
 from common.cli import flags
-from common.run import RunError, read_checkpoint, replace
-
-SHOWN = 0.3                                     # error at which an error map is white
-CLASS_COLOURS = {1: (220, 40, 40), 2: (40, 180, 60), 3: (60, 90, 255), 4: (60, 90, 255)}
-# of label maps, as in Fig. 6 of MetaDB: necrosis red, oedema green, enhancing tumour (4 of BraTS, 3 from 2023 on) blue
+from common.evaluation import SHOWN
+from common.files import RunError, read_checkpoint, replace
 
 
-# ---- one model -------------------------------------------------------------------------------------------------------
+def load_tables(script):
+    """{name: {"title", "against", "metric", "rows": {row: {field: value}}, "paper": {row: numbers}}} of a script."""
+    path = Path(__file__).parent.parent / "data" / "paper_tables" / f"{script}.json"
+    tables = {}
+    for name, table in json.loads(path.read_text(encoding="utf-8"))["tables"].items():
+        rows = {}
+        for row, changes in table["flags"].items():
+            rows[row] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        tables[name] = {"title": table["title"], "against": table["against"], "metric": table.get("metric", "psnr"),
+                        "rows": rows, "paper": table.get("rows", {})}
+    return tables
 
 
-@dataclass
-class Task:
-    """n synthesised slices of one kind.  All images (n, H, W) in [0,1].
-
-    sources: {contrast: images} that were known;  target: contrast;  results: {method: images}, the model's first;
-    subjects: (n,) names
-    segmenter, labels: of the target contrast (common/downstream.py), and the true label maps (n, H, W); or None
-    """
-    sources: dict
-    target: str
-    truth: np.ndarray
-    results: dict
-    subjects: np.ndarray
-    segmenter: torch.nn.Module | None = None
-    labels: np.ndarray | None = None
-
-    @property
-    def name(self):
-        return "+".join(self.sources) + "->" + self.target
+# ---- the commands ----------------------------------------------------------------------------------------------------
 
 
-def report(run, tasks, train, protocol):
-    """Score every task beside the standing baselines: results.json, results.npz, samples.png, and a table on the screen.
-
-    train: {contrast: (m, H, W)}, slices of training subjects for the baselines.  protocol: what a value is, in words.
-    """
-    rows, kept, sheet, drawn = [], {}, [], []
-    width = max(len(task.sources) for task in tasks)
-    for task in tasks:
-        methods = {**task.results, **metrics.baselines(train, task.sources, task.target)}
-        rows += metrics.score_table(task.name, methods, task.truth, task.subjects, slices=len(task.truth))
-        if task.segmenter:
-            maps = {method: downstream.segment(task.segmenter, images)
-                    for method, images in {**methods, "real slices": task.truth}.items() if method != "mean-of-train"}
-            for method, found in maps.items():
-                rows += downstream.dice_rows(task.name, method, task.labels, found, task.subjects, task.segmenter.classes)
-            name, *_ = task.results
-            both = {"truth": (task.truth, task.labels), "on the real slice": (task.truth, maps["real slices"]),
-                    f"on {name}": (task.results[name], maps[name])}
-            i = int((task.labels > 0).sum((1, 2)).argmax())                     # the slice that shows most
-            shown = {title: pictures.overlay(images[i], labels[i], CLASS_COLOURS) for title, (images, labels) in both.items()}
-            drawn.append((f"{task.name}, {task.subjects[i]}", shown))
-            kept[f"{task.name}|{name}|drawn"], kept[f"{task.name}|truth|drawn"] = shown[f"on {name}"], shown["truth"]
-        for i in (0, len(task.truth) // 2):
-            model, *start = (images[i] for images in task.results.values())
-            error = pictures.error_map(task.truth[i], model, SHOWN)
-            sources = [images[i] for images in task.sources.values()]
-            blank = [np.ones_like(task.truth[i])] * (width - len(sources))
-            what = task.name if width == 1 else task.target
-            sheet.append((f"{what}, {task.subjects[i]}", [*sources, *blank, *start, model, task.truth[i], error]))
-        middle = len(task.truth) // 2                       # one slice per task stays with the numbers, for reproduce
-        kept.update({f"{task.name}|{method}": images[middle].astype(np.float16) for method, images in task.results.items()})
-        kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
-    run.say("\n" + metrics.markdown_table(rows) + "\n")
-    run.results(rows, kept, protocol)
-    name, *others = tasks[0].results
-    columns = [*(f"source {i + 1}" for i in range(width)), *others, name, "truth", "error"]
-    pictures.grid(run.out / "samples.png", [images for _, images in sheet[:12]], columns, [label for label, _ in sheet[:12]],
-                  note=f"error: |truth - {name}|, white from {SHOWN} on")
-    if drawn:
-        pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn], list(drawn[0][1]),
-                      [label for label, _ in drawn])
-    run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
+def list_tables(tables, figures):
+    """What --reproduce can do, as text.  figures: {name: (title, function)}."""
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"{name:10} {table['title']}")
+        for row, changes in table["rows"].items():
+            lines.append(f"{'':12}{row:28} {flags(changes) or '(no flags)'}")
+    for name, (title, _) in figures.items():
+        lines.append(f"{name:10} {title}")
+    return "\n".join(lines)
 
 
-def synthesize(run, work, contrasts, batch, fill, label):
-    """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid; CT in HU, others in normalised units.
-
-    work: from data.to_synthesize.  fill(u, known, keys): u (B, C, H, W) in [0,1], known (B, C) bool, keys (subject, slice)
-    of each -> (B, C, H, W).  label: of the method, for the file's header.
-    """
-    for subject, sources, absent, volume, paths in work:
-        known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
-        out = volume.images.copy()                                                      # (Z, C, H, W)
-        filled = np.flatnonzero(volume.images.any((1, 2, 3)))                           # elsewhere all is background
-        for part in run.batches(f"synthesis of {subject.name}", filled, batch):
-            keys = [(subject.name, int(z)) for z in part]
-            out[part] = fill(run.fetch(volume.images, part), known.expand(len(part), -1), keys).cpu().numpy()
-        absent = [c for c in absent if not paths[c].exists()]
-        for c in absent:
-            volume.write(paths[c], out[:, list(contrasts).index(c)], f"synthetic {c}, {label}", contrast=c)
-        shown, folder = sources + absent, paths[absent[0]].parent
-        some = filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1]
-        pictures.grid(folder / "panel.png", [[out[z, list(contrasts).index(c)] for c in shown] for z in some],
-                      [c if c in sources else f"{c} (synthetic)" for c in shown], [f"slice {z}" for z in some])
-        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {folder}")
-
-
-# ---- a table of the paper --------------------------------------------------------------------------------------------
-
-
-def list_tables(tables):
-    """What --reproduce can do, as text."""
-    return "\n".join(f"{name:10} {table['title']}\n" + "".join(f"{'':12}{row:28} {flags(changes) or '(no flags)'}\n"
-                                                              for row, changes in table.get("rows", {}).items())
-                     for name, table in tables.items())
-
-
-def reproduce(script, name, table, cfg, args, free, stages, method, work):
+def reproduce(method, name, table, cfg, args, work):
     """Train and score every row of a table for every seed; writes OUT/tables/NAME.md, .csv and .png.
 
-    table   {"title": ..., "against": the row that all are compared with, "rows": {row: {field: value}}}, and "metric", which
-            rows are compared by, if that is not PSNR
-    free    fields that need no training;  stages {stage: fields that matter to it and later ones only}: a row that trains
-            otherwise takes over from the first model what does not differ
-    method  the model's name in results.json
-    work    work(cfg, args) -> path: trains and evaluates in one run folder, or finds that this was done; the results.json
-            (None in all processes but the first)
+    method  a script.Method.  Its `sampling` fields need no training.  Of its `stages` a row that trains otherwise takes
+            over from the first model what does not differ
+    table   an entry of load_tables
+    work    work(cfg, args) -> path.  It trains and evaluates in one run folder, or finds that this was done, and returns
+            the results.json (None in all processes but the first)
     """
-    printed = Path(__file__).parent.parent / "data" / "paper_tables" / f"{script}.json"
-    paper = json.loads(printed.read_text(encoding="utf-8"))["tables"].get(name, {}).get("rows", {})
-    seed, jobs, found = args.seed, [], {}
+    seed = args.seed
+    jobs = []
     for further in range(args.seeds):
         for row, changes in table["rows"].items():
             try:
                 wanted = dataclasses.replace(cfg, **changes)
             except ValueError as error:                     # before hours of work, not after
                 raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
-            trained = {k: v for k, v in changes.items() if k not in free and getattr(cfg, k) != v}
+            trained = {k: v for k, v in changes.items() if k not in method.sampling and getattr(cfg, k) != v}
             jobs.append((row, wanted, trained, further))
     jobs.sort(key=lambda job: (job[3], bool(job[2])))       # the model as configured first: others take over its stages
+    found = {}
     for number, (row, wanted, trained, further) in enumerate(jobs, 1):
-        folder, first = row_folder(args.out, trained, further), row_folder(args.out, {}, further)
+        folder = row_folder(args.out, trained, further)
         here = argparse.Namespace(**{**vars(args), "out": folder, "seed": seed + further})
         say(f"\n{name}, run {number} of {len(jobs)}: {row}, seed {here.seed}, in {folder}")
         if not any(folder.glob("results*.json")):           # the model first, so that config.json holds its own flags
-            take_over(first, folder, unaffected(stages, trained))
-            work(dataclasses.replace(cfg, **trained), argparse.Namespace(**{**vars(here), "evaluate": False}))
+            take_over(row_folder(args.out, {}, further), folder, unaffected(method.stages, trained))
+            only_train = argparse.Namespace(**{**vars(here), "evaluate": False})
+            work(dataclasses.replace(cfg, **trained), only_train)
         path = work(wanted, here)
         if path:                                            # read now: the next row may give the file another name
-            with np.load(path.with_suffix(".npz")) as images:
-                found.setdefault(row, []).append((json.loads(path.read_text(encoding="utf-8")), dict(images)))
-    if found:
-        found = {row: found[row] for row in table["rows"]}
-        contents = {row: [content for content, _ in seeds] for row, seeds in found.items()}
-        lines = compare(table, contents, paper, method)
-        text = markdown(name, table, lines, contents[table["against"]], seed, free)
-        home = args.out / "tables"
-        say(f"\n{text}")
-        home.mkdir(exist_ok=True)
-        replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
-        replace(home / f"{name}.csv", lambda tmp: tmp.write_text(as_csv(lines), encoding="utf-8", newline=""))
-        picture(home / f"{name}.png", {row: seeds[0][1] for row, seeds in found.items()}, method)
-        say(f"written: {home / name}.md, .csv, .png")
+            found.setdefault(row, []).append(read_results(path))
+    if not found:
+        return
+    found = {row: found[row] for row in table["rows"]}
+    contents = {row: [content for content, _ in seeds] for row, seeds in found.items()}
+    lines = compare(table, contents, table["paper"], method.name)
+    text = markdown(name, table, lines, contents[table["against"]], seed, method.sampling)
+    say(f"\n{text}")
+    images = {row: seeds[0][1] for row, seeds in found.items()}
+    write(args.out / "tables", name, text, lines, images, method.name)
+
+
+def compare_runs(folders, out=None):
+    """Finished runs of any scripts side by side, on the test subjects that they share; the first is the reference.
+
+    Prints a table like those of --reproduce; out: a folder that gets runs.md, .csv and .png.
+    RunError if a folder has no results or if no task or no subject is common to all.
+    """
+    rows = {}
+    images = {}
+    for folder in map(Path, folders):
+        path = folder / "results.json"
+        if not path.exists():
+            raise RunError(f"{path} does not exist; run the script with --evaluate --out {folder} first")
+        content, shown = read_results(path)
+        ours = content["rows"][0]["method"]                 # the model's own rows come first
+        for line in content["rows"]:
+            line["method"] = "model" if line["method"] == ours else line["method"]
+        label = f"{folder.name} ({ours})" if folder.name not in rows else f"{folder} ({ours})"
+        rows[label] = [content]
+        images[label] = {key.replace(f"|{ours}", "|model"): image for key, image in shown.items()}
+    common = set.intersection(*({(r["task"], s) for r in contents[0]["rows"] if r["method"] == "model"
+                                 for s in r["values"]} for contents in rows.values()))
+    if not common:
+        raise RunError("these runs share no task and test subject; evaluate them on the same data and --split")
+    for contents in rows.values():
+        kept = []
+        for line in contents[0]["rows"]:
+            values = {s: v for s, v in line["values"].items() if (line["task"], s) in common}
+            if values:
+                kept.append({**line, "values": values})
+        contents[0]["rows"] = kept
+    reference = next(iter(rows))
+    table = {"title": "finished runs on the test subjects that they share", "against": reference, "metric": "psnr",
+             "rows": {row: {} for row in rows}}
+    lines = compare(table, rows, {}, "model")
+    text = markdown("runs", table, lines, rows[reference], rows[reference][0]["seed"], ())
+    say(text)
+    if out:
+        write(Path(out), "runs", text, lines, images, "model")
+
+
+def read_results(path):
+    """(results.json, {key: image} of results.npz), results that Run.results wrote.  RunError if they cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        with np.load(path.with_suffix(".npz")) as images:
+            return content, dict(images)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise RunError(f"{path} or its .npz cannot be read ({type(error).__name__}); "
+                       "delete both and evaluate again") from error
+
+
+def write(home, name, text, lines, images, method):
+    """NAME.md, NAME.csv and NAME.png in the folder `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    replace(home / f"{name}.csv", lambda tmp: tmp.write_text(as_csv(lines), encoding="utf-8", newline=""))
+    picture(home / f"{name}.png", images, method)
+    say(f"written: {home / name}.md, .csv, .png")
 
 
 def say(text):
+    """Print, in the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
+
+
+# ---- rows that share stages ------------------------------------------------------------------------------------------
 
 
 def row_folder(out, trained, further):
@@ -203,6 +184,9 @@ def take_over(source, folder, stages):
         content["stages"] = {stage: content["stages"][stage] for stage in stages}
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def compare(table, found, paper, method):

@@ -1,10 +1,10 @@
-"""common/results.py: tables of a paper against numbers worked by hand, and against what a row does when it is run by itself."""
+"""common/tables.py: tables of a paper against numbers worked by hand, and against what a row does when it is run by itself."""
 import argparse
 import csv
 import dataclasses
 import io
 import json
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ from scipy import stats
 
 import apt
 import metadb
-from common import cli, metrics, results
-from common.run import RunError
+from common import cli, metrics, tables
+from common.files import RunError
 
+TABLES_APT, TABLES_METADB = tables.load_tables("apt"), tables.load_tables("metadb")
 SUBJECTS = [f"s{i}" for i in range(8)]
 NOISE = np.array([3.0, -1.0, 2.0, 0.5, -0.2, 1.7, 0.9, 2.5])
 
@@ -42,7 +43,7 @@ def found():
 
 
 def test_a_subjects_value_is_its_mean_over_seeds_and_rows_are_compared_on_it(found):
-    lines = {(line["row"], line["task"], line["metric"]): line for line in results.compare(TABLE, found, PAPER, "M")}
+    lines = {(line["row"], line["task"], line["metric"]): line for line in tables.compare(TABLE, found, PAPER, "M")}
     full, worse = lines["full", "a->b", "psnr"], lines["worse", "a->b", "psnr"]
     ours = (20 + NOISE + 20.4 + 1.4 * NOISE) / 2                                            # by hand, both seeds
     assert full["values"]["s2"] == pytest.approx(ours[2]) and full["mean"] == pytest.approx(ours.mean())
@@ -54,13 +55,13 @@ def test_a_subjects_value_is_its_mean_over_seeds_and_rows_are_compared_on_it(fou
 
 
 def test_the_mean_over_tasks_is_taken_subject_by_subject(found):
-    line = next(x for x in results.compare(TABLE, found, PAPER, "M") if (x["row"], x["task"], x["metric"]) == ("other", "mean", "psnr"))
+    line = next(x for x in tables.compare(TABLE, found, PAPER, "M") if (x["row"], x["task"], x["metric"]) == ("other", "mean", "psnr"))
     by_hand = np.mean([20 + o + NOISE * (1 + o) for o in (0.1, 0.9, 0.3, 1.1)], axis=0)
     assert [line["values"][s] for s in SUBJECTS] == pytest.approx(by_hand.tolist())
 
 
 def test_p_values_are_corrected_over_the_rows_of_the_table(found):
-    lines = [x for x in results.compare(TABLE, found, PAPER, "M") if x["task"] == "a->b" and x["metric"] == "psnr" and "p" in x]
+    lines = [x for x in tables.compare(TABLE, found, PAPER, "M") if x["task"] == "a->b" and x["metric"] == "psnr" and "p" in x]
     assert [x["row"] for x in lines] == ["worse", "other", "copy"]
     assert [x["p_holm"] for x in lines] == metrics.holm([x["p"] for x in lines])
     smallest = min(lines, key=lambda x: x["p"])
@@ -68,13 +69,13 @@ def test_p_values_are_corrected_over_the_rows_of_the_table(found):
 
 
 def test_methods_of_others_show_the_papers_number_only(found):
-    lines = [x for x in results.compare(TABLE, found, PAPER, "M") if x["row"] == "Theirs"]
+    lines = [x for x in tables.compare(TABLE, found, PAPER, "M") if x["row"] == "Theirs"]
     assert [(x["kind"], x["metric"], x["paper"]) for x in lines] == [("paper only", "psnr", 21.5), ("paper only", "ssim", 0.9)]
 
 
 def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
-    lines = results.compare(TABLE, found, PAPER, "M")
-    text = results.markdown("table9", TABLE, lines, found["full"], 0, ["M"])
+    lines = tables.compare(TABLE, found, PAPER, "M")
+    text = tables.markdown("table9", TABLE, lines, found["full"], 0, ["M"])
     cells = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("| ")}
     full = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("full", "a->b", "psnr"))
     assert f"{full['mean']:.2f} ± {full['std']:.2f} / " in cells["full"] and "(25.25 / 0.912)" in cells["full"]
@@ -83,7 +84,7 @@ def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
     assert "cannot fall below 0.023" in text                                                # 3 x 2 / 2^8
     worse = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("worse", "mean", "psnr"))
     assert f"{worse['difference']:+.2f} dB, p = {worse['p_holm']:.2g}" in cells["worse"]
-    read = list(csv.DictReader(io.StringIO(results.as_csv(lines))))
+    read = list(csv.DictReader(io.StringIO(tables.as_csv(lines))))
     assert len(read) == len(lines)
     row = next(r for r in read if (r["row"], r["task"], r["metric"]) == ("full", "a->b", "psnr"))
     assert float(row["mean"]) == full["mean"] and float(row["ci95_low"]) == full["ci95"][0] and float(row["paper"]) == 25.25
@@ -96,7 +97,7 @@ def test_a_table_may_be_judged_by_dice(found):
         for content in found[row]:
             content["rows"] += [metrics.row(task, "M", "dice", {s: v + shift for s, v in dice.items()}) for task in ("a->b", "b->a")]
             content["rows"] += [metrics.row(task, "real slices", "dice", {s: v + 0.25 for s, v in dice.items()}) for task in ("a->b", "b->a")]
-    text = results.markdown("fig6", table, results.compare(table, found, PAPER, "M"), found["full"], 0, ())
+    text = tables.markdown("fig6", table, tables.compare(table, found, PAPER, "M"), found["full"], 0, ())
     assert "mean Dice" in text and "/ Dice, mean of the classes" in text and "-0.125, p = " in text and "dB, p" not in text
     line = next(line for line in text.splitlines() if line.startswith("| real slices"))
     assert "/ 0.762" in line and "+0.250" in line
@@ -106,15 +107,15 @@ def test_a_table_may_be_judged_by_dice(found):
 def test_too_few_subjects_are_said_to_be_too_few(found):
     few = {row: [{**c, "rows": [{**r, "values": dict(list(r["values"].items())[:4])} for r in c["rows"]]} for c in contents]
            for row, contents in found.items()}
-    lines = results.compare(TABLE, few, PAPER, "M")
-    text = results.markdown("t", TABLE, lines, few["full"], 0, [])
+    lines = tables.compare(TABLE, few, PAPER, "M")
+    text = tables.markdown("t", TABLE, lines, few["full"], 0, [])
     assert "n = 4, too few to test" in text and "4 test subjects" in text
 
 
 def test_many_tasks_become_lines(found):
     wide = {row: [content({f"{k}->x": 0.0 for k in range(9)})] for row in found}
-    lines = results.compare(TABLE, wide, {}, "M")
-    text = results.markdown("t", TABLE, lines, wide["full"], 0, [])
+    lines = tables.compare(TABLE, wide, {}, "M")
+    text = tables.markdown("t", TABLE, lines, wide["full"], 0, [])
     lines = text.splitlines()
     assert "| row | full | worse | other | copy |" in lines and sum(line.startswith(("| 0->x |", "| 8->x |", "| mean PSNR |", "| difference |")) for line in lines) == 4
     assert "| flags |  | `--M 10 --no-stage2` | `--prior zero` |  |" in lines
@@ -122,10 +123,10 @@ def test_many_tasks_become_lines(found):
 
 def test_only_stages_before_the_first_difference_are_taken_over():
     stages = {"encoder": (), "mif": ("mif_epochs",), "codebook": (), "diffusion": ("steps", "mif")}
-    assert results.unaffected(stages, {"steps": 3}) == ["encoder", "mif", "codebook"]
-    assert results.unaffected(stages, {"mif": "zero", "mif_epochs": 0}) == ["encoder"]
-    assert results.unaffected(stages, {"size": 3}) == results.unaffected(stages, {"steps": 1, "size": 3}) == []
-    assert results.unaffected(stages, {}) == []                                             # another seed: nothing can be shared
+    assert tables.unaffected(stages, {"steps": 3}) == ["encoder", "mif", "codebook"]
+    assert tables.unaffected(stages, {"mif": "zero", "mif_epochs": 0}) == ["encoder"]
+    assert tables.unaffected(stages, {"size": 3}) == tables.unaffected(stages, {"steps": 1, "size": 3}) == []
+    assert tables.unaffected(stages, {}) == []                                             # another seed: nothing can be shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +145,12 @@ def rehearsal(tmp_path):
     """reproduce() with a work() that only leaves files behind; returns (start, list of what was trained or scored)."""
     ran = []
     args = argparse.Namespace(out=tmp_path / "out", data=tmp_path / "data", seed=3, seeds=2, evaluate=True)
-    table = {"title": "t", "against": "full", "rows": {"full": {}, "M": {"M": 100}, "short": {"steps": 2}}}
+    method = SimpleNamespace(name="M", sampling=("M", "missing"), stages={"one": (), "two": ("steps",)})
+    table = {"title": "t", "against": "full", "paper": {}, "rows": {"full": {}, "M": {"M": 100}, "short": {"steps": 2}}}
 
     def work(cfg, args):
         out = args.out.relative_to(tmp_path).as_posix()
-        taken = sorted(results.read_checkpoint(args.out / "last.pt")["stages"]) if (args.out / "last.pt").exists() else []
+        taken = sorted(tables.read_checkpoint(args.out / "last.pt")["stages"]) if (args.out / "last.pt").exists() else []
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"results_{cfg.M}.json"
         if not args.evaluate:
@@ -161,8 +163,7 @@ def rehearsal(tmp_path):
         return path
 
     def start(rows=table["rows"], **changes):
-        results.reproduce("apt", "t", {**table, "rows": rows}, Fake(), argparse.Namespace(**{**vars(args), **changes}),
-                          ("M", "missing"), {"one": (), "two": ("steps",)}, "M", work)
+        tables.reproduce(method, "t", {**table, "rows": rows}, Fake(), argparse.Namespace(**{**vars(args), **changes}), work)
     return start, ran
 
 
@@ -206,31 +207,31 @@ def test_rows_that_do_not_fit_the_typed_flags_are_refused_before_any_work(rehear
 
 def test_flags_are_what_the_parser_reads():
     changes = dict(prior="noise", M=1000, stage2=False, missing=("t1", "t2"), alpha=0.0, paste="both")
-    words = ["--data", "x", *results.flags(changes).split()]
-    cfg, _ = cli.parse(apt.Config, apt.PRESETS, apt.TABLES, apt.LIMITS, lambda folder: "demo", "", words)
+    words = ["--data", "x", *tables.flags(changes).split()]
+    cfg, _ = cli.parse(apt.Config, apt.PRESETS, [], apt.LIMITS, lambda folder: "demo", "", words)
     assert {k: getattr(cfg, k) for k in changes} == changes
 
 
 def test_the_rows_of_metadb_fit_its_config_and_the_papers_tables():
-    paper = json.loads((Path(__file__).parent.parent / "data" / "paper_tables" / "metadb.json").read_text(encoding="utf-8"))["tables"]
+    paper = {name: {"rows": table["paper"]} for name, table in TABLES_METADB.items() if table["paper"]}
     fields = {f.name for f in dataclasses.fields(metadb.Config)}
-    for name, table in metadb.TABLES.items():
+    for name, table in TABLES_METADB.items():
         assert table["against"] in table["rows"]
         for changes in table["rows"].values():
             assert set(changes) <= fields and all(dataclasses.replace(metadb.Config(**preset), **changes) for preset in metadb.PRESETS.values())
         if name in paper:
             extra = set(paper[name]["rows"]) ^ set(table["rows"])
             assert extra == ({"DTF-Net", "DualDB"} if name.startswith("table2") else set()), name
-    assert set(paper) <= set(metadb.TABLES)
+    assert set(paper) <= set(TABLES_METADB)
     assert paper["table2a"]["rows"]["MetaDB"]["pd->t2"] == {"psnr": 34.42, "psnr_std": 1.17, "ssim": 0.9748, "ssim_std": 0.009}
     assert {field for stage in metadb.STAGES.values() for field in stage} <= fields - set(metadb.SAMPLING)
 
 
 def test_the_rows_of_apt_fit_its_config_and_the_papers_tables():
     """Every row is a valid configuration; tables 1 to 7 need one model only; the paper's rows are ours, but for other methods."""
-    paper = json.loads((Path(__file__).parent.parent / "data" / "paper_tables" / "apt.json").read_text(encoding="utf-8"))["tables"]
+    paper = {name: {"rows": table["paper"]} for name, table in TABLES_APT.items() if table["paper"]}
     assert list(paper) == [f"table{n}" for n in range(1, 8)]
-    for name, table in apt.TABLES.items():
+    for name, table in TABLES_APT.items():
         for row, changes in table.get("rows", {}).items():
             for preset in apt.PRESETS.values():
                 dataclasses.replace(apt.Config(**preset), **changes)

@@ -1,0 +1,316 @@
+"""The training loop of a stage: order of the samples, update, averaged and best weights, progress, signals.
+
+A script's loop reads
+    for step in run.steps("diffusion", total, parts, batch):   # resumes, shows progress, saves
+        rows = run.order("diffusion", n, batch, step)          # which samples, the same in every process
+        loss = ...                                             # the science
+        run.update(loss, optimiser)                            # backward pass and one step of the optimiser
+        run.log(loss=loss)
+`run.steps` yields nothing if the stage is finished.
+"""
+import collections
+import contextlib
+import copy
+import datetime
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.device import Machine, peak_gigabytes, seed_of
+from common.files import RunError, restore
+
+MAX_BAD_STEPS = 5           # so many non-finite losses in a row end the run
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, in .model.  Buffers are copied, not averaged.
+
+    The decay warms up as (1 + step) / (10 + step), so that early averages are not dominated by the
+    random start.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers()):
+            mine.copy_(theirs)
+
+    def state_dict(self):
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state)
+
+
+class Best:
+    """A copy of the weights that had the lowest validation loss so far, in .model.
+
+    The loss is part of the saved state; it is infinite until weights were offered.
+    """
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.loss = float("inf")
+
+    def offer(self, model, loss):
+        if loss < self.loss:
+            self.loss = float(loss)
+            self.model.load_state_dict(model.state_dict())
+
+    def state_dict(self):
+        return {"loss": self.loss, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state):
+        self.loss = state["loss"]
+        self.model.load_state_dict(state["model"])
+
+
+class Loop(Machine):
+    """The loop of a run.  A subclass has say(text), keep(stage, step, total, parts), .out and .stages.
+
+    seconds     None, or the time after which every stage ends (for --benchmark)
+    measured    {stage: facts of its pace}, filled where `seconds` is given
+    """
+
+    def __init__(self, seed, device, precision):
+        super().__init__(seed, device, precision)
+        self.stop = None                                    # the signal that arrived
+        self.sums = {}                                      # {name: (sum, count)} of what was logged
+        self.bad_steps = collections.Counter()              # of each optimiser, in a row
+        self.open_line = False                              # a progress bar stands in the last line
+        self.seconds = None
+        self.measured = {}
+
+    def order(self, purpose, n, batch, step):
+        """Rows (batch,) of step `step`: shuffled passes over n samples, every sample once per pass."""
+        position = np.arange(step * batch, (step + 1) * batch)
+        rows = np.empty(batch, dtype=np.int64)
+        for turn in np.unique(position // n):
+            g = np.random.default_rng(seed_of(self.seed, purpose, "order", int(turn)))
+            shuffled = g.permutation(n)
+            here = position // n == turn
+            rows[here] = shuffled[position[here] % n]
+        return rows
+
+    def steps(self, stage, total, parts, batch=1):
+        """Yields the steps of a stage that are still to do.
+
+        parts: {name: object with state_dict and load_state_dict}, all that the stage trains.
+        """
+        start = 0
+        saved = self.stages.get(stage)
+        if saved:
+            start = saved["step"]
+            for name, part in parts.items():
+                where = f"{stage}/{name} in {self.out / 'last.pt'}"
+                restore(part, saved["parts"].get(name, {}), where)
+            if saved["finished"]:
+                self.say(f"{stage}: finished ({start} steps), loaded from {self.out / 'last.pt'}")
+                return
+            self.say(f"{stage}: continues at step {start} of {total}")
+        meter = Meter(self, stage, start, total, batch)
+        last_save = time.monotonic()
+        save_cost = 0.0
+        if start == total:                                  # nothing to train is asked for: the parts as they are
+            self.keep(stage, start, total, parts)
+        if self.seconds is not None:
+            yield from self.trial(stage, total, parts, batch)
+            return
+        with signals(self):
+            for step in range(start, total):
+                yield step
+                meter.tick(step)
+                done = step + 1
+                stop = self.agree(self.stop)
+                # A save may take 5 % of the time, and comes every minute at most.
+                due = time.monotonic() - last_save > max(60, 20 * save_cost)
+                if stop or done == total or due:
+                    before = time.monotonic()
+                    self.keep(stage, done, total, parts)
+                    last_save = time.monotonic()
+                    save_cost = last_save - before
+                if stop:
+                    self.barrier()                          # torchrun ends all when one leaves: not before the save
+                    self.leave(stop, f"{stage}: stopped after step {done} of {total}, saved; "
+                                     "the same command continues")
+
+    def trial(self, stage, total, parts, batch):
+        """Some steps of a stage, to measure its pace: two to warm up, one to count operations, then for .seconds."""
+        counter = FlopCounterMode(display=False)
+        done = 0
+        for step in range(min(total, 2)):
+            yield step
+            done = step + 1
+        if done < total:
+            with counter:
+                yield done
+            done += 1
+        self.waited = 0.0
+        first = done
+        begin = time.perf_counter()
+        while done < total and (done < first + 3 or time.perf_counter() - begin < self.seconds):
+            yield done
+            done += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if done > first:
+            seconds = (time.perf_counter() - begin) / (done - first)
+            self.measured[stage] = {"seconds": seconds, "batch": batch, "flops": counter.get_total_flops(),
+                                    "wait": self.waited / (done - first) / seconds}
+        self.sums = {}
+        self.keep(stage, total, total, parts)
+
+    def leave(self, number, text):
+        """End the program after a signal, as the shell expects it: 130 for Ctrl-C, 143 for SIGTERM."""
+        self.say(text)
+        raise SystemExit(128 + number)
+
+    def update(self, loss, optimiser, max_norm=1.0):
+        """Backward pass, gradients averaged over processes, clipped to max_norm, one step of the optimiser.
+
+        A loss or gradient that is not finite skips the step.  RunError after MAX_BAD_STEPS of them in a row.
+        """
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        params = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+        loss = loss.detach()
+        if self.world > 1:
+            # One all-reduce.  The loss goes along, so that all processes judge the step alike.
+            flat = torch.cat([*(p.grad.reshape(-1) for p in params), loss.reshape(1)])
+            dist.all_reduce(flat)
+            *gradients, loss = flat.div_(self.world).split([*(p.numel() for p in params), 1])
+            for p, gradient in zip(params, gradients):
+                p.grad.copy_(gradient.view_as(p.grad))
+        norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+        if torch.isfinite(norm + loss):                     # the one point of a step where the GPU is waited for
+            self.bad_steps[id(optimiser)] = 0
+            optimiser.step()
+            return
+        self.bad_steps[id(optimiser)] += 1
+        bad = self.bad_steps[id(optimiser)]
+        self.say(f"warning: loss or gradient is not finite, step skipped ({bad} in a row)")
+        if bad >= MAX_BAD_STEPS:
+            last = self.out / "last.pt"
+            good = f"{last} holds the last good state; " if last.exists() else ""
+            raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; {good}"
+                           "try a lower learning rate or --precision fp32, in a new --out folder")
+
+    def log(self, **numbers):
+        """Numbers of this step.  Their mean is shown, and only then fetched from the device, now and then."""
+        for name, value in numbers.items():
+            value = value.detach().float() if torch.is_tensor(value) else float(value)
+            total, n = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, n + 1)
+
+    def batches(self, what, items, size):
+        """Yields lists of up to `size` items and shows progress.  A signal ends the program between two of them."""
+        begin = time.monotonic()
+        shown = begin
+        with signals(self):
+            for start in range(0, len(items), size):
+                yield items[start:start + size]
+                now = time.monotonic()
+                done = min(start + size, len(items))
+                if self.stop:
+                    self.leave(self.stop, f"{what}: stopped at {done} of {len(items)}; "
+                                          "the same command starts it again")
+                if now - shown > 10 or done == len(items):
+                    left = (now - begin) * (len(items) - done) / done
+                    self.say(f"{what} {done}/{len(items)}  ETA {clock(left)}")
+                    shown = now
+
+
+class Meter:
+    """Progress of a stage: a bar on a terminal, else a line every ten seconds; also into log.jsonl."""
+
+    def __init__(self, run, stage, start, total, batch):
+        self.run = run
+        self.stage = stage
+        self.start = start
+        self.total = total
+        self.batch = batch
+        self.live = sys.stdout.isatty()
+        self.every = 0.5 if self.live else 10.0
+        self.shown = time.perf_counter()
+        self.shown_step = start
+        self.origin = (self.shown, start)                   # where the pace is measured from
+        run.waited = 0.0
+        run.sums = {}
+
+    def tick(self, step):
+        """Step `step` is done."""
+        now = time.perf_counter()
+        done = step + 1
+        run = self.run
+        pace = (now - self.origin[0]) / (done - self.origin[1])             # seconds per step
+        if done == self.start + 1:                          # the first step warms up; it would spoil the ETA
+            self.origin = (now, done)
+        if (now - self.shown < self.every and done < self.total) or run.rank > 0:
+            return
+        facts = {name: float(total) / n for name, (total, n) in run.sums.items()}
+        facts["images/s"] = self.batch * (done - self.shown_step) / (now - self.shown)
+        facts["wait"] = run.waited / (now - self.shown)
+        facts["peak GB"] = peak_gigabytes(run.device)
+        head = f"{self.stage} {done}/{self.total}  ETA {clock(pace * (self.total - done))}"
+        text = "  ".join([head, *(f"{name} {value:.4g}" for name, value in facts.items())])
+        # JSON has no NaN.
+        numbers = {name: value if math.isfinite(value) else None for name, value in facts.items()}
+        line = {"stage": self.stage, "step": done, "time": time_stamp(), **numbers}
+        with open(run.out / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+        if self.live:
+            cells = int(20 * done / self.total)
+            width = shutil.get_terminal_size().columns - 1
+            bar = f"[{'#' * cells}{'.' * (20 - cells)}] {text}"
+            print("\r" + bar[:width].ljust(width), end="", flush=True)
+            run.open_line = done < self.total
+            if done == self.total:
+                print(flush=True)
+        else:
+            run.say(text)
+        self.shown = now
+        self.shown_step = done
+        run.waited = 0.0
+        run.sums = {}
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def time_stamp():
+    """Now, in local time, to the second."""
+    return datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+
+
+@contextlib.contextmanager
+def signals(run):
+    """Ctrl-C and SIGTERM set run.stop, so that the loop ends after the step; a second Ctrl-C ends at once."""
+    def note(number, frame):
+        if run.stop and number == signal.SIGINT:            # not SIGTERM: launchers send it again while the run saves
+            raise KeyboardInterrupt
+        run.stop = run.stop or number
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:                                      # not in the main thread: signals are somebody else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,344 @@
+"""What every script does, in this order: check, dry run, train, evaluate, synthesize, reproduce, benchmark.
+
+A script describes its paper's method by a Method and ends in one call:  script.guarded(main).
+Nothing here knows which paper calls it.
+"""
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from common.cli import parse
+from common.device import peak_gigabytes
+from common.evaluation import Trained, evaluate, fill, synthesize
+from common.files import RunError
+from common.run import Run, about_of, stored_config
+from common.tables import list_tables, load_tables, reproduce
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a dry run shows of a method.  It is built on torch's meta device, where nothing is computed.
+
+    networks   {name: module}
+    forward    runs the trained network on one slice and returns its output
+    slices     how many slices the training will see, repeats included
+    lines      more lines for the user: shapes, prompts, and so on
+    """
+    networks: dict
+    forward: Callable
+    slices: int
+    lines: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the frame needs to know of a method.  cfg: the script's Config; run: common.run.Run; ds: data.Dataset.
+
+    name        as tables and pictures call it; in lower case, the name of the script
+    config, presets, limits    see common.cli.parse
+    sampling    fields of the config that may change without training again
+    stages      {stage of training, in order: fields that matter to it and to later stages only}
+    contrasts   (cfg) -> contrasts that the data must have, or None for all that there are
+    patterns    (cfg, contrasts) -> [(known contrasts, contrasts to make from them)], the tasks
+    asked       (cfg, contrasts) -> contrasts that --synthesize makes although a subject has them
+    train       (cfg, run, ds): all stages
+    load        (cfg, run, subjects) -> the trained model, with .contrasts, .device and .fill (common/evaluation.py);
+                subjects: those that it will meet, layouts.Subject
+    outline     (cfg, ds) -> Outline
+    disturb     (cfg, run, u, keys) -> u: what happens to test slices before the model sees them; or None
+    segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
+    figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
+    """
+    name: str
+    config: type
+    presets: dict
+    limits: dict
+    sampling: tuple
+    stages: dict
+    contrasts: Callable
+    patterns: Callable
+    asked: Callable
+    train: Callable
+    load: Callable
+    outline: Callable
+    disturb: Callable | None = None
+    segmenters: Callable | None = None
+    figures: dict = field(default_factory=dict)
+
+    @property
+    def script(self):
+        return self.name.lower()
+
+
+# ---- entrances -------------------------------------------------------------------------------------------------------
+
+
+def main(method, doc, argv=None):
+    """Do what the command line asks for.  argv: words without the program's name, by default those typed.
+
+    Raises RunError or data.DataError for what the user can mend, SystemExit for wrong usage.
+    """
+    tables = load_tables(method.script)
+    names = [*tables, *method.figures]
+    cfg, args = parse(method.config, method.presets, names, method.limits, choose_preset, doc, argv, method.script)
+    if args.reproduce == "list":
+        print(list_tables(tables, method.figures))
+    elif args.check:
+        if not data.check(args.data, method.contrasts(cfg)):
+            raise SystemExit(1)
+    elif args.reproduce:
+        # The flags of a run that is there already count, as for --evaluate.
+        cfg, args.seed = stored_config(args.out, cfg, args, method.sampling)
+        args.train = True
+        args.evaluate = True
+        args.synthesize = False
+        args.benchmark = False
+        if args.reproduce in method.figures:
+            work(method, cfg, args, figure=method.figures[args.reproduce][1])
+        else:
+            reproduce(method, args.reproduce, tables[args.reproduce], cfg, args,
+                      lambda wanted, here: work(method, wanted, here))
+    else:
+        work(method, cfg, args)
+
+
+def load(method, folder, device="auto", precision="auto", **sampling):
+    """The model that a run folder holds, for use from Python: a common.evaluation.Trained.
+
+    device, precision: as the flags of these names.  sampling: fields of the config that need no training, such as
+    M=200.  A run that is still in training is loaded as far as it is, with a notice.
+    Raises RunError if the folder holds no model or `sampling` names another field.
+    """
+    wrong = [name for name in sampling if name not in method.sampling]
+    if wrong:
+        raise RunError(f"load: {', '.join(wrong)} cannot be changed after training; "
+                       f"there are {', '.join(method.sampling)}")
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("last.pt", "last_prev.pt")):
+        raise RunError(f"{folder} holds no trained model; train one with --train --out {folder}")
+    args = argparse.Namespace(out=folder, seed=None, device=device, precision=precision, compile=False, train=False,
+                              typed=dict(sampling), quiet=True)
+    run = Run(method.script, method.config(), args)
+    cfg = run.settle(method.sampling)
+    run.load()
+    say_how_far(method, run)
+    return Trained(method.load(cfg, run, []), cfg)
+
+
+def choose_preset(folder):
+    """Phantoms take the demo's sizes, everything else the paper's."""
+    return "demo" if data.is_phantom(folder) else "paper"
+
+
+# ---- one run folder --------------------------------------------------------------------------------------------------
+
+
+def work(method, cfg, args, figure=None):
+    """All that was asked for, in one run folder.  Returns the path of the results that belong to it, if any.
+
+    figure: a function that is called in place of the evaluation.
+    """
+    run = Run(method.script, cfg, args)
+    cfg = run.settle(method.sampling)
+    if run.load():
+        run.say(f"found a run in {run.out}")
+    elif (args.evaluate or args.synthesize) and not args.train:
+        raise RunError(f"{run.out} holds no trained model; add --train, "
+                       "or name the folder of a run with --out")
+    ds = None
+    if args.train or args.evaluate or args.benchmark or not args.synthesize:
+        ds = open_data(method, cfg, args, run)
+        method.patterns(cfg, list(ds.contrasts))            # a wrong flag is told now, not after the training
+        run.works_on(ds)
+    if args.synthesize:
+        method.asked(cfg, list(ds.contrasts) if ds else run.about["contrasts"])
+    if args.train:
+        run.claim_for(ds, method.sampling)
+        if run.finished(method.stages):
+            run.say("training: finished")
+        else:
+            method.train(cfg, run, ds)
+    if args.evaluate:
+        run.refuse_seen(ds)
+        say_how_far(method, run)
+        if figure:
+            figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
+        elif args.reproduce and run.find_results():
+            run.say(f"found: {run.find_results()}")
+        else:
+            evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects))
+    if args.synthesize:
+        say_how_far(method, run)
+        contrasts = run.about["contrasts"]
+        subjects = data.find_layout(args.data, contrasts).subjects
+        unseen = [s for s in subjects if s.name not in run.about["train"]]  # never those it was trained on
+        model = method.load(cfg, run, unseen)
+        synthesize(method, cfg, run, model, unseen, method.asked(cfg, contrasts))
+    if args.benchmark:
+        benchmark(method, cfg, run, ds)
+    elif not (args.train or args.evaluate or args.synthesize):
+        dry_run(method, cfg, run, ds)
+    run.close()
+    return run.find_results() if run.rank == 0 else None
+
+
+def open_data(method, cfg, args, run):
+    """The data set as slices; a trained model's own contrasts, in its order, count more than the config's."""
+    contrasts = tuple(run.about.get("contrasts", method.contrasts(cfg) or ())) or None
+    return run.first(lambda: data.open_dataset(
+        args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
+        test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say))
+
+
+def say_how_far(method, run):
+    """A notice if the training is not finished.  RunError if it is not far enough to be used."""
+    if run.finished(method.stages):
+        return
+    *before, last = method.stages
+    saved = run.stages.get(last)
+    if not run.finished(before) or not saved or saved["step"] == 0:
+        raise RunError(f"{run.out}: the training has not reached its last stage, {last}, yet; "
+                       "run the training command again (--train), it continues")
+    how_far = f"{last} {saved['step']} of {saved['total']} steps"
+    run.facts["unfinished"] = how_far
+    run.say(f"notice: the training in {run.out} is not finished ({how_far}); its weights so far are used")
+
+
+# ---- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def dry_run(method, cfg, run, ds):
+    """What would be trained, how large it is, and about how long it takes.
+
+    Networks are built on torch's meta device: shapes, operations and memory are counted, nothing is computed.
+    """
+    run.say("\n".join(f"  {name} = {value}" for name, value in run.config_dict().items()))
+    with torch.device("meta"):
+        outline = method.outline(cfg, ds)
+        with FlopCounterMode(display=False) as counter:
+            outline.forward()
+        saved = saved_bytes(outline.forward)
+    for line in outline.lines:
+        run.say(line)
+    parameters = 0
+    for name, network in outline.networks.items():
+        count = sum(p.numel() for p in network.parameters())
+        parameters += count
+        run.say(f"{name}: {count:,} parameters")
+    fixed = 16 * parameters / 2 ** 30                       # weight, gradient and Adam's two moments, 4 bytes each
+    each = saved / 2 ** 30
+    run.say(f"memory of training: about {fixed:.2g} GB for weights and optimiser, and {each:.2g} GB of activations "
+            f"per slice in fp32 (about {fixed + cfg.batch * each:.2g} GB for --batch {cfg.batch}; bf16: up to half)")
+    flops = 3 * counter.get_total_flops() * outline.slices  # the backward pass costs twice the forward pass
+    run.say(f"last stage of training: {flops:.2g} FLOP, about {flops / 1e11 / 3600:.2g} h at 100 GFLOP/s (a laptop), "
+            f"{flops / 1e14 / 3600:.2g} h at 100 TFLOP/s (a large GPU, bf16)")
+    run.say("this was a dry run: add --train, --evaluate, --synthesize, --check or --benchmark")
+
+
+def saved_bytes(forward):
+    """Bytes that autograd keeps between forward() and its backward pass; a tensor that is kept twice counts once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(kept.values())
+    del output
+    return total
+
+
+# ---- benchmark -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(method, cfg, run, ds, seconds=3.0):
+    """Times every stage of the training and the sampler, as a user would run them, at the sizes of the config.
+
+    Each stage runs for some seconds, on a few subjects, in a folder that is thrown away.
+    """
+    few = {part: names[:8] for part, names in ds.split.items()}
+    ds = dataclasses.replace(ds, split=few)
+    out = run.out
+    with tempfile.TemporaryDirectory() as folder:
+        run.out = Path(folder)
+        run.stages = {}
+        run.about = about_of(ds)
+        run.seconds = seconds
+        method.train(cfg, run, ds)
+        for stage, found in run.measured.items():
+            rate = found["batch"] / found["seconds"]
+            run.say(f"{stage}: {1000 * found['seconds']:.1f} ms for a step of {found['batch']} slices, {rate:.1f} slices/s, "
+                    f"data-wait {found['wait']:.1%}, {found['flops'] / found['seconds'] / 1e9:.1f} GFLOP/s, "
+                    f"peak {peak_gigabytes(run.device):.2f} GB")
+        model = method.load(cfg, run, ds.subjects)
+        contrasts = list(ds.contrasts)
+        known = torch.tensor([c in method.patterns(cfg, contrasts)[0][0] for c in contrasts], device=run.device)
+        rows = data.evenly(ds.rows("train"), cfg.sample_batch)
+        u = run.fetch(ds.images, rows)
+        keys = ds.keys(rows)
+
+        def sample():
+            fill(model, u, known.expand(len(u), -1), keys)
+        spent = seconds_per_call(run, sample, seconds)
+        run.say(f"sampling: {spent:.2f} s for {len(u)} slices, {len(u) / spent:.3g} slices/s")
+    run.seconds = None
+    run.out = out
+
+
+def seconds_per_call(run, work, floor):
+    """Seconds per call of work(), after one call to warm up."""
+    finish = torch.cuda.synchronize if run.device.type == "cuda" else (lambda: None)
+    work()
+    finish()
+    calls = 0
+    begin = time.perf_counter()
+    while calls == 0 or time.perf_counter() - begin < floor:
+        work()
+        finish()
+        calls += 1
+    return (time.perf_counter() - begin) / calls
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def guarded(main):
+    """Run main().  What the user can mend becomes one line and exit status 1 (traceback only with --debug)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")            # a subject's name must not end a run on an old console
+    try:
+        main()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()                                  # nobody leaves while another still talks
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Taking torch's communication threads down in the usual way now and then aborts a process.
+            os._exit(0)
+    except BrokenPipeError:                                 # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (RunError, data.DataError, torch.OutOfMemoryError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = ("out of GPU memory; in this order: a smaller --batch or --sample-batch, --precision bf16, "
+                    "a smaller --size")
+        elif isinstance(error, OSError):                    # a log line on a full disk, a picture in a read-only folder
+            text = f"{text}; mend it and run the same command again (--debug shows where it happened)"
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 1)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

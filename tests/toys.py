@@ -1,0 +1,56 @@
+"""What several tests of the scripts use: call a script as if typed, open what it trained, and compare weights."""
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from common.run import Run
+from common.script import guarded, open_data
+
+
+def call(script, monkeypatch, capsys, *words):
+    """Runs a script as if typed; returns (exit status, output)."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+    status = 0
+    try:
+        guarded(script.main)
+    except SystemExit as end:
+        status = end.code or 0
+    seen = capsys.readouterr()
+    return status, seen.out + seen.err
+
+
+def open_run(script, data, out):
+    """(config, run, data set) of a finished run, without its lock."""
+    args = SimpleNamespace(data=data, out=out, cache=out.parent / "cache", seed=0, device="cpu", precision="fp32", train=False, typed={},
+                           workers=1, split=None, compile=False)
+    run = Run(script.__name__, script.Config(), args)
+    cfg = run.settle(script.SAMPLING)
+    run.load()
+    ds = open_data(script.METHOD, cfg, args, run)
+    run.close()
+    return cfg, run, ds
+
+
+def flat(tree):
+    """All tensors in nested dicts and lists, in order."""
+    if torch.is_tensor(tree):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    return [tensor for branch in branches for tensor in flat(branch)]
+
+
+def weights(out):
+    """All tensors of a run's checkpoint."""
+    stages = torch.load(out / "last.pt", weights_only=True)["stages"]
+    return [tensor for stage in stages.values() for tensor in flat(stage["parts"])]
+
+
+# A program that runs script.py with its arguments and saves after every step.
+EAGER = """
+import sys, common.loop
+clock = iter(range(0, 10 ** 9, 100))
+common.loop.time.monotonic = lambda: next(clock)
+import {script}, common.script
+common.script.guarded({script}.main)
+"""
