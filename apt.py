@@ -2,7 +2,7 @@
 
 Shin et al., "Anatomical Consistency and Adaptive Prior-informed Transformation for Multi-contrast
 MR Image Synthesis via Diffusion Model", CVPR 2025.
-https://openaccess.thecvf.com/content/CVPR2025/html/Shin_Anatomical_Consistency_and_Adaptive_Prior-informed_Transformation_for_Multi-contrast_MR_Image_CVPR_2025_paper.html
+https://openaccess.thecvf.com/CVPR2025 (see CITATION.cff for the full reference)
 
 This file is part of a collection of reference implementations; MIT licence, see LICENSE.
 
@@ -19,13 +19,13 @@ Three things make that work well:
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
-  training slices --encoder--> likeness of contrast c and curve k of contrast c' --> codebook (C,C,K)
+  training slices --encoder--> likeness of contrast c and bent contrast c' --> codebook (C,C,K)
   x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)
   y --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N more (stage 2) --> x0
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
-  Eq. (1)  L_anatomy   = -log exp(z_all.z_sub/tau) / (exp(z_all.z_sub/tau) + sum_i exp(z_all.z_sub_i/tau))
+  Eq. (1)  L_anatomy   = -log e(z_sub) / (e(z_sub) + sum_i e(z_sub_i)),  e(z) = exp(z_all.z / tau)
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
   Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||
@@ -89,15 +89,15 @@ T = 1000                                                    # diffusion steps in
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1, BraTS) wherever it states them.  Phantoms take PRESETS["demo"]."""
+    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms take the demo's."""
     # data
-    contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all there are
+    contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
     train_fraction: float = 0.8                 # share of the subjects that train
-    test_subjects: int = 50                     # subjects that are scored; the remaining ones validate
-    test_slices: int = 4                        # slices scored per test subject, spread over the brain
+    test_subjects: int = 50                     # subjects that are scored; the others validate
+    test_slices: int = 4                        # slices scored per test subject, evenly spread
     # networks
-    encoder: Literal["base", "demo", "pixels"] = "base"     # image encoder: its size, or none (ours)
+    encoder: Literal["base", "demo"] = "base"   # size of the image encoder (common/clip.py)
     base: int = 128                             # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
@@ -117,28 +117,27 @@ class Config:
     ema: float = 0.9999                         # decay of the averaged weights that sample
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"            # noise (linear: released scripts)
-    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z, of variance 1, or one per contrast
+    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z, scaled, or one per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z: fused, mean feature, or nothing
     # method, in sampling
-    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: every subset
+    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: subsets
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"      # start image (Table 3)
-    curves: Literal["points", "scalar", "identity"] = "points"  # reading of Eq. (3) [D6]
+    curves: Literal["points", "scalar"] = "points"              # reading of Eq. (3) [D6]
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5)
-    S: int = 20                                 # intervals of stage 1, which takes S + 1 evaluations
+    S: int = 20                                 # intervals of stage 1, of S + 1 evaluations
     N: int = 50                                 # network evaluations of stage 2 (Table 4) [D9]
     alpha: float = 20.0                         # step of Eq. (4) at 256 x 256 [D3]
     w: float = 0.5                              # weight of Eq. (5)
     stage2: bool = True                         # iterative unrolling
     paste: Literal["stage1", "both"] = "stage1" # stages that impose the known contrasts [D4]
-    sample_batch: int = 24                      # slices sampled at once; only rounding depends on it
+    sample_batch: int = 24                      # slices sampled at once; changes rounding only
 
     def __post_init__(self):
         maps = check_sizes(self.size, self.base, self.mult, self.groups, self.head_dim)
         if not set(maps) & set(self.attention):
-            raise ValueError(f"--attention {self.attention}: no map has that size, they have {maps}; "
-                             "z would hardly be seen")
+            raise ValueError(f"--attention {self.attention}: no map has that size, they have {maps}")
         if self.context == "tokens" and self.mif != "trained":
-            raise ValueError("--context tokens needs --mif trained: the tokens come from that module")
+            raise ValueError("--context tokens needs --mif trained, which makes the tokens")
         if self.M < self.S:
             raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
@@ -157,29 +156,25 @@ PRESETS = {
 LIMITS = dict(
     size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
     encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), mif_epochs=(0, 10 ** 9),
-    mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+    mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4),
+    w=(0, 1))
 # The stages of training, in order.  Each has the fields that matter to it and to later stages only.
 # A change of any other field trains all stages again.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
     "codebook": (),
-    "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch", "lr",
-                  "ema", "schedule", "context", "mif"),
+    "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch",
+                  "lr", "ema", "schedule", "context", "mif"),
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
+# data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
 
 
 def patterns(cfg, contrasts):
     """The tasks, as pairs (known contrasts, contrasts to make), from --missing."""
     return missing_patterns(cfg.missing, contrasts)
-
-
-def asked(cfg, contrasts):
-    """The contrasts that --synthesize makes although a subject has them: those that --missing names."""
-    named = cfg.missing not in (("each",), ("all",))
-    return patterns(cfg, contrasts)[0][1] if named else ()
 
 
 # ---- 3. Model ------------------------------------------------------------------------------------
@@ -226,26 +221,11 @@ class MutualInformationFusion(nn.Module):
         return F.normalize(self.out(mean), dim=1)                           # (B, D)
 
 
-class Pixels(nn.Module):
-    """--encoder pixels: in place of a network, the picture in 16 x 16 coarse squares, less its mean."""
-
-    def encode_image(self, image):
-        """(B, 1, H, W) -> .pooled: (B, 256)"""
-        coarse = F.adaptive_avg_pool2d(image, 16).flatten(1)                # (B, 256)
-        coarse = coarse - coarse.mean(1, keepdim=True)                      # (B, 256)
-        return clip.Features(None, None, coarse)
-
-
-def feature_width(cfg):
-    """D, the width of the encoder's features."""
-    return 256 if cfg.encoder == "pixels" else clip.SIZES[cfg.encoder]["embed"]
-
-
 def make_unet(cfg, C, dim):
-    """Sec. 3.2: C noisy contrasts in, C noise estimates out.  Transformers attend to the context (B, L, dim).
+    """Sec. 3.2: C noisy contrasts in, C noise estimates out; transformers see the context (B, L, dim).
 
-    With L = 1 the softmax over a single token is 1.  Then z adds the same vector at every position of
-    a map, as a bias would.
+    With L = 1 the softmax over a single token is 1.  Then z adds the same vector at every position
+    of a map, as a bias would.
     """
     def transformer(site):
         return SpatialTransformer(site.channels, cfg.head_dim, dim, cfg.groups)
@@ -255,7 +235,7 @@ def make_unet(cfg, C, dim):
 
 @torch.no_grad()
 def encode(encoder, u):
-    """One feature per contrast from the frozen encoder.  u: (B, C, H, W) in [0,1].  Returns (B, C, D).
+    """One feature per contrast from the frozen encoder.  u: (B, C, H, W) in [0,1] -> (B, C, D).
 
     The feature is one pooled vector; the "feature maps" of the text are these vectors [D1].
     """
@@ -323,17 +303,17 @@ def bezier(P, r):
 
 
 # Sec. 4.1 names two increasing and two decreasing curves: (-1, -1, 1, 1), (-1, -.5, .5, 1) and both
-# reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default we
-# take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we take it
-# as y, with equally spaced x.  A curve is written as its four x and its four y.
-# Equal x and y give the identity, and y reversed gives its inversion: the first and third of "points".
+# reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
+# we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
+# take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
+# Equal x and y give the identity; y reversed gives its inversion.  Both are among "points".
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
-    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)), (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],
+    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),
+               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
-    "identity": [(SPACED, SPACED), (SPACED, SPACED[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the authors' release
 
@@ -347,7 +327,7 @@ def curve_table(points, n=4097):
 
 
 def warp(u, points):
-    """Phi(B, x) of Sec. 3.3: an image u in [0,1] (any shape) through an intensity curve, again in [0,1].
+    """Phi(B, x) of Sec. 3.3: an image u in [0,1] (any shape) through an intensity curve.
 
     A decreasing curve would turn the background bright, so it acts on the foreground only [D7].
     """
@@ -359,12 +339,11 @@ def warp(u, points):
     return bent if increasing else bent * (u > FOREGROUND)
 
 
-class Codebook:
+class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target contrast, and its gain.
 
-    It is one table for the data set, from at most 2,000 training slices; the paper may mean a search
-    for each image [D7].  Contrasts of one slice are compared by the cosine of their features.
-    C contrasts, K curves:
+    It is one table for the data set, from at most 2,000 training slices; the paper may mean a
+    search for each image [D7].  Contrasts of a slice are compared by the cosine of their features.
     votes        (C, C, K): [target, source, curve], the slices in which this pair was most alike
     similarity   (C, C, K): the sum of the cosines
     level        (C,): sum of the mean intensities of each contrast
@@ -372,20 +351,13 @@ class Codebook:
     """
 
     def __init__(self, C, curves):
+        super().__init__()
         self.curves = CURVES[curves]
         K = len(self.curves)
-        self.votes = torch.zeros(C, C, K)
-        self.similarity = torch.zeros(C, C, K)
-        self.level = torch.zeros(C)
-        self.warped = torch.zeros(C, K)
-
-    def state_dict(self):
-        return {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
-
-    def load_state_dict(self, state):
-        if set(state) != set(self.state_dict()):
-            raise KeyError("not a codebook")
-        vars(self).update(state)
+        self.register_buffer("votes", torch.zeros(C, C, K))
+        self.register_buffer("similarity", torch.zeros(C, C, K))
+        self.register_buffer("level", torch.zeros(C))
+        self.register_buffer("warped", torch.zeros(C, K))
 
     def add(self, encoder, u):
         """Count a batch of training slices.  u: (B, C, H, W) in [0,1], all contrasts known."""
@@ -406,21 +378,19 @@ class Codebook:
         self.warped += bent.mean((3, 4)).sum(0).cpu()
 
     def ranked(self, tgt, sources):
-        """All pairs (source, curve) for a target contrast, best first.  All are numbers of contrasts.
+        """All pairs (source, curve) for a target contrast, best first.  Contrasts are numbers.
 
-        The pair with most votes is best.  Votes were counted with all contrasts present, so all pairs
-        may have none.  With equal votes, the larger similarity decides.
+        The pair with most votes is best.  Votes were counted with all contrasts present, so all
+        pairs may have none.  With equal votes, the larger similarity decides.
         """
-        pairs = []
-        for src in sources:
-            for curve in range(len(self.curves)):
-                likeness = (float(self.votes[tgt, src, curve]), float(self.similarity[tgt, src, curve]))
-                pairs.append((likeness, src, curve))
-        pairs.sort(key=lambda pair: pair[0], reverse=True)             # equal ones keep their order
-        return [(src, curve) for _, src, curve in pairs]
+        pairs = [(src, curve) for src in sources for curve in range(len(self.curves))]
+
+        def likeness(pair):
+            return float(self.votes[tgt][pair]), float(self.similarity[tgt][pair])
+        return sorted(pairs, key=likeness, reverse=True)
 
     def gain(self, tgt, src, curve):
-        """sigma of Sec. 3.3: mean intensity of the target over that of the bent source, over these slices."""
+        """sigma of Sec. 3.3: mean intensity of the target over that of the bent source."""
         return float(self.level[tgt] / self.warped[src, curve].clamp(min=1e-6))
 
     def readable(self, contrasts):
@@ -429,9 +399,9 @@ class Codebook:
         for tgt, name in enumerate(contrasts):
             table[name] = []
             for src, curve in self.ranked(tgt, [c for c in range(len(contrasts)) if c != tgt]):
-                gain = round(self.gain(tgt, src, curve), 4)
-                votes = int(self.votes[tgt, src, curve])
-                table[name].append({"source": contrasts[src], "curve": curve, "votes": votes, "gain": gain})
+                table[name].append({"source": contrasts[src], "curve": curve,
+                                    "votes": int(self.votes[tgt, src, curve]),
+                                    "gain": round(self.gain(tgt, src, curve), 4)})
         return table
 
 
@@ -452,7 +422,7 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha):
 
     The paper prints a squared norm, but with the printed alpha that diverges.  As in the authors'
     release the norm is not squared; ours is one norm per sample [D3].  Steps with alpha_bar < 0.01
-    are not guided, because 1 / sqrt(alpha_bar) makes the gradient explode; M = 400 never gets there.
+    are not guided: there 1 / sqrt(alpha_bar) makes the gradient explode.  M = 400 never gets there.
     """
     a = alpha_bar[t]
     guide = alpha > 0 and bool(a >= 0.01)
@@ -478,12 +448,12 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
     start = y if prior is None else A * y + (1 - A) * prior                 # (B, C, H, W)
     x_t = q_sample(start, alpha_bar[grid[-1]], eps)                         # (B, C, H, W)  step M
     if prior is None:
-        # Pure noise, even where M < 1000 and the network expects an image in it; so does Table 3 [D8].
+        # Pure noise, even if M < 1000 and the network expects an image in it, as in Table 3 [D8].
         x_t = A * x_t + (1 - A) * eps                                       # (B, C, H, W)
     for j in reversed(range(len(grid))):                  # j = S, ..., 0; step 0 has a little noise
         x0 = guided_x0(eps_model, x_t, grid[j], alpha_bar, y, A, alpha)
-        # The paper has Eq. (4) alone here.  As in the release, known contrasts are pasted [D4].  That
-        # undoes what guidance did to them; its effect on the missing ones remains.
+        # The paper has Eq. (4) alone here.  As in the release, known contrasts are pasted [D4].
+        # That undoes what guidance did to them; its effect on the missing ones remains.
         x0 = A * y + (1 - A) * x0                                           # (B, C, H, W)
         if j > 0:
             x_t = q_sample(x0, alpha_bar[grid[j - 1]], noise())      # fresh noise, as released [D5]
@@ -491,11 +461,11 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
 
 
 def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
-    """Sec. 3.4, stage 2: noise to step t_2 and denoise, N - 2 times; then two last, descending steps.
+    """Sec. 3.4, stage 2: noise to step t_2 and denoise, N - 2 times; then two descending steps.
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
-    N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48 at
-    step 40 ("a step close to zero"), one at step 20 and one at step 0.  As released, all are guided.
+    N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
+    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided.
     """
     for _ in range(N - 2):
         x_t = q_sample(x0, alpha_bar[grid[2]], noise())                     # (B, C, H, W)
@@ -512,7 +482,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
 
 
 def prior_images(cfg, codebook, u, known, generators):
-    """The start images of stage 1.  u: (B, C, H, W) in [0,1]; known: (B, C) bool.  Returns the same in [0,1].
+    """The start images of stage 1, (B, C, H, W) in [0,1], as u.  known: (B, C) bool.
 
     generators: one per slice, for --prior random, which takes any known contrast and any curve.
     """
@@ -527,7 +497,8 @@ def prior_images(cfg, codebook, u, known, generators):
                 src, curve = codebook.ranked(tgt, sources)[0]
             else:
                 K = len(codebook.curves)
-                pick = int(torch.randint(len(sources) * K, (), generator=generators[b], device=u.device))
+                g = generators[b]
+                pick = int(torch.randint(len(sources) * K, (), generator=g, device=u.device))
                 src, curve = sources[pick // K], pick % K
             gain = codebook.gain(tgt, src, curve)
             prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[curve])).clamp(0, 1)
@@ -536,9 +507,9 @@ def prior_images(cfg, codebook, u, known, generators):
 
 @dataclass
 class Model:
-    """Everything that sampling needs, trained and frozen.  Made by load_model."""
+    """Everything that sampling needs, trained and frozen."""
     cfg: Config
-    run: object                                     # common.run.Run: device, precision, random numbers
+    run: object                                     # common.run.Run: device, precision, randomness
     contrasts: list
     encoder: nn.Module
     mif: nn.Module
@@ -546,12 +517,8 @@ class Model:
     unet: nn.Module
     alpha_bar: torch.Tensor
 
-    @property
-    def device(self):
-        return self.run.device
-
     def eps_model(self, context, watch=None):
-        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list that gets each (time, x_t, x0 estimate)."""
+        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list of (time, x_t, x0 estimate)."""
         def eps_theta(x_t, t):
             with self.run.autocast():
                 eps = self.unet(x_t, t, context).float()                    # (B, C, H, W)
@@ -564,16 +531,12 @@ class Model:
     def fill(self, u, known, keys, watch=None):
         """Fill in the missing contrasts of a batch of slices, by both stages.
 
-        u: (B, C, H, W) in [0,1]; known: (B, C) bool.  keys: (subject, slice number) of each.  They fix
-        the noise, so that a slice comes out the same in any batch or order.  watch: see eps_model.
+        u: (B, C, H, W) in [0,1]; known: (B, C) bool.  keys: (subject, slice number) of each.  They
+        fix the noise, so that a slice comes out the same in any batch.  watch: see eps_model.
         Returns (B, C, H, W) in [0,1], and {"prior alone": (B, C, H, W)} if there is a prior.
         """
         cfg = self.cfg
-        generators = [self.run.generator("sample", *key) for key in keys]
-
-        def noise():
-            return torch.stack([torch.randn(u.shape[1:], generator=g, device=u.device) for g in generators])
-
+        generators, noise = self.run.noise(keys, u)
         A = known[:, :, None, None].float()                                 # (B, C, 1, 1)
         u = torch.where(A > 0, u, 0)                                        # (B, C, H, W)
         context = condition(cfg, self.mif, encode(self.encoder, u), known)  # (B, L, D)  once
@@ -581,18 +544,19 @@ class Model:
         extras = {}
         start = None
         if cfg.prior != "noise":
-            prior = prior_images(cfg, self.codebooks[cfg.curves], u, known, generators) # (B, C, H, W)
+            codebook = self.codebooks[cfg.curves]
+            prior = prior_images(cfg, codebook, u, known, generators)       # (B, C, H, W)
             extras["prior alone"] = prior
             start = 2 * prior - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
-        # The gradient step has about the same total length for every image size.  In a small image it is
-        # shared by fewer pixels, so each pixel would move further.  We therefore scale alpha [D3].
+        # The gradient step has about the same total length for every image size.  In a small image it
+        # is shared by fewer pixels, so each pixel would move further.  So we scale alpha [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
-            paste = cfg.paste == "both"
-            x0 = stage2(eps_model, x0, y, A, noise, self.alpha_bar, grid, alpha, cfg.N, cfg.w, paste)
+            x0 = stage2(eps_model, x0, y, A, noise, self.alpha_bar, grid, alpha, cfg.N, cfg.w,
+                        cfg.paste == "both")                                # (B, C, H, W)
         made = (x0.clamp(-1, 1) + 1) / 2                                    # (B, C, H, W)
         return torch.where(A > 0, u, made), extras
 
@@ -601,10 +565,16 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """All stages.  What is finished is loaded from the checkpoint.  load_model finds the result in run.stages."""
+    """All stages.  What is finished is loaded from the checkpoint; load_model finds it in run.stages.
+
+    Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].  An
+    extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
+    so captions alone would let the encoder forget it.
+    """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     slices = ds.part("train")                                               # (n, C, H, W)
-    encoder = train_encoder(cfg, run, ds, slices)
+    encoder = clip.train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
+                                 cfg.encoder_batch, cfg.encoder_lr)
     features = []                                             # the encoder is frozen: computed once
     for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
         features.append(encode(encoder, run.fetch(slices, part)))
@@ -614,24 +584,11 @@ def train(cfg, run, ds):
     train_diffusion(cfg, run, ds, slices, encoder, mif, features)
 
 
-def train_encoder(cfg, run, ds, slices):
-    """Stage "encoder": a CLIP on pairs (slice, caption); losses and optimiser are in common/clip.py [D1].
-
-    It has an extra term that makes two contrasts of one slice find each other.  Captions say little
-    about anatomy, so captions alone would let the encoder forget it.
-    """
-    if cfg.encoder == "pixels":
-        run.skip("encoder")
-        return Pixels()
-    return clip.train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
-                              cfg.encoder_batch, cfg.encoder_lr)
-
-
 def train_mif(cfg, run, ds, features):
     """Stage "mif": the fusion module, on features (n, C, D) of the frozen encoder, by Eq. (1).
 
-    Every process works on the whole batch.  AdamW and its weight decay are ours [D11]; the decay acts
-    on matrices only, because on norms, biases and the temperature it would act against the loss.
+    Every process works on the whole batch.  AdamW and its weight decay are ours [D11].  The decay
+    acts on matrices only; on norms, biases and the temperature it would act against the loss.
     """
     n, C, dim = features.shape
     torch.manual_seed(seed_of(run.seed, "mif"))
@@ -648,7 +605,8 @@ def train_mif(cfg, run, ds, features):
     # run.steps continues where a checkpoint ended, shows progress, and saves.
     for step in run.steps("mif", steps, {"mif": mif, "optimiser": optimiser}, batch):
         pick = torch.from_numpy(run.order("mif", n, batch, step)).to(run.device)  # (B,)
-        drop = np.random.default_rng(seed_of(run.seed, "mif drop", step)).integers(C)  # one contrast, for all
+        g = np.random.default_rng(seed_of(run.seed, "mif drop", step))
+        drop = g.integers(C)                                               # the same for all slices
         subset = everything.clone()                                         # (B, C)
         subset[:, drop] = False
         z_all = mif(features[pick], everything)                             # (B, D)
@@ -665,14 +623,15 @@ def train_mif(cfg, run, ds, features):
 
 
 def make_codebooks(cfg, run, ds, slices, encoder):
-    """Stage "codebook": one codebook for each reading of the curves [D6].  Each process computes all."""
+    """Stage "codebook": one for each reading of the curves [D6].  Each process computes all."""
     codebooks = {name: Codebook(len(ds.contrasts), name) for name in CURVES}
     chosen = data.evenly(np.arange(len(slices)), 2000)               # spread over the subjects [D7]
     parts = np.array_split(chosen, math.ceil(len(chosen) / 16))
     for step in run.steps("codebook", len(parts), codebooks, 16):
         for codebook in codebooks.values():
             codebook.add(encoder, run.fetch(slices, parts[step]))
-    run.write_json("codebook.json", {name: book.readable(ds.contrasts) for name, book in codebooks.items()})
+    readable = {name: book.readable(ds.contrasts) for name, book in codebooks.items()}
+    run.write_json("codebook.json", readable)
     if run.rank == 0:
         u = torch.from_numpy(slices[len(slices) // 2].astype(np.float32))   # (C, H, W)
         draw_codebook(run.out / "codebook.png", codebooks[cfg.curves], ds.contrasts, u)
@@ -743,10 +702,10 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
 def load_model(cfg, run, subjects):
     """The trained networks of a run folder, from its checkpoint alone."""
     C = len(run.about["contrasts"])
-    dim = feature_width(cfg)
-    encoder = Pixels() if cfg.encoder == "pixels" else clip.load_encoder(run)
+    dim = clip.SIZES[cfg.encoder]["embed"]
+    encoder = clip.load_encoder(run)
     mif = run.trained(MutualInformationFusion(dim), "mif", "mif")
-    codebooks = {name: run.trained(Codebook(C, name), "codebook", name) for name in CURVES}
+    codebooks = {name: run.trained(Codebook(C, name), "codebook", name).cpu() for name in CURVES}
     # The best weights, or without validation subjects the last averaged ones.
     unet = run.trained(make_unet(cfg, C, dim), "diffusion", "best", "ema")
     unet = torch.compile(unet) if run.args.compile else unet
@@ -759,7 +718,7 @@ def load_model(cfg, run, subjects):
 
 
 def draw_codebook(path, codebook, contrasts, u):
-    """codebook.png: the two best entries for every contrast, at work on one slice u: (C, H, W) in [0,1]."""
+    """codebook.png: the two best entries of every contrast, at work on a slice u (C, H, W) in [0,1]."""
     H, W = u.shape[1:]
     images = []
     labels = []
@@ -767,20 +726,21 @@ def draw_codebook(path, codebook, contrasts, u):
         for entry in entries[:2]:
             source = u[contrasts.index(entry["source"])]                    # (H, W)
             points = codebook.curves[entry["curve"]]
-            below = torch.linspace(1, 0, H)[:, None] > warp(torch.linspace(0, 1, W), points)  # (H, W)
+            curve = warp(torch.linspace(0, 1, W), points)                   # (W,)
+            above = torch.linspace(1, 0, H)[:, None] > curve                # (H, W)
             prior = (entry["gain"] * warp(source, points)).clamp(0, 1)      # (H, W)
-            images.append([source, (1 + below) / 2, prior, u[contrasts.index(target)]])
+            images.append([source, (1 + above) / 2, prior, u[contrasts.index(target)]])
             votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
             labels.append(f"{target} from {entry['source']}: {votes}, gain {entry['gain']:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
-                  note="prior = gain x curve(source), on a training slice; curve: output over input, both 0 to 1; "
-                       "a training slice votes for the entry that is most like the truth")
+                  note="prior = gain x curve(source), on a training slice; a training slice votes for "
+                       "the entry that is most like the truth; curve: output over input, 0 to 1")
 
 
 def figure6(cfg, run, ds, model):
-    """Fig. 6: slices from noise with z alone.  Nothing is known; no prior, no guidance, no stage 2.
+    """Fig. 6: slices from noise with z alone.  Nothing is known; no prior, guidance or stage 2.
 
-    M = 1000, S = 50.  The noise is the same in every row, so that rows differ by z only.  Writes fig6.png.
+    M = 1000, S = 50.  The noise is the same in every row: rows differ by z only.  Writes fig6.png.
     """
     rows = ds.spread("test", 1)[:6]
     u = run.fetch(ds.images, rows)                                          # (B, C, H, W)
@@ -792,51 +752,45 @@ def figure6(cfg, run, ds, model):
     def noise():
         return torch.randn(1, *u.shape[1:], generator=g, device=u.device).expand_as(u)
 
-    x0 = stage1(model.eps_model(context), u * 0, nothing, None, noise, model.alpha_bar, time_grid(T, 50), 0)
+    x0 = stage1(model.eps_model(context), u * 0, nothing, None, noise, model.alpha_bar,
+                time_grid(T, 50), alpha=0)                                  # (B, C, H, W)
     if run.rank > 0:
         return
     truth = u.cpu().numpy()
     made = ((x0 + 1) / 2).cpu().numpy()
-    # How close each made slice is to each true one, as a mean over the contrasts: (truth, made).
+    # How close each made slice is to each true one: (truth, made), a mean over the contrasts.
     table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])
     own = np.diag(table).mean()
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
     images = [[*a, *b] for a, b in zip(truth, made)]
-    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: what z saw")
-    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to those of "
-            f"other subjects; written: {run.out / 'fig6.png'}")
+    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: z saw it")
+    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to those "
+            f"of other subjects; written: {run.out / 'fig6.png'}")
 
 
 def outline(cfg, ds):
     """For a dry run: the networks, and one slice through the U-Net."""
     C = len(ds.contrasts)
-    dim = feature_width(cfg)
+    dim = clip.SIZES[cfg.encoder]["embed"]
     unet = make_unet(cfg, C, dim)
     x_t = torch.zeros(1, C, cfg.size, cfg.size)
     z = torch.zeros(1, 1, dim)
     lines = [f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(x_t.shape)}"]
-    networks = {"U-Net": unet, "fusion module": MutualInformationFusion(dim)}
-    return script.Outline(networks, lambda: unet(x_t, torch.zeros(1), z), cfg.batch * cfg.steps, lines)
+    return script.Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
+                          lambda: unet(x_t, torch.zeros(1), z), cfg.batch * cfg.steps, lines)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------
 
 METHOD = script.Method(
     "APT", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=lambda cfg: cfg.contrasts or None,
-    patterns=patterns, asked=asked, train=train, load=load_model, outline=outline,
+    patterns=patterns, train=train, load=load_model, outline=outline,
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
-
-def load(folder, **settings):
-    """The model of a run folder, for Python: .fill(images, known).  settings: see common.script.load."""
-    return script.load(METHOD, folder, **settings)
-
-
-def main(argv=None):
-    """What the command line does.  argv: the words behind "apt.py", by default those typed."""
-    script.main(METHOD, __doc__, argv)
-
+# From Python: apt.load("runs/apt-brats").fill(images, known), and apt.main(["--data", ...]).
+load = functools.partial(script.load, METHOD)
+main = functools.partial(script.main, METHOD, __doc__)
 
 if __name__ == "__main__":
     script.guarded(main)

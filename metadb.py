@@ -66,6 +66,7 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  all files of common/ and data/ (the test suite holds the exact list)
 """
+import functools
 import math
 from collections import namedtuple
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ from common import clip, downstream, script
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
 from common.embeddings import Prompts, join_words
-from common.files import RunError
-from common.loop import Best
+from common.evaluation import all_directions, chosen_direction
+from common.loop import Best, cosine_rate
 from common.schedules import ddbm_bridge, syndiff_schedule
 from common.unet import (
     Attention,
@@ -98,16 +99,16 @@ from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1) wherever it states them.  Phantoms take PRESETS["demo"]."""
+    """Defaults are the paper's (Sec. 4.1) where it states them.  Phantoms take PRESETS["demo"]."""
     # data
     source: tuple[str, ...] = ("t1",)           # contrasts to start from
-    target: tuple[str, ...] = ("t2",)           # contrasts to make; several: one model for every pair
+    target: tuple[str, ...] = ("t2",)           # contrasts to make; several: all pairs
     size: int = 256                             # height and width of a slice in pixels
     train_fraction: float = 0.625               # share of the subjects that train (IXI: 25 of 40)
     test_subjects: int = 10                     # subjects that are scored; the others validate
     test_slices: int = 100                      # slices scored per test subject, evenly spread
     # networks
-    encoder: Literal["base", "demo"] = "base"   # size of the text and image encoders (common/clip.py)
+    encoder: Literal["base", "demo"] = "base"   # size of the encoders (common/clip.py)
     base: int = 64                              # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
@@ -139,7 +140,7 @@ class Config:
     # method, in sampling
     only: tuple[str, ...] = ()                  # one direction, source,target, of several
     eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 none (DBIM)
-    noise: float = 0.0                          # sigma, of 255, on the source of test slices (Fig. 5)
+    noise: float = 0.0                          # sigma, of 255, on test sources (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -150,7 +151,8 @@ class Config:
             raise ValueError(f"--size {self.size}: must be a multiple of 8, for the discriminator")
         unknown = set(self.fields) - set(PROMPT_FIELDS)
         if unknown:
-            raise ValueError(f"--fields {','.join(self.fields)}: there are {', '.join(PROMPT_FIELDS)}")
+            raise ValueError(f"--fields {','.join(self.fields)}: there are "
+                             f"{', '.join(PROMPT_FIELDS)}")
         if self.conditioning != "ta" and (self.share or self.prompts != "both"):
             raise ValueError("--share and --prompts belong to TA-Norm: they need --conditioning ta")
         if self.share and self.prompts != "both":
@@ -158,7 +160,7 @@ class Config:
         if self.size < 2 * max(self.pool):
             raise ValueError(f"--pool {','.join(map(str, self.pool))}: more squares than "
                              f"--size {self.size} can fill")
-        if not all_directions(self, wanted_contrasts(self)):
+        if not all_directions(self.source, self.target, wanted_contrasts(self)):
             raise ValueError(f"--source {','.join(self.source)} --target {','.join(self.target)}: "
                              "name two different contrasts")
 
@@ -170,20 +172,20 @@ PRESETS = {
     "demo": dict(
         size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=16,
         mult=(1, 2, 2, 4), blocks=1, attention=(8,), head_dim=16, groups=8, disc_base=16,
-        encoder_steps=150, encoder_batch=24, encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4, lr_d=3e-4,
-        segment_steps=600),
+        encoder_steps=150, encoder_batch=24, encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4,
+        lr_d=3e-4, segment_steps=600),
 }
 LIMITS = dict(
-    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), N=(1, 1000), R=(1, 10),
-    encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3),
-    pool=(1, 64), eta=(0, 1), noise=(0, 255))
+    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), N=(1, 1000),
+    R=(1, 10), encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), lambda_adv=(0, 1e3),
+    lambda_sem=(0, 1e3), pool=(1, 64), eta=(0, 1), noise=(0, 255))
 # The stages of training, in order.  Each has the fields that matter to it and to later stages only.
 # A change of any other field trains all stages again.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
-               "batch", "lr", "lr_d", "bridge", "N", "R", "conditioning", "prompts", "share", "fields",
-               "lambda_adv", "lambda_sem", "pool", "sem_real"),
+               "batch", "lr", "lr_d", "bridge", "N", "R", "conditioning", "prompts", "share",
+               "fields", "lambda_adv", "lambda_sem", "pool", "sem_real"),
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -194,29 +196,9 @@ def wanted_contrasts(cfg):
     return tuple(dict.fromkeys(canonical_contrast(c) for c in cfg.source + cfg.target))
 
 
-def all_directions(cfg, contrasts):
-    """All pairs (source, target) of different contrasts that the model learns, as channel numbers."""
-    pairs = []
-    for source in cfg.source:
-        for target in cfg.target:
-            src = contrasts.index(canonical_contrast(source))
-            tgt = contrasts.index(canonical_contrast(target))
-            if src != tgt:
-                pairs.append((src, tgt))
-    return pairs
-
-
 def directions(cfg, contrasts):
-    """The same, or with --only just that one.  RunError if the model does not know it."""
-    pairs = all_directions(cfg, contrasts)
-    if not cfg.only:
-        return pairs
-    only = tuple(canonical_contrast(c) for c in cfg.only)
-    chosen = [(src, tgt) for src, tgt in pairs if (contrasts[src], contrasts[tgt]) == only]
-    if not chosen:
-        there = ", ".join(f"{contrasts[src]},{contrasts[tgt]}" for src, tgt in pairs)
-        raise RunError(f"--only {','.join(cfg.only)}: this model knows {there}", status=2)
-    return chosen
+    """The pairs (source, target) to make, as channel numbers: all that were learned, or --only."""
+    return chosen_direction(all_directions(cfg.source, cfg.target, contrasts), cfg.only, contrasts)
 
 
 def patterns(cfg, contrasts):
@@ -225,15 +207,6 @@ def patterns(cfg, contrasts):
     for src, tgt in directions(cfg, contrasts):
         targets.setdefault(contrasts[src], []).append(contrasts[tgt])
     return [((source,), tuple(made)) for source, made in targets.items()]
-
-
-def asked(cfg, contrasts):
-    """What --synthesize makes.  RunError if the model knows several directions and none is chosen."""
-    pairs = directions(cfg, contrasts)
-    if len(pairs) > 1:
-        raise RunError("--synthesize: this model knows several directions; choose one, "
-                       "--only source,target", status=2)
-    return (contrasts[pairs[0][1]],)
 
 
 # Embeddings E_src, E_tgt, E_mask (B, D).  For cross-attention also the words of both prompts
@@ -251,7 +224,8 @@ def tell(prompts, names, src, tgt):
 
 
 def make_prompts(cfg, encoder, subjects, contrasts, device):
-    return Prompts(encoder, subjects, contrasts, cfg.fields, cfg.text_file, device, cfg.conditioning == "xattn")
+    words = cfg.conditioning == "xattn"
+    return Prompts(encoder, subjects, contrasts, cfg.fields, cfg.text_file, device, words)
 
 
 # ---- 3. Model ------------------------------------------------------------------------------------
@@ -330,13 +304,17 @@ class CrossAttention(nn.Module):
         height, width = h.shape[2:]
         x = self.norm(h).flatten(2).transpose(1, 2)                         # (B, HW, C)
         words_src, words_tgt = text.words.chunk(2, dim=1)                   # (B, L, K) each
-        words = torch.cat([words_src + self.whose[0], words_tgt + self.whose[1]], dim=1)  # (B, 2L, K)
+        marked = [words_src + self.whose[0], words_tgt + self.whose[1]]
+        words = torch.cat(marked, dim=1)                                    # (B, 2L, K)
         a = self.attention(x, words, text.is_word)                          # (B, HW, C)
         return h + a.transpose(1, 2).unflatten(2, (height, width))          # (B, C, H, W)
 
 
 class Generator(nn.Module):
-    """Eq. (2): x0_hat from the state, the source and its own previous estimate.  dim: D; word_dim: K."""
+    """Eq. (2): x0_hat from the state, the source and its own previous estimate.
+
+    dim: D, width of an embedding; word_dim: K, width of a word (for cross-attention).
+    """
 
     def __init__(self, cfg, dim, word_dim):
         super().__init__()
@@ -408,10 +386,10 @@ class SRNet(nn.Module):
 class Bridge:
     """Eq. (1) and its posterior, as tables over the steps 0..N in float64.
 
-    Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  Let r_t = x_t - a_t x0 - m_t y be its noise.  Then
+    Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  Its noise is r_t = x_t - a_t x0 - m_t y.  Then
         x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps
     keeps Eq. (1) true at t - 1 whenever c_t^2 delta_t^2 + v_t = delta_{t-1}^2.
-    eta = 1 takes the v_t of the Markov chain, where c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
+    eta = 1 takes v_t of the Markov chain, where c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
     eta = 0 adds no new noise.  Exception: if delta_N = 0, step N still adds noise, because x_N
     contains none to keep.
     """
@@ -454,7 +432,7 @@ RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of
 def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
-    hard, our default: no noise at either end, because the text says "x_T = y".  The paper's constants
+    hard, our default: no noise at either end, because the text says "x_T = y".  The constants
     (N = 10, betas from 0.1 to 3.0) come from SelfRDB, where x_N is y with noise of 1.08: soft [D2].
     Both use the betas of SelfRDB: sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to
     sqrt(3 / N).  The first half is used twice, rising and then falling; for N = 10 the largest beta
@@ -485,7 +463,7 @@ def mirrored_betas(N):
 
 
 def semantic_loss(e_tgt, e_rec):
-    """Eq. (7).  (B, D) each.  The paper adds a cosine to a loss that is minimised; we add 1 - cosine [D4]."""
+    """Eq. (7).  (B, D) each.  The paper minimises a cosine; we minimise 1 - cosine [D4]."""
     return (1 - F.cosine_similarity(e_tgt, e_rec, dim=1)).mean()
 
 
@@ -495,7 +473,7 @@ def adversarial_loss(logits):
 
 
 def discriminator_loss(real, fake):
-    """The discriminator's side of Eq. (8), which the paper leaves out: real pairs up, made ones down [D5]."""
+    """The discriminator's side of Eq. (8), which the paper leaves out [D5]: real up, made down."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -524,14 +502,10 @@ def sample(generate, bridge, y, text, noise, watch=None):
 def translate(run, generator, bridge, y, text, keys, watch=None):
     """Target slices from source slices, (B, 1, H, W) in [0,1] each.
 
-    keys: (subject, slice number) of each.  They fix the noise, so that a slice comes out the same in
-    any batch or order.
+    keys: (subject, slice number) of each.  They fix the noise, so that a slice comes out the same
+    in any batch or order.
     """
-    generators = [run.generator("sample", *key) for key in keys]
-
-    def noise():
-        return torch.stack([torch.randn(y.shape[1:], generator=g, device=y.device)
-                            for g in generators])
+    _, noise = run.noise(keys, y)
 
     def generate(x_t, t, y, text):
         with run.autocast():
@@ -541,7 +515,7 @@ def translate(run, generator, bridge, y, text, keys, watch=None):
 
 @dataclass
 class Model:
-    """Everything that sampling needs, trained and frozen.  Made by load_model."""
+    """Everything that sampling needs, trained and frozen."""
     cfg: Config
     run: object                                     # common.run.Run: device, precision, randomness
     contrasts: list
@@ -549,12 +523,8 @@ class Model:
     bridge: Bridge
     prompts: Prompts
 
-    @property
-    def device(self):
-        return self.run.device
-
     def fill(self, u, known, keys, watch=None):
-        """Make every contrast that is missing and can be made from a known one; see common/evaluation.py.
+        """Make every contrast that is missing and can be made from a known one.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool.  Returns u with the made contrasts in place,
         and no extras.
@@ -568,10 +538,11 @@ class Model:
             if not here:
                 continue
             if made[here, tgt].any():
-                raise ValueError(f"fill: {self.contrasts[tgt]} can be made from several of the known "
-                                 "contrasts; give one of them only")
+                raise ValueError(f"fill: {self.contrasts[tgt]} can be made from several of the "
+                                 "known contrasts; give one of them only")
             made[here, tgt] = True
-            text = tell(self.prompts, [names[b] for b in here], [src] * len(here), [tgt] * len(here))
+            n = len(here)
+            text = tell(self.prompts, [names[b] for b in here], [src] * n, [tgt] * n)
             y = u[here, src, None]                                          # (B', 1, H, W)
             keys_here = [keys[b] for b in here]
             x0 = translate(self.run, self.generator, self.bridge, y, text, keys_here, watch)
@@ -584,45 +555,32 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """Both stages.  What is finished is loaded from the checkpoint.  load_model finds it in run.stages."""
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
-    encoder = train_encoder(cfg, run, ds)
-    train_bridge(cfg, run, ds, encoder)
+    """Both stages.  What is finished is loaded; load_model finds it in run.stages.
 
-
-def train_encoder(cfg, run, ds):
-    """Stage "encoder": a CLIP on pairs (slice, prompt); losses and optimiser are in common/clip.py [D1].
-
-    It has seen no prompts but those of the training subjects, with all four fields (Table 5 leaves
+    Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
+    has seen no prompts but those of the training subjects, with all four fields (Table 5 leaves
     some out).  A field of a prompt is masked now and then.
     """
-    if cfg.text_file:
-        run.skip("encoder")
-        return None
+    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     meta = {subject.name: subject.meta for subject in ds.subjects}
 
     def texts(rows):
         return [[prompt(c, meta[ds.subject[r]]) for c in ds.contrasts] for r in rows]
-    return clip.train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
-                              cfg.encoder_batch, cfg.encoder_lr, instance=0, field_dropout=0.15)
-
-
-def learning_rate(step, steps, peak, low=1e-5):
-    """Half a cosine from peak to low [D6]."""
-    low = min(low, peak)
-    return low + (peak - low) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def set_rate(optimiser, rate):
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+    encoder = None
+    if cfg.text_file:
+        run.skip("encoder")
+    else:
+        encoder = clip.train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
+                                     cfg.encoder_batch, cfg.encoder_lr, instance=0,
+                                     field_dropout=0.15)
+    train_bridge(cfg, run, ds, encoder)
 
 
 def train_bridge(cfg, run, ds, encoder):
     """Stage "bridge": Eq. (9).  The generator with the lowest validation error is kept [D6].
 
-    In every step the discriminator is updated first.  Then generator and SR-Net are updated together,
-    against the new discriminator.
+    In every step the discriminator is updated first.  Then generator and SR-Net are updated
+    together, against the new discriminator.
     """
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts = list(ds.contrasts)
@@ -636,7 +594,7 @@ def train_bridge(cfg, run, ds, encoder):
     word_dim = None if one.words is None else one.words.shape[2]
     run.about["text"] = {"dim": dim, "word_dim": word_dim}
     bridge = Bridge(cfg.bridge, cfg.N)          # eta = 1: training always uses the Markov posterior
-    pairs = torch.tensor(all_directions(cfg, contrasts))
+    pairs = torch.tensor(all_directions(cfg.source, cfg.target, contrasts))
     G = Generator(cfg, dim, word_dim).to(device, memory_format=torch.channels_last)
     best = Best(G)
     learned = list(G.parameters())
@@ -674,7 +632,7 @@ def train_bridge(cfg, run, ds, encoder):
         y = x[each, src, None]                                              # (B, 1, H, W)
         x0 = x[each, tgt, None]                                             # (B, 1, H, W)
         text = tell(prompts, subject[pick], src, tgt)
-        set_rate(optimiser, learning_rate(step, steps, cfg.lr))
+        cosine_rate(optimiser, step, steps, cfg.lr)                         # falls to 1e-5 [D6]
 
         x_t = bridge.q_sample(t, x0, y, eps_t)                              # (B, 1, H, W)
         with run.autocast():
@@ -685,7 +643,7 @@ def train_bridge(cfg, run, ds, encoder):
             # Real pairs are drawn jointly: x_{t-1} comes from the same x_t and the true x0 [D5].
             fake_prev = bridge.posterior(t, x_t, x0_hat, y, eps_fake)       # (B, 1, H, W)
             real_prev = bridge.posterior(t, x_t, x0, y, eps_real)           # (B, 1, H, W)
-            set_rate(optimiser_d, learning_rate(step, steps, cfg.lr_d))
+            cosine_rate(optimiser_d, step, steps, cfg.lr_d)
             D.requires_grad_(True)                                         # first the discriminator
             with run.autocast():
                 real = D(real_prev, x_t, t).float()                         # (B, 1, H/8, W/8)
@@ -705,9 +663,13 @@ def train_bridge(cfg, run, ds, encoder):
             # Every loss is a mean, not a sum; lambda_1 and lambda_2 assume this [D5].
             loss = loss + cfg.lambda_sem * sem                              # Eq. (9)
             if cfg.sem_real:
-                loss = loss + cfg.lambda_sem * semantic_loss_of_real(sr, prompts, subject[pick], src, tgt, y, x0)
-            # If the target contrast is always the same, SR-Net can ignore the image [D4].  sem_gain is
-            # L_sem with the source image minus L_sem with the prediction: near 0, it is ignored.
+                # R_M learns from real images of both contrasts, so that it must read pictures [D4].
+                back = tell(prompts, subject[pick], tgt, src)               # whose target is y
+                real = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
+                real = real + semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
+                loss = loss + cfg.lambda_sem * real / 2
+            # If the target contrast is always the same, SR-Net can ignore the image [D4].  sem_gain
+            # is L_sem with the source image minus L_sem with the prediction: near 0, it is ignored.
             with torch.no_grad():
                 other = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(y)))
             run.log(sem=sem, sem_gain=other - sem)
@@ -719,17 +681,8 @@ def train_bridge(cfg, run, ds, encoder):
             best.offer(G, value)
 
 
-def semantic_loss_of_real(sr, prompts, names, src, tgt, y, x0):
-    """--sem-real: Eq. (7) on real images of both contrasts, so that R_M must read pictures [D4]."""
-    there = tell(prompts, names, src, tgt)
-    back = tell(prompts, names, tgt, src)                                   # whose target is y
-    of_x0 = semantic_loss(there.e_tgt, sr(there.e_mask, sr.pooled(x0)))
-    of_y = semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
-    return (of_x0 + of_y) / 2
-
-
 def validation(cfg, run, ds, prompts, bridge):
-    """A function G -> mean squared error of at most 16 sampled validation slices, or None without any.
+    """A function G -> mean squared error of at most 16 sampled validation slices; None without.
 
     The noise is always the same, so that values can be compared.
     """
@@ -737,7 +690,7 @@ def validation(cfg, run, ds, prompts, bridge):
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")
         return None
-    pairs = torch.tensor(all_directions(cfg, list(ds.contrasts)))
+    pairs = torch.tensor(all_directions(cfg.source, cfg.target, ds.contrasts))
     src, tgt = pairs[torch.arange(len(rows)) % len(pairs)].unbind(1)        # (V,) each
     u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
     each = torch.arange(len(rows))
@@ -751,7 +704,7 @@ def validation(cfg, run, ds, prompts, bridge):
 
 
 def load_model(cfg, run, subjects):
-    """The trained networks of a run folder, from its checkpoint alone, and the prompts of these subjects."""
+    """The trained networks of a run folder, and the prompts of these subjects."""
     contrasts = run.about["contrasts"]
     encoder = None if cfg.text_file else clip.load_encoder(run)
     prompts = make_prompts(cfg, encoder, subjects, contrasts, run.device)
@@ -767,7 +720,7 @@ def load_model(cfg, run, subjects):
 
 
 def spoil(cfg, run, u, keys):
-    """Fig. 5: Gaussian noise of cfg.noise/255 on u (B, C, H, W) in [0,1], always the same for a slice."""
+    """Fig. 5: Gaussian noise of cfg.noise/255 on u (B, C, H, W) in [0,1], fixed for each slice."""
     if not cfg.noise:
         return u
     noise = []
@@ -778,24 +731,24 @@ def spoil(cfg, run, u, keys):
 
 
 def segmenters(cfg, run, ds, targets):
-    """Fig. 6: {contrast: a segmenter}, trained on at most 5,000 real slices of training subjects."""
+    """Fig. 6: {contrast: a segmenter}, trained on real slices of training subjects."""
     if not cfg.segment:
         return {}
     return downstream.train_segmenters(run, ds, targets, cfg.segment_steps, cfg.batch)
 
 
 def outline(cfg, ds):
-    """For a dry run: the networks, one pass of a slice through the generator, and the prompts."""
+    """For a dry run: the networks, a slice through the generator, the prompts of a subject."""
     dim = clip.SIZES[cfg.encoder]["embed"]
-    word_dim = clip.SIZES[cfg.encoder]["text"]["width"]
-    G = Generator(cfg, dim, word_dim)
+    K = clip.SIZES[cfg.encoder]["text"]["width"]
+    G = Generator(cfg, dim, K)
     networks = {"generator": G, "discriminator": PairDiscriminator(cfg.disc_base, cfg.N),
                 "SR-Net": SRNet(dim, cfg.pool)}
     image = torch.zeros(1, 1, cfg.size, cfg.size)
     e = torch.zeros(1, dim)
-    text = Text(e, e, e, torch.zeros(1, 8, word_dim), torch.ones(1, 8, dtype=torch.bool))
-    lines = [f"x_t, y {tuple(image.shape)}, t (1,), E_src, E_tgt {tuple(e.shape)} "
-             f"-> x0_hat {tuple(image.shape)}"]
+    text = Text(e, e, e, torch.zeros(1, 8, K), torch.ones(1, 8, dtype=torch.bool))
+    shape = tuple(image.shape)
+    lines = [f"x_t, y {shape}, t (1,), E_src, E_tgt (1, {dim}) -> x0_hat {shape}"]
     lines += [f"prompt: {prompt(c, ds.subjects[0].meta, cfg.fields)}" for c in ds.contrasts]
     return script.Outline(networks, lambda: G(image, torch.ones(1), image, text),
                           cfg.epochs * len(ds.part("train")), lines)
@@ -805,19 +758,12 @@ def outline(cfg, ds):
 
 METHOD = script.Method(
     "MetaDB", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=wanted_contrasts,
-    patterns=patterns, asked=asked, train=train, load=load_model, outline=outline,
-    disturb=spoil, segmenters=segmenters)
+    patterns=patterns, train=train, load=load_model, outline=outline, disturb=spoil,
+    segmenters=segmenters, choice="--only source,target")
 
-
-def load(folder, **settings):
-    """The model of a run folder, for Python: .fill(images, known).  settings: see common.script.load."""
-    return script.load(METHOD, folder, **settings)
-
-
-def main(argv=None):
-    """What the command line does.  argv: the words behind "metadb.py", by default those typed."""
-    script.main(METHOD, __doc__, argv)
-
+# From Python: metadb.load("runs/metadb-ixi").fill(images, known), and metadb.main(["--data", ...]).
+load = functools.partial(script.load, METHOD)
+main = functools.partial(script.main, METHOD, __doc__)
 
 if __name__ == "__main__":
     script.guarded(main)

@@ -48,6 +48,17 @@ class Machine:
         """A generator on the device, derived from the seed and `purpose` (words and counters)."""
         return torch.Generator(self.device).manual_seed(seed_of(self.seed, *purpose))
 
+    def noise(self, keys, like):
+        """Noise for sampling: one generator per slice, and a function () -> fresh N(0,1) like `like` (B, C, H, W).
+
+        keys: (subject, slice number) of each; they fix the noise, whatever else is in the batch.
+        """
+        generators = [self.generator("sample", *key) for key in keys]
+
+        def fresh():
+            return torch.stack([torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators])
+        return generators, fresh
+
     def fetch(self, images, rows):
         """images[rows] (float16, memory-mapped) as a float32 batch on the device, channels last.
 

@@ -18,6 +18,7 @@ import torch
 import data
 from common import downstream, metrics, pictures
 from common.files import RunError
+from data.layouts import canonical_contrast
 
 SHOWN = 0.3                                     # error at which an error map is white
 TOLERANCE = 1e-3                                # so far outside [0,1] may rounding lead
@@ -78,7 +79,7 @@ class Trained:
         if u.dim() != 4 or tuple(u.shape[1:]) != (C, S, S) or len(u) == 0:
             raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs (B, {C}, {S}, {S}), B slices of "
                              f"the contrasts {', '.join(self.contrasts)} (data.load_scans brings files to this size)")
-        return u.to(self.model.device)
+        return u.to(self.model.run.device)
 
     def _checked_known(self, known, B):
         """(B, C) bool on the model's device."""
@@ -94,7 +95,7 @@ class Trained:
         if known.dtype != torch.bool or tuple(known.shape) not in ((C,), (B, C)):
             raise ValueError(f"fill: known is {tuple(known.shape)} of {known.dtype}; give bool of shape (B, C) = "
                              f"{(B, C)} or (C,), or names of {', '.join(self.contrasts)}")
-        known = known.expand(B, C).to(self.model.device)
+        known = known.expand(B, C).to(self.model.run.device)
         for b, row in enumerate(known.tolist()):
             if all(row) or not any(row):
                 raise ValueError(f"fill: slice {b} has {'all' if all(row) else 'no'} contrasts known; "
@@ -155,6 +156,30 @@ def missing_patterns(missing, contrasts):
                            "or each; or all", status=2)
         subsets = [tuple(c for c in contrasts if c in missing)]
     return [(tuple(c for c in contrasts if c not in subset), subset) for subset in subsets]
+
+
+def all_directions(source, target, contrasts):
+    """Every pair of different contrasts (a source, a target), as channel numbers.  source, target: names."""
+    pairs = []
+    for one in source:
+        for other in target:
+            src = contrasts.index(canonical_contrast(one))
+            tgt = contrasts.index(canonical_contrast(other))
+            if src != tgt:
+                pairs.append((src, tgt))
+    return pairs
+
+
+def chosen_direction(pairs, only, contrasts):
+    """Of such pairs the one that `only` names, (source, target); all if it is empty.  RunError if there is no such."""
+    if not only:
+        return pairs
+    wanted = tuple(canonical_contrast(c) for c in only)
+    for src, tgt in pairs:
+        if (contrasts[src], contrasts[tgt]) == wanted:
+            return [(src, tgt)]
+    there = ", ".join(f"{contrasts[src]},{contrasts[tgt]}" for src, tgt in pairs)
+    raise RunError(f"--only {','.join(only)}: this model knows {there}", status=2)
 
 
 # ---- test subjects ---------------------------------------------------------------------------------------------------

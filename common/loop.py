@@ -78,6 +78,15 @@ class Best:
         self.model.load_state_dict(state["model"])
 
 
+def cosine_rate(optimiser, step, steps, peak, low=1e-5):
+    """Set the learning rate of a step: half a cosine, from peak at step 0 to low at step `steps`.  Returns it."""
+    low = min(low, peak)
+    rate = low + (peak - low) * (1 + math.cos(math.pi * step / steps)) / 2
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 class Loop(Machine):
     """The loop of a run.  A subclass has say(text), keep(stage, step, total, parts), .out and .stages.
 

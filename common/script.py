@@ -51,13 +51,13 @@ class Method:
     stages      {stage of training, in order: fields that matter to it and to later stages only}
     contrasts   (cfg) -> contrasts that the data must have, or None for all that there are
     patterns    (cfg, contrasts) -> [(known contrasts, contrasts to make from them)], the tasks
-    asked       (cfg, contrasts) -> contrasts that --synthesize makes although a subject has them
     train       (cfg, run, ds): all stages
-    load        (cfg, run, subjects) -> the trained model, with .contrasts, .device and .fill (common/evaluation.py);
+    load        (cfg, run, subjects) -> the trained model, with .contrasts, .run and .fill (common/evaluation.py);
                 subjects: those that it will meet, layouts.Subject
     outline     (cfg, ds) -> Outline
     disturb     (cfg, run, u, keys) -> u: what happens to test slices before the model sees them; or None
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
+    choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
     """
     name: str
@@ -68,12 +68,12 @@ class Method:
     stages: dict
     contrasts: Callable
     patterns: Callable
-    asked: Callable
     train: Callable
     load: Callable
     outline: Callable
     disturb: Callable | None = None
     segmenters: Callable | None = None
+    choice: str = ""
     figures: dict = field(default_factory=dict)
 
     @property
@@ -162,7 +162,7 @@ def work(method, cfg, args, figure=None):
         method.patterns(cfg, list(ds.contrasts))            # a wrong flag is told now, not after the training
         run.works_on(ds)
     if args.synthesize:
-        method.asked(cfg, list(ds.contrasts) if ds else run.about["contrasts"])
+        asked(method, cfg, list(ds.contrasts) if ds else run.about["contrasts"])
     if args.train:
         run.claim_for(ds, method.sampling)
         if run.finished(method.stages):
@@ -184,13 +184,26 @@ def work(method, cfg, args, figure=None):
         subjects = data.find_layout(args.data, contrasts).subjects
         unseen = [s for s in subjects if s.name not in run.about["train"]]  # never those it was trained on
         model = method.load(cfg, run, unseen)
-        synthesize(method, cfg, run, model, unseen, method.asked(cfg, contrasts))
+        synthesize(method, cfg, run, model, unseen, asked(method, cfg, contrasts))
     if args.benchmark:
         benchmark(method, cfg, run, ds)
     elif not (args.train or args.evaluate or args.synthesize):
         dry_run(method, cfg, run, ds)
     run.close()
     return run.find_results() if run.rank == 0 else None
+
+
+def asked(method, cfg, contrasts):
+    """The contrasts that --synthesize makes although a subject has them: those of the task, if there is only one.
+
+    With several tasks it makes whatever a subject lacks.  RunError if the method needs the user's choice instead.
+    """
+    tasks = method.patterns(cfg, contrasts)
+    if len(tasks) == 1:
+        return tasks[0][1]
+    if method.choice:
+        raise RunError(f"--synthesize: this model knows several directions; choose one, {method.choice}", status=2)
+    return ()
 
 
 def open_data(method, cfg, args, run):

@@ -20,6 +20,7 @@ from toys import weights
 import data
 import metadb
 from common import clip, embeddings, script
+from common.loop import cosine_rate
 from common.run import Run
 from data import phantom
 from metadb import Bridge
@@ -297,10 +298,17 @@ def test_the_discriminator_judges_patches_and_sees_the_time():
     assert not torch.allclose(one, D(images(2, 32, seed=3), x, torch.tensor([2, 2])), atol=1e-5)     # the order of the pair matters
 
 
+def rate(step, steps, peak):
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=7.0)
+    value = cosine_rate(optimiser, step, steps, peak)
+    assert optimiser.param_groups[0]["lr"] == value
+    return value
+
+
 def test_learning_rate_falls_along_a_cosine():
-    assert metadb.learning_rate(0, 100, 1e-3) == pytest.approx(1e-3) and metadb.learning_rate(100, 100, 1e-3) == pytest.approx(1e-5)
-    assert metadb.learning_rate(50, 100, 1e-3) == pytest.approx((1e-3 + 1e-5) / 2)
-    assert metadb.learning_rate(0, 100, 1e-6) == metadb.learning_rate(70, 100, 1e-6) == 1e-6      # never above what was typed
+    assert rate(0, 100, 1e-3) == pytest.approx(1e-3) and rate(100, 100, 1e-3) == pytest.approx(1e-5)
+    assert rate(50, 100, 1e-3) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rate(0, 100, 1e-6) == rate(70, 100, 1e-6) == 1e-6                    # never above what was typed
 
 
 # ---- the script as a user runs it, on a tiny phantom ------------------------------------------------------------------
@@ -403,7 +411,7 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
         first, second = (e for e in entries if e[0] == "update")
         assert first[2] == len(parts["discriminator"]) and second[2] == len(parts["generator"]) + len(parts["sr"])
         assert first[3] == second[3] == (0.5, 0.9)
-        assert first[4] == metadb.learning_rate(step, 12, 3e-4) and second[4] == metadb.learning_rate(step, 12, 5e-4)
+        assert first[4] == rate(step, 12, 3e-4) and second[4] == rate(step, 12, 5e-4)
         judged, (e_mask, f_p) = [e[2].requires_grad for e in entries if e[0] == "judge"], next(e[2:] for e in entries if e[0] == "recover")
         assert judged == [False, False, *([True] if r1 else []), True]     # real, made for D; R1's own; made for G, which learns from it
         assert f_p.requires_grad and torch.equal(f_p, metadb.SRNet(8, (1, 2, 4, 8)).pooled(entries[0][2]))      # ... and from the prediction

@@ -98,7 +98,7 @@ def impute(loaded, u=None, known=(False, True, True, True), keys=(0, 1, 2, 3), *
     return model.fill(u, torch.tensor([known] * len(u)), [("s", k) for k in keys])[0]
 
 
-@pytest.mark.parametrize("words", [["--schedule", "linear"], ["--mif", "zero"], ["--encoder", "pixels"], ["--size", "64"]])
+@pytest.mark.parametrize("words", [["--schedule", "linear"], ["--mif", "zero"], ["--size", "64"]])
 def test_what_was_trained_in_cannot_be_changed_in_sampling(trained, words, monkeypatch, capsys):
     data, out, _ = trained
     status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", *words)
@@ -227,7 +227,7 @@ def test_rows_that_train_otherwise_take_over_what_does_not_differ(trained, tmp_p
     parts = {path.name: {name: stage["parts"] for name, stage in torch.load(path / "last.pt", weights_only=True)["stages"].items()}
              for path in (out, *(out / "rows").iterdir())}
     full, no_z = parts.pop("run"), parts["mif=zero"]
-    assert sorted(parts) == ["context=scaled", "encoder=pixels", "encoder_steps=0", "mif=mean", "mif=zero", "mif_epochs=0"]
+    assert sorted(parts) == ["context=scaled", "encoder_steps=0", "mif=mean", "mif=zero", "mif_epochs=0"]
 
     def same(a, b):
         return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
@@ -243,7 +243,6 @@ def test_rows_that_train_otherwise_take_over_what_does_not_differ(trained, tmp_p
     assert config["encoder_steps"] == 0 and not same(blank, full["encoder"]["clip"])
     about = torch.load(out / "rows" / "encoder_steps=0" / "last.pt", weights_only=True)["about"]["encoder"]
     start = apt.clip.CLIP.from_state({**about, "weights": blank})
-    assert parts["encoder=pixels"]["encoder"] == {} and parts["encoder=pixels"]["mif"]["mif"]["q.weight"].shape == (256, 256)
     born = apt.clip.build("demo", ["t1"], 32, seed=0).logit_scale
     assert start.logit_scale.item() == pytest.approx(born.item()) and torch.equal(start.logit_scale, born)
     assert "fusion untrained" in text and len({line.split("|")[3] for line in text.splitlines() if line.startswith("| ") and "psnr" not in line}) > 1
