@@ -38,7 +38,7 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER
   [D1]  The frozen BiomedCLIP text tower is replaced by that of a small CLIP trained on the training subjects; it has seen no
-        prompts but theirs, with all four fields (Table 5 leaves some out).  clip.embed puts a LayerNorm behind it.
+        prompts but theirs, with all four fields (Table 5 leaves some out).  embeddings.embed puts a LayerNorm behind it.
         --text-file takes embeddings of your own.
   [D2]  "x_T = y" is taken literally (bridge hard): no noise at the end.  The paper's constants (N = 10, R = 2, betas .1 and
         3.0) are known from SelfRDB, where x_N is y with noise of 1.08 (bridge soft).  Both use SelfRDB's betas: linear in
@@ -78,7 +78,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
-from common import clip, downstream
+from common import clip, downstream, embeddings
 from common.cli import parse
 from common.results import Task, list_tables, report, reproduce, synthesize
 from common.run import Best, Run, RunError, guarded, restore, seed_of, stored_config
@@ -223,7 +223,7 @@ class Prompts:
     def __init__(self, table, cfg, subjects, contrasts, device):
         whole, hidden = prompts_of(subjects, contrasts, cfg.fields), prompts_of(subjects, contrasts, cfg.fields, ("modality",))
         try:
-            found, masked = clip.embed(table, whole.values()), clip.embed(table, hidden.values())
+            found, masked = embeddings.embed(table, whole.values()), embeddings.embed(table, hidden.values())
         except ValueError as error:                                             # a prompt that the user's file lacks
             raise RunError(f"--text-file {cfg.text_file}: {error}") from error
         if cfg.conditioning == "xattn" and found.tokens is None:
@@ -247,7 +247,7 @@ def text_table(cfg, encoder, subjects, contrasts):
     """{prompt: features} of all prompts of these subjects, whole and masked; or what the --text-file holds."""
     if cfg.text_file:
         try:
-            return clip.load_embeddings(cfg.text_file)[0]
+            return embeddings.load_embeddings(cfg.text_file)[0]
         except ValueError as error:
             raise RunError(str(error)) from error
     return encoder.remember(all_prompts(cfg, subjects, contrasts))
@@ -597,7 +597,7 @@ def train_bridge(cfg, run, ds, encoder):
     table = text_table(cfg, encoder, complete(ds), contrasts)
     prompts = Prompts(table, cfg, complete(ds), contrasts, device)
     one = complete(ds)[0]                           # the prompts of one subject are those that must be told apart
-    clip.report_closest(run, table, [prompt(c, one.meta, cfg.fields) for c in contrasts])
+    embeddings.report_closest(run, table, [prompt(c, one.meta, cfg.fields) for c in contrasts])
     dim, word_dim = prompts.whole.shape[1], None if prompts.words is None else prompts.words.shape[2]
     run.about["text"] = {"dim": dim, "word_dim": word_dim}
     bridge, pairs = Bridge(cfg.bridge, cfg.N), torch.tensor(all_directions(cfg, contrasts))

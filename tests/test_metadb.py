@@ -471,7 +471,7 @@ def test_source_and_target_get_their_own_prompts_and_the_target_the_masked_one(l
     prompts = metadb.Prompts(metadb.text_table(cfg, model.encoder, subjects, contrasts), cfg, subjects, contrasts, run.device)
     texts = metadb.prompts_of(subjects, contrasts, cfg.fields)
     name, at = subjects[2].name, [list(texts).index((subjects[2].name, c)) for c in (0, 1)]
-    own = metadb.clip.embed(model.encoder.remember(list(texts.values())), list(texts.values())).pooled
+    own = metadb.embeddings.embed(model.encoder.remember(list(texts.values())), list(texts.values())).pooled
     assert torch.allclose(prompts([name], [0], [1]).e_s, own[at[:1]], atol=1e-5) and torch.allclose(prompts([name], [0], [1]).e_t, own[at[1:]], atol=1e-5)
     prompts.masked = torch.arange(len(prompts.masked))[:, None]                 # else the same for both contrasts
     assert prompts([name, name], [0, 1], [1, 0]).e_mask[:, 0].tolist() == [at[1], at[0]]
