@@ -77,6 +77,7 @@ from torch.nn import functional as F
 import data
 from common import clip, metrics, pictures, script
 from common.device import seed_of
+from common.encoder import load_encoder, train_encoder
 from common.evaluation import missing_patterns
 from common.loop import EMA, Best
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
@@ -573,8 +574,8 @@ def train(cfg, run, ds):
     """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     slices = ds.part("train")                                               # (n, C, H, W)
-    encoder = clip.train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
-                                 cfg.encoder_batch, cfg.encoder_lr)
+    encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
+                            cfg.encoder_batch, cfg.encoder_lr)
     features = []                                             # the encoder is frozen: computed once
     for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
         features.append(encode(encoder, run.fetch(slices, part)))
@@ -703,7 +704,7 @@ def load_model(cfg, run, subjects):
     """The trained networks of a run folder, from its checkpoint alone."""
     C = len(run.about["contrasts"])
     dim = clip.SIZES[cfg.encoder]["embed"]
-    encoder = clip.load_encoder(run)
+    encoder = load_encoder(run)
     mif = run.trained(MutualInformationFusion(dim), "mif", "mif")
     codebooks = {name: run.trained(Codebook(C, name), "codebook", name).cpu() for name in CURVES}
     # The best weights, or without validation subjects the last averaged ones.

@@ -79,7 +79,7 @@ from torch.nn import functional as F
 from common import clip, downstream, script
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
-from common.embeddings import Prompts, join_words
+from common.encoder import Prompts, join_words, load_encoder, train_encoder
 from common.evaluation import all_directions, chosen_direction
 from common.loop import Best, cosine_rate
 from common.schedules import ddbm_bridge, syndiff_schedule
@@ -570,9 +570,8 @@ def train(cfg, run, ds):
     if cfg.text_file:
         run.skip("encoder")
     else:
-        encoder = clip.train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
-                                     cfg.encoder_batch, cfg.encoder_lr, instance=0,
-                                     field_dropout=0.15)
+        encoder = train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
+                                cfg.encoder_batch, cfg.encoder_lr, instance=0, field_dropout=0.15)
     train_bridge(cfg, run, ds, encoder)
 
 
@@ -706,7 +705,7 @@ def validation(cfg, run, ds, prompts, bridge):
 def load_model(cfg, run, subjects):
     """The trained networks of a run folder, and the prompts of these subjects."""
     contrasts = run.about["contrasts"]
-    encoder = None if cfg.text_file else clip.load_encoder(run)
+    encoder = None if cfg.text_file else load_encoder(run)
     prompts = make_prompts(cfg, encoder, subjects, contrasts, run.device)
     # The best weights, or without validation subjects the last ones.
     generator = run.trained(Generator(cfg, **run.about["text"]), "bridge", "best", "generator")

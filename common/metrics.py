@@ -1,59 +1,92 @@
-"""How good an image is, what trivial answers score, and what may be concluded: one definition for every table.
+"""How good an image is, what trivial answers score, and what may be concluded from the numbers.
 
-Truth comes first everywhere.  The last two axes are the image, axes before them are kept: (n, H, W) gives n values.
-Images lie in [0,1], background 0; the arithmetic is float64.  Slices of one subject are not independent, so that the
-unit of all statistics is the subject:  score -> per_subject -> summary, wilcoxon, holm.
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+Every table of the project takes its numbers from here:
+
+    values = score(truth, image)["psnr"]                # (n,), one value per slice
+    by_subject = per_subject(values, subjects)          # {subject: mean of its slices}
+    summary(by_subject)                                 # mean, std, confidence interval
+    wilcoxon(by_subject, by_subject_of_another_method)  # is the difference more than chance?
+
+The truth is always the first argument.  The last two axes are the image, and axes before them are
+kept: images (n, H, W) give n values.  Images lie in [0,1] with background 0, and the arithmetic is
+float64.  The slices of one subject are not independent.  The unit of all statistics is therefore
+the subject.
 """
 import numpy as np
 from scipy import ndimage, stats
 
-K1, K2 = 0.01, 0.03         # SSIM's two constants (Wang et al. 2004, Sec. III-C)
-FEWEST = 6                  # subjects: with five, the smallest two-sided Wilcoxon p is 2/2^5 = .0625
+K1 = 0.01               # the two constants of SSIM (Wang et al. 2004, Sec. III-C)
+K2 = 0.03
+FEWEST = 6              # subjects of a test; with five, the smallest two-sided p is 2/2^5 = .0625
+ROUNDING = 1e-3         # an image may lie this far outside of [0,1]
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 def psnr(truth, image, data_range, mask=None):
     """Peak signal-to-noise ratio in dB, 10 log10(range^2 / MSE).  (..., H, W) -> (...)
 
-    data_range: the constant width of the intensity scale (1 for [0,1]), never an image's own maximum.
-    mask: (H, W) or like truth; the MSE is then taken over its pixels alone (none: NaN).  Identical images: inf.
+    data_range: the constant width of the intensity scale, 1 for [0,1]; never an image's maximum.
+    mask: bool, (H, W) or like truth.  The MSE is then the mean over the pixels of the mask.
+
+    Identical images give inf, and an empty mask gives NaN.  Raises ValueError if the shapes differ,
+    or if a pixel is not finite.
     """
     truth, image, mask = _checked(truth, image, mask)
-    with np.errstate(divide="ignore"):                          # log of zero is the honest answer for identical images
-        return 10 * np.log10(data_range ** 2 / _mean((truth - image) ** 2, mask))
+    error = _mean((truth - image) ** 2, mask)
+    with np.errstate(divide="ignore"):                      # identical images: 1 / 0 is inf
+        return 10 * np.log10(data_range ** 2 / error)
 
 
 def mae(truth, image, mask=None):
-    """Mean absolute error, in the unit of the images.  (..., H, W) -> (...)"""
+    """Mean absolute error, in the unit of the images.  (..., H, W) -> (...)
+
+    mask and errors: as of psnr.
+    """
     truth, image, mask = _checked(truth, image, mask)
     return _mean(np.abs(truth - image), mask)
 
 
 def nmse(truth, image, mask=None):
-    """Normalised squared error: sum (truth - image)^2 / sum truth^2 (blank: NaN).  (..., H, W) -> (...)"""
+    """Normalised squared error, sum (truth - image)^2 / sum truth^2.  (..., H, W) -> (...)
+
+    A blank truth gives NaN.  mask and errors: as of psnr.
+    """
     truth, image, mask = _checked(truth, image, mask)
-    error, energy = _mean((truth - image) ** 2, mask), _mean(truth ** 2, mask)
-    return np.where(energy > 0, error / np.where(energy > 0, energy, 1), np.nan)[()]
+    error = _mean((truth - image) ** 2, mask)
+    energy = _mean(truth ** 2, mask)
+    with np.errstate(divide="ignore", invalid="ignore"):    # blank truth: NaN in the next line
+        ratio = error / energy
+    return np.where(energy > 0, ratio, np.nan)[()]
 
 
 def ssim(truth, image, data_range, window="gauss", mask=None):
-    """Structural similarity, a fraction.  (..., H, W) -> (...)
+    """Structural similarity, a fraction (Wang et al. 2004).  (..., H, W) -> (...)
 
-    "gauss": Wang et al. 2004, 11x11 Gaussian of sigma 1.5, population covariance.  "uniform7": the 7x7 mean and sample
-    covariance that scikit-image takes by default.  The map has no borders: windows lie inside the image.
-    mask: the map is averaged over its pixels (those closer to the border than half a window have no value).
-    SSIM compares means, so that [0,1] and [-1,1] give different numbers.  ValueError below 11 pixels.
+    window: "gauss" is the paper's own, 11x11 with sigma 1.5, and population covariances.
+        "uniform7" is the default of scikit-image, the 7x7 mean with sample covariances.
+    mask: bool, (H, W) or like truth.  The similarity is then averaged over the pixels of the mask.
+    data_range: as of psnr.
+
+    Only windows inside of the image count.  Pixels that are closer to the border than half a window
+    have no value.  SSIM compares means, so [0,1] and [-1,1] give different numbers.
+
+    Raises ValueError if a side has fewer than 11 pixels, if there is no such window, if the shapes
+    differ, or if a pixel is not finite.
     """
     truth, image, mask = _checked(truth, image, mask)
     if min(truth.shape[-2:]) < 11:
-        raise ValueError(f"ssim: the images are {truth.shape[-2:]}, smaller than the 11x11 window; use larger images")
+        raise ValueError(f"ssim: the images are {truth.shape[-2:]}, smaller than the 11x11 window; "
+                         f"use larger images")
     if window not in ("gauss", "uniform7"):
         raise ValueError(f"ssim: there is no window {window!r}; it is 'gauss' or 'uniform7'")
     edge = 5 if window == "gauss" else 3
     values = np.empty(truth.shape[:-2])
-    for at in np.ndindex(values.shape):                         # by slice: the five maps of a whole set may not fit
+    # slice by slice, because the five maps of a whole data set may not fit into memory
+    for at in np.ndindex(values.shape):
         similarity = _ssim_map(truth[at], image[at], data_range, window)
         inner = None if mask is None else mask[at][edge:-edge, edge:-edge]
         values[at] = _mean(similarity[edge:-edge, edge:-edge], inner)
@@ -61,69 +94,110 @@ def ssim(truth, image, data_range, window="gauss", mask=None):
 
 
 def _ssim_map(truth, image, data_range, window):
-    """(H, W) -> (H, W); the outermost half window is not valid."""
-    maps = np.stack([truth, image, truth * truth, image * image, truth * image])
+    """(H, W) -> (H, W).  The outermost half window is not valid."""
+    maps = np.stack([truth, image, truth * truth, image * image, truth * image])    # (5, H, W)
     if window == "gauss":
-        taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
-        taps, bessel = taps / taps.sum(), 1
+        maps = ndimage.gaussian_filter(maps, sigma=(0, 1.5, 1.5), radius=(0, 5, 5))
+        bessel = 1
     else:
-        taps, bessel = np.full(7, 1 / 7), 49 / 48
-    for axis in (1, 2):
-        maps = ndimage.correlate1d(maps, taps, axis)
+        maps = ndimage.uniform_filter(maps, size=(1, 7, 7))
+        bessel = 49 / 48
     mean_t, mean_i, square_t, square_i, product = maps
-    var_t, var_i = bessel * (square_t - mean_t ** 2), bessel * (square_i - mean_i ** 2)
+    var_t = bessel * (square_t - mean_t ** 2)
+    var_i = bessel * (square_i - mean_i ** 2)
     covariance = bessel * (product - mean_t * mean_i)
-    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    c1 = (K1 * data_range) ** 2
+    c2 = (K2 * data_range) ** 2
     luminance = (2 * mean_t * mean_i + c1) / (mean_t ** 2 + mean_i ** 2 + c1)
     return luminance * (2 * covariance + c2) / (var_t + var_i + c2)
 
 
 def score(truth, image, mask=None):
-    """The numbers of every slice, clipped to [0,1], range 1.  (n, H, W) -> {"psnr", "ssim", "mae", "nmse"}, each (n,)
+    """The numbers of every slice.  (n, H, W) in [0,1] -> {"psnr", "ssim", "mae", "nmse"}, each (n,)
 
-    The whole slice counts; mask = truth > 0 gives the foreground (a large background lifts PSNR and SSIM).
+    The whole slice counts.  With mask = truth > 0 only the foreground counts; a large background
+    lifts PSNR and SSIM.
+
+    Raises ValueError if an image lies outside of [0,1] by more than 0.001, if the shapes differ, or
+    if a pixel is not finite.  A smaller excess is rounding and is clipped.
     """
-    truth, image, mask = _checked(truth, image, mask)          # first: clipping would hide an infinity
-    truth, image = np.clip(truth, 0, 1), np.clip(image, 0, 1)
+    truth, image, mask = _checked(truth, image, mask)
+    truth = _in_unit_range("truth", truth)
+    image = _in_unit_range("image", image)
     return {"psnr": psnr(truth, image, 1, mask), "ssim": ssim(truth, image, 1, mask=mask),
             "mae": mae(truth, image, mask), "nmse": nmse(truth, image, mask)}
 
 
 def _checked(truth, image, mask):
-    truth, image = np.asarray(truth, np.float64), np.asarray(image, np.float64)
+    """The arguments as float64 and bool arrays of one shape."""
+    truth = np.asarray(truth, np.float64)
+    image = np.asarray(image, np.float64)
     if truth.shape != image.shape or truth.ndim < 2:
-        raise ValueError(f"metrics: truth is {truth.shape}, image {image.shape}; both must be (..., H, W) of one shape")
+        raise ValueError(f"metrics: truth is {truth.shape}, image {image.shape}; both must be "
+                         f"(..., H, W) of one shape")
     for name, x in (("truth", truth), ("image", image)):
         if not np.isfinite(x).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            raise ValueError(f"metrics: the {name} is not finite at {where}: see if the model diverged")
-    return truth, image, None if mask is None else np.broadcast_to(np.asarray(mask, bool), truth.shape)
+            where = _place(~np.isfinite(x))
+            raise ValueError(f"metrics: the {name} is not finite at {where}: see if the model "
+                             f"diverged")
+    if mask is not None:
+        mask = np.broadcast_to(np.asarray(mask, bool), truth.shape)
+    return truth, image, mask
+
+
+def _in_unit_range(name, image):
+    """The image clipped to [0,1].  ValueError if this changes a pixel by more than rounding."""
+    image = np.asarray(image)
+    outside = (image < -ROUNDING) | (image > 1 + ROUNDING)
+    if outside.any():
+        where = _place(outside)
+        low = float(image.min())
+        high = float(image.max())
+        if low >= 0 and 2 < high <= 255:
+            remedy = "divide an image of 0 to 255 by 255"
+        elif low >= -1 - ROUNDING and high <= 1 + ROUNDING:
+            remedy = "an image x in [-1,1] becomes (x + 1) / 2"
+        else:
+            remedy = "bring truth and image to [0,1] by one and the same scale"
+        raise ValueError(f"metrics: the {name} is {image[where]:g} at {where}, from {low:g} to "
+                         f"{high:g} in all; scores are defined for [0,1]: {remedy}")
+    return np.clip(image, 0, 1)
+
+
+def _place(found):
+    """The index of the first True, a tuple of plain int."""
+    return tuple(int(i) for i in np.argwhere(found)[0])
 
 
 def _mean(x, mask):
-    """Mean over the last two axes, over the mask where there is one; NaN where it is empty."""
+    """Mean over the last two axes, over the mask if there is one; NaN if the mask is empty."""
     if mask is None:
         return x.mean((-2, -1))
-    count = mask.sum((-2, -1))
-    return np.where(count > 0, (x * mask).sum((-2, -1)) / np.maximum(count, 1), np.nan)[()]
+    with np.errstate(invalid="ignore"):                     # empty mask: 0 / 0 is NaN
+        return x.sum((-2, -1), where=mask) / mask.sum((-2, -1))
 
 
-# ---- subjects --------------------------------------------------------------------------------------------------------
+# ---- subjects ------------------------------------------------------------------------------------
 
 
 def per_subject(values, subjects):
     """One value per slice (n,) and its subject's name (n,) -> {subject: mean over its slices}.
 
-    Slices without a finite value (identical: inf; empty mask or blank truth: NaN) are left out; a subject that has no
-    other keeps inf or NaN.
+    A value that is not finite is left out.  It is inf for identical images, and NaN for an empty
+    mask or a blank truth.  A subject that has no finite value keeps inf or NaN.
+
+    Raises ValueError if there is not one name per value.
     """
-    values, subjects = np.asarray(values, np.float64), np.asarray(subjects)
+    values = np.asarray(values, np.float64)
+    subjects = np.asarray(subjects)
     if values.shape != subjects.shape:
-        raise ValueError(f"per_subject: {values.shape} values, {subjects.shape} subjects; give one name per slice")
+        raise ValueError(f"per_subject: {values.shape} values, {subjects.shape} subjects; "
+                         f"give one name per slice")
     return {str(s): _finite_mean(values[subjects == s]) for s in dict.fromkeys(subjects)}
 
 
 def _finite_mean(values):
+    """The mean of the finite values, or the first value if none is finite."""
     finite = values[np.isfinite(values)]
     return float(finite.mean() if finite.size else values[0])
 
@@ -131,16 +205,24 @@ def _finite_mean(values):
 def summary(values_by_subject):
     """{subject: value} -> {"mean", "std", "ci95", "n", "excluded", "values"}, plain types for JSON.
 
-    std: over subjects, ddof 0.  ci95: percentile bootstrap over subjects, 1,000 draws of a fixed seed; None for one
-    subject, which says nothing about a population.  "excluded": how many subjects had no finite value and do not count.
+    std         over subjects, divided by n (ddof 0)
+    ci95        95 % interval of the mean, by the percentile bootstrap over subjects: 1,000 draws of
+                a fixed seed; None for one subject, which says nothing about a population
+    excluded    how many subjects have no finite value; they do not count
     """
     values = {s: float(v) for s, v in sorted(values_by_subject.items()) if np.isfinite(v)}
-    x, n = np.array(list(values.values())), len(values)
+    x = np.array(list(values.values()))                     # (n,)
+    n = len(x)
+    mean = float(x.mean()) if n else None
+    std = float(x.std()) if n else None
     ci95 = None
     if n > 1:
-        draws = x[np.random.default_rng(0).integers(n, size=(1000, n))].mean(1)
-        ci95 = [float(v) for v in np.percentile(draws, [2.5, 97.5])]
-    return {"mean": float(x.mean()) if n else None, "std": float(x.std()) if n else None, "ci95": ci95, "n": n,
+        # scipy.stats.bootstrap gives the same up to rounding, but the name of its argument for the
+        # random numbers depends on the version
+        draws = np.random.default_rng(0).integers(n, size=(1000, n))
+        low, high = np.percentile(x[draws].mean(1), [2.5, 97.5])
+        ci95 = [float(low), float(high)]
+    return {"mean": mean, "std": std, "ci95": ci95, "n": n,
             "excluded": len(values_by_subject) - n, "values": values}
 
 
@@ -150,138 +232,186 @@ def row(task, method, metric, values_by_subject, **extra):
 
 
 def score_table(task, images_by_method, truth, subjects, mask=None, **extra):
-    """Rows of every method and metric.  images_by_method: {method: (n, H, W)}; truth: (n, H, W); subjects: (n,).
+    """A list of rows, one for every method and metric.
 
-    "excluded_slices": how many slices were infinite or undefined, and are in no subject's mean.
+    images_by_method: {method: (n, H, W)}.  truth: (n, H, W).  subjects: (n,) names.  mask, and the
+    errors that are raised: as of score.
+
+    "excluded_slices" in a row says how many slices were infinite or undefined.  They are in no
+    subject's mean.
     """
     rows = []
     for method, images in images_by_method.items():
         for metric, values in score(truth, images, mask).items():
             excluded = int((~np.isfinite(values)).sum())
-            rows.append(row(task, method, metric, per_subject(values, subjects), excluded_slices=excluded, **extra))
+            found = row(task, method, metric, per_subject(values, subjects),
+                        excluded_slices=excluded, **extra)
+            rows.append(found)
     return rows
 
 
 def wilcoxon(a_by_subject, b_by_subject):
-    """Paired two-sided signed-rank test over the subjects that both have -> {"p", "difference", "n"}.
+    """Paired two-sided signed-rank test over common subjects -> {"p", "difference", "n"}.
 
-    difference: mean of a - b.  Below six subjects p is None and "reason" says why; without any difference p is 1.
+    difference: the mean of a - b.  If all pairs are equal, p is 1.  With fewer than six subjects p
+    is None and "reason" says why.
     """
-    common = [s for s in a_by_subject if s in b_by_subject]
-    pairs = np.array([(a_by_subject[s], b_by_subject[s]) for s in common]).reshape(-1, 2)
-    pairs = pairs[np.isfinite(pairs).all(1)]
-    differences, n = pairs[:, 0] - pairs[:, 1], len(pairs)
+    both = [s for s in a_by_subject if s in b_by_subject]
+    a = np.array([a_by_subject[s] for s in both], np.float64)
+    b = np.array([b_by_subject[s] for s in both], np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    differences = a[finite] - b[finite]                     # (n,)
+    n = len(differences)
     result = {"p": None, "difference": float(differences.mean()) if n else None, "n": n}
     if n < FEWEST:
         return {**result, "reason": f"n = {n} < {FEWEST}: no two-sided p below .05 exists"}
-    ranked = differences[differences != 0]                      # Wilcoxon's own rule: a tie says nothing about the sign
-    return {**result, "p": float(stats.wilcoxon(ranked).pvalue) if ranked.size else 1.0}
+    ranked = differences[differences != 0]                  # Wilcoxon's own rule: a tie has no sign
+    result["p"] = float(stats.wilcoxon(ranked).pvalue) if ranked.size else 1.0
+    return result
 
 
 def holm(p_values):
-    """Holm's step-down correction over the comparisons of one table; None (no test possible) stays None, uncounted."""
-    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
-    adjusted, largest = [None] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+    """Holm's step-down correction (1979) over the comparisons of one table, a list like p_values.
+
+    None means that no test was possible.  It stays None and does not count as a comparison.
+    """
+    tested = [i for i, p in enumerate(p_values) if p is not None]
+    adjusted = [None] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(tested, key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
 
 
-# ---- trivial answers -------------------------------------------------------------------------------------------------
+# ---- trivial answers -----------------------------------------------------------------------------
 
 
 def mean_of_train(targets):
-    """The mean of all training targets, (n, H, W) -> (H, W)."""
+    """The mean of all training targets.  (n, H, W) -> (H, W)"""
     return np.mean(targets, axis=0, dtype=np.float64)
 
 
 def copy_source(train_sources, train_target):
     """The name of the source that is most like the target, by mean PSNR over the training slices.
 
-    train_sources: {contrast: (n, H, W)}; train_target: (n, H, W).
+    train_sources: {contrast: (n, H, W)}.  train_target: (n, H, W).
     """
-    def likeness(name):                                         # slice by slice: a training set in float64 may not fit
+    def likeness(name):
         images = train_sources[name]
-        return _finite_mean(np.array([psnr(target, images[i], 1) for i, target in enumerate(train_target)]))
+        # slice by slice, because a training set in float64 may not fit into memory
+        values = [psnr(target, images[i], 1) for i, target in enumerate(train_target)]
+        return _finite_mean(np.array(values))
     return max(train_sources, key=likeness)
 
 
 class IntensityLookup:
-    """Expected target intensity given the source intensities of the same pixel: all one knows without looking around.
+    """The expected target intensity, given the source intensities of the same pixel.
 
-    Learned on training slices.  One source: 64 bins; two or three: a joint table of 16 bins each; more: 8 each.  Exact
-    background (0) has a bin of its own.  A cell without a training pixel takes the value of the nearest filled one.
+    This is all that one can know without looking at the pixels around.  It is learned on training
+    slices, as a table with one axis per source.  One source has 64 bins, two or three have 16 bins
+    each, and more have 8 each.  Exact background (0) has a bin of its own.  A cell without a
+    training pixel takes the value of the nearest cell that has one.
+
+    Raises ValueError, here and in predict, if a source lies outside of [0,1] by more than 0.001.
     """
 
     def __init__(self, train_sources, train_target):
-        """train_sources: {contrast: (n, H, W)}; train_target: (n, H, W)."""
+        """train_sources: {contrast: (n, H, W)} in [0,1].  train_target: (n, H, W)."""
         self.names = list(train_sources)
         self.bins = {1: 64, 2: 16, 3: 16}.get(len(self.names), 8)
         shape = (self.bins + 1,) * len(self.names)
-        total, count = np.zeros(shape).ravel(), np.zeros(shape).ravel()
+        total = np.zeros(shape).ravel()
+        count = np.zeros(shape).ravel()
         for i, target in enumerate(train_target):
             cells = self._cells({name: train_sources[name][i] for name in self.names})
-            cells = np.ravel_multi_index(cells, shape).ravel()
+            cells = np.ravel_multi_index(cells, shape).ravel()                      # (H*W,)
             total += np.bincount(cells, np.asarray(target, np.float64).ravel(), total.size)
             count += np.bincount(cells, minlength=count.size)
         table = (total / np.maximum(count, 1)).reshape(shape)
-        nearest = ndimage.distance_transform_edt(count.reshape(shape) == 0, return_distances=False, return_indices=True)
+        empty = count.reshape(shape) == 0
+        nearest = ndimage.distance_transform_edt(empty, return_distances=False, return_indices=True)
         self.table = table[tuple(nearest)].astype(np.float32)
 
     def _cells(self, sources):
-        return tuple(np.ceil(np.clip(sources[name], 0, 1) * self.bins).astype(int) for name in self.names)
+        """The place in the table of every pixel: one integer array per source."""
+        images = [_in_unit_range(f"source {name}", sources[name]) for name in self.names]
+        return tuple(np.ceil(image * self.bins).astype(int) for image in images)
 
     def predict(self, sources):
-        """{contrast: (n, H, W)} -> (n, H, W)"""
+        """{contrast: (n, H, W)} in [0,1] -> (n, H, W)"""
         return self.table[self._cells(sources)]
 
 
 def baselines(train, sources, target):
-    """What a method must beat: {"copy-source", "mean-of-train", "intensity-lookup"}, each (n, H, W).
+    """What to beat: {"copy-source", "mean-of-train", "intensity-lookup"}, each (n, H, W).
 
-    Learned on train, {contrast: (m, H, W)}, applied to sources, {contrast: (n, H, W)}; target: the contrast wanted.
+    train: {contrast: (m, H, W)}, from which they are learned.  sources: {contrast: (n, H, W)}, to
+    which they are applied.  target: the name of the wanted contrast.  All images lie in [0,1].
     """
-    seen, n = {name: train[name] for name in sources}, len(next(iter(sources.values())))
+    seen = {name: train[name] for name in sources}
+    copied = sources[copy_source(seen, train[target])]
     mean = mean_of_train(train[target])
-    return {"copy-source": sources[copy_source(seen, train[target])],
-            "mean-of-train": np.broadcast_to(mean, (n, *mean.shape)),
+    return {"copy-source": copied,
+            "mean-of-train": np.broadcast_to(mean, (len(copied), *mean.shape)),
             "intensity-lookup": IntensityLookup(seen, train[target]).predict(sources)}
 
 
-# ---- table -----------------------------------------------------------------------------------------------------------
+# ---- table ---------------------------------------------------------------------------------------
 
 
 def markdown_table(rows, region="whole slice"):
-    """Rows of score_table as a table method x task: PSNR in dB, mean ± std over subjects (n), mean SSIM, and Dice if there."""
+    """The rows of score_table as a Markdown table (str) of methods and tasks.
+
+    A cell holds PSNR in dB, mean ± std over subjects (n), then the mean SSIM, then the mean Dice if
+    there is one.  region: which pixels count, in words.
+    """
     cells = {(_label(r), r["task"], r["metric"]): r for r in rows}
-    tasks, methods = list(dict.fromkeys(r["task"] for r in rows)), list(dict.fromkeys(_label(r) for r in rows))
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    methods = list(dict.fromkeys(_label(r) for r in rows))
     counts = [r["n"] for r in rows if r["metric"] == "psnr"]
+    fewest = min(counts)
+    most = max(counts)
+    n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     dice = " / Dice, mean of the classes" if any(r["metric"] == "dice" for r in rows) else ""
-    n = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean{dice}.  Unit: subject, the mean of its slices; "
-              f"n = {n}; {region}; range [0,1].")
-    body = [["method", *tasks]] + [[m, *(_cell(*(cells.get((m, t, name)) for name in ("psnr", "ssim", "dice"))) for t in tasks)]
-                                   for m in methods]
-    if len(tasks) > 6:                                          # too wide to read: one line per task
+    header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean{dice}.  Unit: subject, the "
+              f"mean of its slices; n = {n}; {region}; range [0,1].")
+    body = [["method", *tasks]]
+    for method in methods:
+        line = [method]
+        for task in tasks:
+            found = [cells.get((method, task, metric)) for metric in ("psnr", "ssim", "dice")]
+            line.append(_cell(*found))
+        body.append(line)
+    if len(tasks) > 6:                                      # too wide to read: one line per task
         body = [list(line) for line in zip(*body)]
     body.insert(1, ["---"] * len(body[0]))
-    lines = [header, "", *("| " + " | ".join(line) + " |" for line in body)]
+    lines = [header, ""]
+    for line in body:
+        lines.append("| " + " | ".join(line) + " |")
     excluded = sum(r.get("excluded_slices", 0) for r in rows if r["metric"] == "psnr")
     if excluded:
-        lines += ["", f"Left out of PSNR: {excluded} slice values that are infinite (identical images) or undefined."]
+        lines.append("")
+        lines.append(f"Left out of PSNR: {excluded} slice values that are infinite (identical "
+                     f"images) or undefined.")
     return "\n".join(lines)
 
 
 def _label(r):
+    """The name of a row's method, with its variant."""
     return r["method"] + (f" ({r['variant']})" if r.get("variant") else "")
 
 
 def _cell(psnr_row, ssim_row, dice_row):
-    left = right = "–"
+    """The text of one cell; each row may be None."""
+    text = "–"
     if psnr_row and psnr_row["n"]:
         spread = f" ± {psnr_row['std']:.2f}" if psnr_row["n"] > 1 else ""
-        left = f"{psnr_row['mean']:.2f}{spread} ({psnr_row['n']})"
+        text = f"{psnr_row['mean']:.2f}{spread} ({psnr_row['n']})"
     if ssim_row and ssim_row["n"]:
-        right = f"{ssim_row['mean']:.3f}"
-    return f"{left} / {right}" + (f" / {dice_row['mean']:.3f}" if dice_row and dice_row["n"] else "")
+        text += f" / {ssim_row['mean']:.3f}"
+    else:
+        text += " / –"
+    if dice_row and dice_row["n"]:
+        text += f" / {dice_row['mean']:.3f}"
+    return text

@@ -1,8 +1,12 @@
 """Noise schedules and the few formulas of Gaussian diffusion that papers cite.
 
-alpha_bar_t is the share of signal variance left at step t:   x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
-Tables are computed in float64 on the CPU and returned as float32, t = 0 .. T-1 with t = 0 the least noisy.
-The functions take alpha_bar as a number or as a tensor that broadcasts against x, e.g. (B, 1, 1, 1).
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+alpha_bar_t is the share of signal variance that is left at step t:
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
+A table has one entry per step, t = 0 .. T-1, and step 0 is the least noisy.  Tables are computed in
+float64 on the CPU and returned as float32.  The functions take alpha_bar as a number, or as a
+tensor that broadcasts against x, for instance (B, 1, 1, 1).
 """
 import math
 
@@ -10,36 +14,47 @@ import torch
 
 
 def cosine_alpha_bar(T=1000):
-    """Nichol & Dhariwal (2021), Eq. 17: alpha_bar(t) ~ cos^2(((t/T) + .008) / 1.008 * pi/2), beta clipped at 0.999.  (T,)"""
+    """Nichol & Dhariwal (2021), Eq. 17.  Returns (T,).
+
+    f(t) = cos^2((t/T + .008) / 1.008 * pi/2) and alpha_bar(t) = f(t) / f(0).  A step adds at most
+    beta = 0.999.
+    """
     f = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
     alpha = [1 - min(1 - f[i + 1] / f[i], 0.999) for i in range(T)]
-    return torch.tensor(alpha, dtype=torch.float64).cumprod(0).float()
+    return torch.tensor(alpha, dtype=torch.float64).cumprod(0).float()  # (T,)
 
 
 def linear_alpha_bar(T=1000):
-    """Ho et al. (2020), Sec. 4: beta from 1e-4 to 0.02 in T steps.  (T,)"""
-    return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0).float()
+    """Ho et al. (2020), Sec. 4: beta rises linearly from 1e-4 to 0.02 in T steps.  Returns (T,)."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)           # (T,)
+    return (1 - beta).cumprod(0).float()                                # (T,)
 
 
 def q_sample(x0, alpha_bar, eps):
-    """Ho et al. (2020), Eq. 4: a draw of x_t given x0."""
+    """Ho et al. (2020), Eq. 4: a draw of x_t given x0.  eps: normal noise of the shape of x0."""
     return alpha_bar ** 0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
 
 
 def x0_from_eps(x_t, alpha_bar, eps):
-    """The clean image that a noise estimate implies."""
+    """The clean image that a noise estimate implies: q_sample solved for x0."""
     return (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
 
 
 def eps_from_x0(x_t, alpha_bar, x0):
-    """The noise that a clean-image estimate implies."""
+    """The noise that a clean-image estimate implies: q_sample solved for eps."""
     return (x_t - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5
 
 
 def ddim_step(x_t, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=None):
-    """Song et al. (2021), Eq. 12: from x_t to the next, less noisy step.  eta = 0: deterministic, eta = 1: as noisy as DDPM."""
-    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_next) ** 0.5
-    mean = alpha_bar_next ** 0.5 * x0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_from_x0(x_t, alpha_bar, x0)
+    """Song et al. (2021), Eq. 12: from x_t to the next, less noisy step.
+
+    x0: the current estimate of the clean image.  alpha_bar_next: that of the next step.
+    eta: 0 is deterministic, 1 is as noisy as DDPM.  noise: normal noise, needed if eta is above 0.
+    """
+    beta = 1 - alpha_bar / alpha_bar_next
+    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * beta ** 0.5
+    eps = eps_from_x0(x_t, alpha_bar, x0)
+    mean = alpha_bar_next ** 0.5 * x0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps
     return mean if eta == 0 else mean + sigma * noise
 
 

@@ -1,12 +1,19 @@
-"""One U-Net for all five papers: ADM's blocks (Dhariwal & Nichol, 2021) with a single extension point, the *plug*.
+"""One U-Net for all five papers: ADM's blocks (Dhariwal & Nichol, 2021) with one extension point.
 
-A plug is a function  Site -> Module | None.  The U-Net calls it at construction, twice per residual block:
-    where = "norm"   after the second GroupNorm and its FiLM, inside the block   (e.g. a text-driven normalisation)
-    where = "block"  after the block                                            (e.g. attention)
-and calls the module it gets as  module(h, condition).  The U-Net never looks at `condition`: it belongs to the plug.
-Attention is a plug too (`attention_at` puts it where a paper wants it).  Blocks that change the resolution take no plugs.
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
-Letters in shape comments: B batch, C channels, H W height and width, N = H*W positions, L context tokens, D context width.
+The extension point is the *plug*, a function  Site -> Module | None.  The U-Net calls it at
+construction, twice per residual block:
+    where = "norm"   after the second GroupNorm and its FiLM, inside the block
+                     (e.g. a text-driven normalisation)
+    where = "block"  after the block
+                     (e.g. attention)
+and calls the module it gets as  module(h, condition).  The U-Net never looks at `condition`: it
+belongs to the plug.  Attention is a plug too (`attention_at` puts it where a paper wants it).
+Blocks that change the resolution take no plugs.
+
+Letters in shape comments: B batch, C channels, H W height and width, N = H*W positions,
+L context tokens, D context width.
 """
 import math
 from dataclasses import dataclass
@@ -29,94 +36,125 @@ class Site:
 
 
 def sinusoid(t, width, max_period=10_000):
-    """Transformer position code of the (raw, possibly fractional) diffusion time.  t: (B,).  Returns (B, width)."""
+    """Transformer position code of the (raw, possibly fractional) diffusion time.
+
+    t: (B,).  Returns (B, width).
+    """
     half = width // 2
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = t.float()[:, None] * frequency                                     # (B, width/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)                        # (B, width)
+    place = torch.arange(half, device=t.device, dtype=torch.float32)    # (width/2,)
+    frequency = torch.exp(-math.log(max_period) * place / half)         # (width/2,)
+    angle = t.float()[:, None] * frequency                              # (B, width/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)                 # (B, width)
 
 
 def zeroed(module):
-    """The last layer of a residual branch starts at zero, so that the branch starts as the identity."""
+    """The last layer of a residual branch starts at zero: the block starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv, twice; the time embedding scales and shifts the second norm (FiLM); optional resampling."""
+    """GroupNorm-SiLU-conv, twice; the time embedding scales and shifts the second norm (FiLM).
+
+    resample   None, "down" or "up": the block may halve or double the resolution
+    """
 
     def __init__(self, c_in, c_out, emb_dim, groups, resample=None, norm_plug=None):
         super().__init__()
-        self.resample = resample                                               # None, "down" or "up"
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.resample = resample
+        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.film = nn.Linear(emb_dim, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.plug = norm_plug
 
     def forward(self, x, emb, condition=None):
-        h = F.silu(self.norm1(x))                                              # (B, C_in, H, W)
+        h = F.silu(self.norm1(x))                                       # (B, C_in, H, W)
         if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)                      # (B, C_in, H/2, W/2)
+            h = F.avg_pool2d(h, 2)                                      # (B, C_in, H/2, W/2)
+            x = F.avg_pool2d(x, 2)                                      # (B, C_in, H/2, W/2)
         elif self.resample == "up":
-            h, x = F.interpolate(h, scale_factor=2), F.interpolate(x, scale_factor=2)   # (B, C_in, 2H, 2W)
-        h = self.conv1(h)                                                      # (B, C_out, H', W')
-        scale, shift = self.film(F.silu(emb))[:, :, None, None].chunk(2, dim=1)         # (B, C_out, 1, 1) each
-        h = self.norm2(h) * (1 + scale) + shift                                # (B, C_out, H', W')
+            h = F.interpolate(h, scale_factor=2)                        # (B, C_in, 2H, 2W)
+            x = F.interpolate(x, scale_factor=2)                        # (B, C_in, 2H, 2W)
+        h = self.conv1(h)                                               # (B, C_out, H', W')
+        film = self.film(F.silu(emb))[:, :, None, None]                 # (B, 2 C_out, 1, 1)
+        scale, shift = film.chunk(2, dim=1)                             # (B, C_out, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift                         # (B, C_out, H', W')
         if self.plug is not None:
-            h = self.plug(h, condition)                                        # (B, C_out, H', W')
-        h = self.conv2(F.silu(h))                                              # (B, C_out, H', W')
-        return self.skip(x) + h                                                # (B, C_out, H', W')
+            h = self.plug(h, condition)                                 # (B, C_out, H', W')
+        h = self.conv2(F.silu(h))                                       # (B, C_out, H', W')
+        return self.skip(x) + h                                         # (B, C_out, H', W')
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to context (or to x itself), in the layout of latent diffusion (Rombach et al., 2022)."""
+    """Multi-head attention from x to context, or to x itself if there is no context.
+
+    The layout is that of latent diffusion (Rombach et al., 2022).  There are channels / head_dim
+    heads.  Raises ValueError if head_dim does not divide channels.
+    """
 
     def __init__(self, channels, head_dim, context_dim=None):
         super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"attention: {channels} channels cannot be divided into heads of "
+                             f"{head_dim}; choose a head_dim that divides {channels}")
         self.heads = channels // head_dim
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
+    def split(self, h):
+        """(B, N, C) -> (B, heads, N, C/heads)"""
+        return h.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x, context=None, mask=None):
-        """x: (B, N, C); context: (B, L, D); mask: (B, L) True where the context is to be looked at.  Returns (B, N, C)."""
-        context = x if context is None else context                           # (B, L, D)
-        q, k, v = (f(s).unflatten(2, (self.heads, -1)).transpose(1, 2)         # (B, heads, N or L, C/heads)
-                   for f, s in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        mask = None if mask is None else mask[:, None, None]                   # (B, 1, 1, L)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)            # (B, heads, N, C/heads)
-        return self.out(a.transpose(1, 2).flatten(2))                          # (B, N, C)
+        """x: (B, N, C); context: (B, L, D).  Returns (B, N, C).
+
+        mask: (B, L), True where the context is to be looked at.
+        """
+        context = x if context is None else context                     # (B, L, D)
+        q = self.split(self.to_q(x))                                    # (B, heads, N, C/heads)
+        k = self.split(self.to_k(context))                              # (B, heads, L, C/heads)
+        v = self.split(self.to_v(context))                              # (B, heads, L, C/heads)
+        mask = None if mask is None else mask[:, None, None]            # (B, 1, 1, L)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)     # (B, heads, N, C/heads)
+        return self.out(a.transpose(1, 2).flatten(2))                   # (B, N, C)
 
 
 class SpatialTransformer(nn.Module):
-    """Latent diffusion's conditioning block: self-attention, cross-attention to `context`, gated feed-forward.
+    """Latent diffusion's block: self-attention, cross-attention to `context`, gated feed-forward.
 
-    As a plug it is called with condition = context, (B, L, D).  With one context token (L = 1) the softmax over a single
-    key is 1, so cross-attention adds the same vector at every position and to_q, to_k receive no gradient.
+    As a plug it is called with condition = context, (B, L, D).  With one context token (L = 1) the
+    softmax over a single key is 1, so cross-attention adds the same vector at every position and
+    to_q, to_k receive no gradient.  Raises ValueError if head_dim does not divide channels.
     """
 
     def __init__(self, channels, head_dim, context_dim, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.norm1, self.self_attention = nn.LayerNorm(channels), Attention(channels, head_dim)
-        self.norm2, self.cross_attention = nn.LayerNorm(channels), Attention(channels, head_dim, context_dim)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, head_dim)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, head_dim, context_dim)
         self.norm3 = nn.LayerNorm(channels)
-        self.gate, self.ff = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
+        self.gate = nn.Linear(channels, 8 * channels)
+        self.ff = nn.Linear(4 * channels, channels)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, context):
         _, _, height, width = x.shape
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)              # (B, N, C)
-        h = h + self.self_attention(self.norm1(h))                             # (B, N, C)
-        h = h + self.cross_attention(self.norm2(h), context)                   # (B, N, C)
-        value, gate = self.gate(self.norm3(h)).chunk(2, dim=2)                 # (B, N, 4C) each
-        h = h + self.ff(value * F.gelu(gate))                                  # (B, N, C)
-        h = h.transpose(1, 2).unflatten(2, (height, width))                    # (B, C, H, W)
-        return x + self.proj_out(h)                                            # (B, C, H, W)
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, N, C)
+        h = h + self.self_attention(self.norm1(h))                      # (B, N, C)
+        h = h + self.cross_attention(self.norm2(h), context)            # (B, N, C)
+        value, gate = self.gate(self.norm3(h)).chunk(2, dim=2)          # (B, N, 4C) each
+        h = h + self.ff(value * F.gelu(gate))                           # (B, N, C)
+        h = h.transpose(1, 2).unflatten(2, (height, width))             # (B, C, H, W)
+        return x + self.proj_out(h)                                     # (B, C, H, W)
 
 
 class SelfAttention(nn.Module):
@@ -145,8 +183,20 @@ class Chain(nn.ModuleList):
 
 
 def attention_at(sizes, make):
-    """The usual plug: make(site) after every block whose map is one of `sizes` pixels wide, and between the two mid blocks."""
+    """The usual plug: make(site) after every block whose map is one of `sizes` pixels wide.
+
+    make(site) also goes between the two mid blocks, whatever their size.  With sizes = () it goes
+    there alone.  A size that no map has is ignored, because a small image has few sizes.  But if no
+    map has any of the sizes, the U-Net cannot be built: ValueError.
+    """
+    widths = []                         # of the maps on the way down, which the U-Net builds first
+
     def plug(site):
+        if site.stage == "down":
+            widths.append(site.size)
+        if site.stage == "mid" and sizes and not set(sizes) & set(widths):
+            raise ValueError(f"attention: no map is {' or '.join(map(str, sizes))} pixels wide; "
+                             f"choose among {', '.join(map(str, dict.fromkeys(widths)))}")
         wanted = site.index == 0 if site.stage == "mid" else site.size in sizes
         return make(site) if site.where == "block" and wanted else None
     return plug
@@ -180,16 +230,20 @@ class UNet(nn.Module):
     def __init__(self, c_in, c_out, base, mult, blocks, size, groups=32, plug=lambda site: None):
         super().__init__()
         emb = 4 * base
-        self.base, self.shrink = base, 2 ** (len(mult) - 1)
+        self.base = base
         self.time = nn.Sequential(nn.Linear(base, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.stem = nn.Conv2d(c_in, base, 3, padding=1)
 
         def block(stage, level, index, last, c_in, c_out):
-            site = dict(stage=stage, level=level, index=index, last=last, channels=c_out, size=size // 2 ** level)
-            return Block(ResBlock(c_in, c_out, emb, groups, norm_plug=plug(Site("norm", **site))), plug(Site("block", **site)))
+            site = dict(stage=stage, level=level, index=index, last=last, channels=c_out,
+                        size=size // 2 ** level)
+            res = ResBlock(c_in, c_out, emb, groups, norm_plug=plug(Site("norm", **site)))
+            return Block(res, plug(Site("block", **site)))
 
-        channels, skips = base, [base]                                         # channels of what the way up will concatenate
-        self.down, self.shrinks = nn.ModuleList(), nn.ModuleList()
+        channels = base
+        skips = [base]                  # channels of what the way up will concatenate
+        self.down = nn.ModuleList()
+        self.shrinks = nn.ModuleList()
         for level, m in enumerate(mult):
             row = nn.ModuleList()
             for index in range(blocks):
@@ -202,48 +256,53 @@ class UNet(nn.Module):
                 skips.append(channels)
 
         deepest = len(mult) - 1
-        self.mid = nn.ModuleList(block("mid", deepest, index, index == 1, channels, channels) for index in range(2))
+        self.mid = nn.ModuleList([block("mid", deepest, 0, False, channels, channels),
+                                  block("mid", deepest, 1, True, channels, channels)])
 
-        self.up, self.grows = nn.ModuleList(), nn.ModuleList()                 # both run from the deepest level to level 0
+        self.up = nn.ModuleList()       # from the deepest level to level 0, as self.grows
+        self.grows = nn.ModuleList()
         for level in reversed(range(len(mult))):
             row = nn.ModuleList()
             for index in range(blocks + 1):
-                row.append(block("up", level, index, index == blocks, channels + skips.pop(), mult[level] * base))
+                wide = channels + skips.pop()
                 channels = mult[level] * base
+                row.append(block("up", level, index, index == blocks, wide, channels))
             self.up.append(row)
             if level > 0:
                 self.grows.append(ResBlock(channels, channels, emb, groups, resample="up"))
 
-        self.head = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), zeroed(nn.Conv2d(channels, c_out, 3, padding=1)))
+        last = zeroed(nn.Conv2d(channels, c_out, 3, padding=1))
+        self.head = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), last)
 
     def forward(self, x, t, condition=None, taps=None):
-        """x: (B, c_in, H, W), H and W divisible by 2**(levels - 1).  t: (B,).  Returns (B, c_out, H, W).
+        """x: (B, c_in, H, W), H and W divisible by 2**(levels - 1).  t: (B,).
 
-        condition goes untouched to every plug.  If `taps` is a dict, taps["down" | "up", level] is set to the map behind
-        the last block (and plug) of that level, before the resolution changes.
+        Returns (B, c_out, H, W).  condition goes untouched to every plug.  If `taps` is a dict,
+        taps["down" | "up", level] is set to the map behind the last block (and plug) of that level,
+        before the resolution changes.
         """
-        emb = self.time(sinusoid(t, self.base))                                # (B, 4*base)
-        h = self.stem(x)                                                       # (B, base, H, W)
+        emb = self.time(sinusoid(t, self.base))                         # (B, 4*base)
+        h = self.stem(x)                                                # (B, base, H, W)
         skips = [h]
         for level, row in enumerate(self.down):
             for block in row:
-                h = block(h, emb, condition)                                   # (B, C_l, H_l, W_l)
+                h = block(h, emb, condition)                            # (B, C_l, H_l, W_l)
                 skips.append(h)
             if taps is not None:
                 taps["down", level] = h
             if level < len(self.shrinks):
-                h = self.shrinks[level](h, emb)                                # (B, C_l, H_l/2, W_l/2)
+                h = self.shrinks[level](h, emb)                         # (B, C_l, H_l/2, W_l/2)
                 skips.append(h)
         for block in self.mid:
-            h = block(h, emb, condition)                                       # (B, C_deep, H_deep, W_deep)
+            h = block(h, emb, condition)                                # (B, C_l, H_l, W_l)
         for row, level in zip(self.up, reversed(range(len(self.up)))):
             for block in row:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb, condition)  # (B, C_l, H_l, W_l)
             if taps is not None:
                 taps["up", level] = h
             if level > 0:
-                h = self.grows[len(self.grows) - level](h, emb)                # (B, C_l, 2H_l, 2W_l)
-        return self.head(h)                                                    # (B, c_out, H, W)
+                h = self.grows[len(self.grows) - level](h, emb)         # (B, C_l, 2H_l, 2W_l)
+        return self.head(h)                                             # (B, c_out, H, W)
 
 
 class Block(nn.Module):
@@ -254,5 +313,5 @@ class Block(nn.Module):
         self.res, self.plug = res, plug
 
     def forward(self, h, emb, condition):
-        h = self.res(h, emb, condition)                                        # (B, C, H, W)
-        return h if self.plug is None else self.plug(h, condition)             # (B, C, H, W)
+        h = self.res(h, emb, condition)                                 # (B, C, H, W)
+        return h if self.plug is None else self.plug(h, condition)      # (B, C, H, W)

@@ -1,4 +1,4 @@
-"""common/clip.py against hand-worked tokens, closed forms, torch's own layers, and retrieval on unseen subjects."""
+"""common/clip.py against closed forms, torch's own layers, and retrieval on unseen subjects."""
 import contextlib
 import hashlib
 import io
@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import clip as C
-from common import embeddings as E
+from common.contrastive import contrastive_loss, groups_of, nearest
+from common.embeddings import embed
+from common.tokenizer import MASK, NONE, NUM, UNK, Tokens
 
 CONTRASTS = ("flair", "t1", "t1ce", "t2")
 ECHO_TIMES = (120, 10, 12.5, 90)
@@ -124,92 +127,6 @@ def fresh():
     return C.build("demo", TEXTS, 32)
 
 
-# ---- Tokenizer ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("text, kinds, read_back", [
-    ("3T", "number word", "3 t"),
-    ("120kVp 0.8mm", "number word number word", "120 kvp 0.8 mm"),
-    ("T1w", "word", "t1w"),
-    ("18F-FDG", "word mark word", "18f - fdg"),
-    ("3D-OSEM", "word mark word", "3d - osem"),
-    ("H31s 412 mm2", "word number word", "h31s 412 mm2"),
-    ("-5 to 10", "number word number", "-5 to 10"),
-    ("(-1000,-5) 3-5", "mark number mark number mark number mark number", "( -1000 , -5 ) 3 - 5"),
-    ("TI=\u22120.5", "word mark number", "ti = -0.5"),
-    ("t1-t2", "word mark word", "t1 - t2"),
-    ("0.8 x 0.8 x 5 mm", "number word number word number word", "0.8 x 0.8 x 5 mm"),
-    ("90.0 1000000 0.0001", "number number number", "90 1000000 0.0001"),
-    ("TE: [MASK] ms", "word mark mask word", "te : [mask] ms"),
-    ("Voxel: None x None x 5; TI: None", "word mark none word none word number mark word mark none",
-     "voxel : none x none x 5 ; ti : none"),
-    ("none of the nonex 5", "word word word word number", "none of the nonex 5"),
-    ("caf\u00e9 \uff13\uff34", "word number word", "caf[unk]3 t"),
-])
-def test_pieces_and_reading_back(fresh, text, kinds, read_back):
-    assert [kind for kind, _ in C.split(text)] == kinds.split()
-    ids, vals = fresh.tokenizer.encode(text)
-    assert fresh.tokenizer.decode(ids, vals) == read_back
-    assert ids[0] == C.CLS and ids[-1] == C.SEP
-
-
-def test_ids_and_values_of_a_caption(fresh):
-    ids, vals = fresh.tokenizer.encode("t1 -0.5 none")
-    assert ids[2:] == [C.NUM, C.NONE, C.SEP] and ids[1] > C.UNK
-    assert vals == [0, 0, -0.5, 0, 0]
-    assert len(fresh.tokenizer.encode(TEXTS[0])[0]) == 25       # every word and mark of a training caption is one token
-    assert len(fresh.tokenizer.encode("cardiomegaly")[0]) > 3   # an unseen word is several, still readable
-
-
-def test_merges_apply_in_the_order_in_which_they_were_learned():
-    tokenizer = C.Tokenizer([("a", "b"), ("b", "c "), ("n", "o"), ("no", "n"), ("non", "e")], context=96)
-    ids, vals = tokenizer.encode("abc nonex")
-    assert [tokenizer.symbols[i] for i in ids[1:-1]] == ["ab", "c ", "none", "x "]     # not the special token
-    assert C.NONE not in ids and tokenizer.decode(ids, vals) == "abc nonex"
-
-
-def test_merges_are_those_of_the_textbook_example():
-    counts = C.Counter({"low": 5, "lower": 2, "newest": 6, "widest": 3})
-    assert C.learn_merges(counts, 4) == [("s", "t "), ("e", "st "), ("l", "o"), ("w", "est ")]
-
-
-def test_indexed_merges_equal_a_recount_after_every_merge():
-    g = np.random.default_rng(0)
-    counts = C.Counter({"".join(g.choice(list("abc"), g.integers(1, 9))): int(g.integers(1, 30)) for _ in range(60)})
-    words, expected = {w: [*w[:-1], w[-1] + " "] for w in counts}, []
-    for _ in range(40):
-        pairs = C.Counter()
-        for word, symbols in words.items():
-            for i in range(len(symbols) - 1):
-                pairs[symbols[i], symbols[i + 1]] += counts[word]
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        expected.append(best)
-        for symbols in words.values():
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = ["".join(best)]
-                i += 1
-    assert C.learn_merges(counts, 40) == expected
-
-
-def test_vocabulary_is_capped_and_words_reach_their_learned_symbols():
-    words = [f"{a}{b}word{a}" for a in "abcdefgh" for b in "pqrstu"]
-    tokenizer = C.Tokenizer.train(words, vocab=150)
-    assert 140 <= len(tokenizer) <= 150 and len(tokenizer.symbols) == len(set(tokenizer.symbols))
-    full = C.Tokenizer.train(words)
-    assert all(len(full.encode(word)[0]) == 3 for word in words)
-    assert len({full.encode(word)[0][1] for word in words}) == len(words)
-
-
-def test_batch_is_padded_to_its_own_longest_text_and_overflow_raises(fresh):
-    tokens = fresh.tokenizer(["t1", "t1; t2; flair"])
-    assert tokens.ids.shape == (2, 7) and tokens.ids[0, 3:].eq(C.PAD).all()
-    assert tokens.mask.sum(1).tolist() == [3, 7] and tokens.mask[0].tolist() == [True] * 3 + [False] * 4
-    assert len(fresh.tokenizer.encode("; " * 94)[0]) == 96
-    with pytest.raises(ValueError, match="97 tokens.*takes 96"):
-        fresh.tokenizer(["t1", "; " * 95])
-
-
 # ---- Towers ---------------------------------------------------------------------------------------------------------
 
 def test_block_is_torchs_pre_norm_transformer_layer():
@@ -261,8 +178,8 @@ def test_padding_and_what_it_holds_change_nothing(fresh):
         alone, together = fresh.encode_text([short]), fresh.encode_text([short, long])
         tokens = fresh.tokenizer([short, long])
         ids, vals, mask = tokens
-        junk = C.Tokens(ids.masked_fill(~mask, C.NUM), vals.masked_fill(~mask, 7.0), mask)
-        junked = fresh.encode_text(junk)
+        junk = Tokens(np.where(mask, ids, NUM), np.where(mask, vals, np.float32(7)), mask)
+        junked = fresh.encode_tokens(junk)
     n = alone.tokens.shape[1]
     assert together.mask[0].sum() == n < together.mask.shape[1]
     assert torch.allclose(alone.pooled[0], together.pooled[0], atol=1e-5)
@@ -340,48 +257,6 @@ def test_sizes_are_those_of_the_table(size, image, text_millions, image_millions
 
 # ---- Objective ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("B, s", [(2, 1.0), (2, 14.0), (9, 3.0)])
-def test_infonce_of_perfect_features(B, s):
-    expected = math.log(1 + (B - 1) * math.exp(-s))
-    assert C.contrastive_loss(s * torch.eye(B), torch.arange(B)).item() == pytest.approx(expected, abs=1e-6)
-    instance = C.instance_loss(3 * torch.eye(B), torch.eye(B), s, torch.arange(B))
-    assert instance.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_different_groups_give_cross_entropy_both_ways():
-    torch.manual_seed(0)
-    logits = 4 * torch.randn(6, 6)
-    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
-    assert C.contrastive_loss(logits, torch.randperm(6)).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert C.loss_floor(torch.arange(6)).item() == 0
-
-
-def test_equal_captions_are_positives_of_each_other():
-    flat = torch.zeros(5, 5, requires_grad=True)
-    loss = C.contrastive_loss(flat, torch.zeros(5, dtype=torch.int64))
-    loss.backward()
-    assert loss.item() == pytest.approx(math.log(5)) and flat.grad.abs().max() < 1e-7
-    groups = torch.tensor([0, 1, 0, 2, 1, 0])
-    perfect = 50.0 * (groups[:, None] == groups[None])
-    assert C.loss_floor(groups).item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6)
-    assert C.contrastive_loss(perfect, groups).item() == pytest.approx(C.loss_floor(groups).item(), abs=1e-5)
-    # by hand: rows [2, 0, 1], groups (a, a, b): -log p of row 0 = ln(e^2+1+e) - (2+0)/2, ...
-    logits = torch.tensor([[2.0, 0, 1], [0, 2, 0], [1, 0, 3]])
-    e = math.e
-    rows = math.log(e ** 2 + 1 + e) - 1 + math.log(2 + e ** 2) - 1 + math.log(e + 1 + e ** 3) - 3
-    columns = math.log(e ** 2 + 1 + e) - 1 + math.log(1 + e ** 2 + 1) - 1 + math.log(e + 1 + e ** 3) - 3
-    assert C.contrastive_loss(logits, torch.tensor([7, 7, 1])).item() == pytest.approx((rows + columns) / 6, rel=1e-6)
-
-
-def test_instance_loss_finds_the_same_slice_and_spares_its_repeats():
-    a = torch.eye(4)
-    assert C.instance_loss(a, a, 10.0, torch.arange(4)) < 0.01
-    assert C.instance_loss(a, a.roll(1, 0), 10.0, torch.arange(4)) > 5
-    twice = a[[0, 1, 2, 2]]
-    loss = C.instance_loss(twice, twice, 40.0, torch.tensor([0, 1, 2, 2]))
-    assert loss.item() == pytest.approx(math.log(2) / 2, abs=1e-5)
-
-
 def test_loss_of_known_features_by_hand():
     clip = C.build("demo", TEXTS, 32).freeze()
     texts, v = ["a", "b", "c"], torch.tensor([[3.0, 0], [0, 0.5], [2, 2]])
@@ -396,20 +271,10 @@ def test_loss_of_known_features_by_hand():
     assert facts["scale"].item() == pytest.approx(14.286, abs=1e-3)
     assert facts["r1_i2t"].item() == pytest.approx(2 / 3) and facts["r1_t2i"].item() == pytest.approx(1 / 3)
     same = torch.tensor([0, 1, 1])
-    assert clip.loss(u, texts, same)[0].item() == pytest.approx(C.contrastive_loss(logits, same).item(), rel=1e-5)
+    assert clip.loss(u, texts, same)[0].item() == pytest.approx(contrastive_loss(logits, same).item(), rel=1e-5)
     repeated, facts = clip.loss(u, ["a", "c", "c"])             # equal texts are one group by default
-    assert repeated.item() == pytest.approx(C.contrastive_loss(logits[:, [0, 2, 2]], same).item(), rel=1e-5)
+    assert repeated.item() == pytest.approx(contrastive_loss(logits[:, [0, 2, 2]], same).item(), rel=1e-5)
     assert facts["r1_i2t"].item() == 1
-
-
-def test_logits_keep_float32_under_autocast():
-    torch.manual_seed(0)
-    a, b = torch.randn(5, 64), torch.randn(7, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = C.cosines(a.bfloat16(), b)
-    assert inside.dtype == torch.float32 and torch.equal(inside, C.cosines(a.bfloat16(), b))
-    expected = F.cosine_similarity(a[1].bfloat16().float(), b[2], dim=0).item()
-    assert inside[1, 2].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_scale_stays_below_100_and_comes_back():
@@ -449,14 +314,14 @@ def test_frozen_means_frozen():
     assert clip.freeze() is clip and not any(p.requires_grad for p in clip.parameters())
     parent.train()
     assert parent["head"].training and not any(module.training for module in clip.modules())
-    before = clip.encode_image(x).pooled, clip.encode_text(clip.tokenizer(TEXTS)).pooled
+    before = clip.encode_image(x).pooled, clip.encode_tokens(clip.tokenizer(TEXTS)).pooled
     optimiser = torch.optim.AdamW(parent.parameters(), lr=0.1, weight_decay=0.5)
     for _ in range(10):
         features = clip.encode_image(x.requires_grad_(True)).pooled
         assert not features.requires_grad
         parent["head"](features + clip.encode_text(TEXTS[:2]).pooled).sum().backward()
         optimiser.step()
-    after = clip.encode_image(x).pooled, clip.encode_text(clip.tokenizer(TEXTS)).pooled
+    after = clip.encode_image(x).pooled, clip.encode_tokens(clip.tokenizer(TEXTS)).pooled
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
@@ -530,6 +395,25 @@ def test_fresh_weights_depend_on_the_seed_alone():
     assert a.text.embedding.num_embeddings == len(a.tokenizer) < 1024
 
 
+def test_table_of_a_frozen_tower_encodes_each_prompt_once():
+    clip, calls = C.build("demo", TEXTS, 32), []
+    with pytest.raises(ValueError, match="freeze"):
+        clip.remember(TEXTS)
+    clip.freeze().text.register_forward_hook(lambda module, args, out: calls.append(len(out.pooled)))
+    prompts = ["t1", TEXTS[0], "t1", "Modality: [MASK]"]
+    table = clip.remember(prompts)
+    assert calls == [1, 1, 1] and set(table) == set(prompts)
+    clip.encode_text(prompts)
+    expected = clip.encode_tokens(clip.tokenizer(prompts))
+    clip.freeze()                                               # forgets its own, not the caller's
+    e = embed(table, prompts)
+    assert calls == [1, 1, 1, 4] and torch.equal(e.mask, expected.mask)
+    assert torch.allclose(e.tokens[e.mask], expected.tokens[e.mask], atol=1e-5) and not e.tokens[~e.mask].any()
+    p = expected.pooled.numpy()
+    by_hand = (p - p.mean(1, keepdims=True)) / np.sqrt(p.var(1, keepdims=True) + 1e-5)
+    assert np.allclose(e.pooled, by_hand, atol=1e-4) and not e.pooled.requires_grad
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 def test_rate_warms_up_for_a_tenth_then_falls_to_zero():
@@ -590,7 +474,7 @@ def test_hidden_values_are_known_ones_drawn_evenly():
     expected = {new: 8000 * 0.6 / 6 for word in ("[MASK]", "None") for new in (
         f"Age: {word}; Sex: None; Note: a: b, c; TE: 90 ms", f"Age: 35; Sex: None; Note: {word}; TE: 90 ms",
         f"Age: 35; Sex: None; Note: a: b, c; TE: {word}")} | {texts[0]: 8000 * 0.4}
-    counts = C.Counter(hidden[::3])
+    counts = Counter(hidden[::3])
     assert set(counts) == set(expected)
     assert all(abs(counts[text] - n) < 4.5 * math.sqrt(n * (1 - n / 8000)) for text, n in expected.items())
     assert C.hide_values(texts[:1], 1.0, torch.Generator()) != texts[:1] and C.hide_values(texts, 0, torch.Generator()) == texts
@@ -606,7 +490,7 @@ def test_hiding_changes_texts_but_neither_images_nor_positives():
         C.train_clip(StandInRun(), clip, slices(12, 1, size=16), texts, subjects(12), 3, 12, instance=0, field_dropout=share)
     changed = []
     for full, some in zip(seen[0.0][1::2], seen[0.2][1::2]):
-        assert torch.equal(full[1], some[1]) and full[1].tolist() == C.groups_of(full[0]).tolist()
+        assert torch.equal(full[1], some[1]) and full[1].tolist() == groups_of(full[0]).tolist()
         changed.append([a != b for a, b in zip(full[0], some[0])])
         assert all(("None" in b or "[MASK]" in b) == c for b, c in zip(some[0], changed[-1]))
     assert all(torch.equal(a, b) for a, b in zip(seen[0.0][::2], seen[0.2][::2]))
@@ -674,20 +558,11 @@ def test_mask_and_none_are_learned_words(trained):
     clip, _ = trained
     start = C.build("demo", [t for row in captions(4, masked=True) for t in row], 32)
     moved = (clip.text.embedding.weight - start.text.embedding.weight).norm(dim=1)
-    assert moved[C.MASK] > 0.01 and moved[C.NONE] > 0.01 and moved[C.UNK] == 0
+    assert moved[MASK] > 0.01 and moved[NONE] > 0.01 and moved[UNK] == 0
     with torch.no_grad():
         texts = captions(1)[0][1], captions(1, masked=True)[0][1], captions(2, masked=True)[1][1]
         e = F.normalize(clip.encode_text(texts).pooled, dim=1)
     assert e[0] @ e[1] < 0.999 and e[0] @ e[2] < 0.999
-
-
-def test_retrieval_by_hand():
-    a = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
-    b = torch.tensor([[0.1, 0.0], [3, 0.1], [2, 2]])            # row 0 and 2 find themselves; row 1 does not
-    assert C.retrieval(a, b) == pytest.approx(2 / 3)
-    torch.manual_seed(0)
-    many = torch.randn(2500, 16)
-    assert C.retrieval(many, 5 * many) == 1 and C.retrieval(many, many.roll(1, 0)) == 0
 
 
 def test_encoding_in_batches_equals_encoding_at_once(fresh):
@@ -707,7 +582,7 @@ def test_report_counts_hits_of_known_features():
             contrast, lean = x[:, 0, 0, 0], x[:, 0, 0, 1]
             return C.Features(None, None, torch.stack([1 - contrast, contrast, lean], dim=1))
 
-        def encode_text(self, texts):
+        def encode_tokens(self, texts):
             return C.Features(None, None, torch.stack([directions[text] for text in texts]))
 
     images = np.zeros((4, 2, 1, 2), dtype=np.float16)
@@ -729,92 +604,5 @@ def test_hidden_values_are_read_from_the_rest():
     z, own = C.encode_all(clip.freeze(), slices(16, 99, size=16)).flatten(0, 1), torch.arange(4).repeat(16)
     for word in ("[MASK]", "None"):
         texts = [text.replace(f"Modality: {c}", f"Modality: {word}") for text, c in zip(full, CONTRASTS)]
-        assert (C.nearest(z, clip.encode_text(texts).pooled) == own).float().mean() > 0.9
+        assert (nearest(z, clip.encode_text(texts).pooled) == own).float().mean() > 0.9
     assert np.mean([facts["excess"] for facts in run.logged[-20:]]) < 0.3      # no false negatives: hidden or not, one caption
-
-
-# ---- Prompts as a table ---------------------------------------------------------------------------------------------
-
-def test_table_of_a_frozen_tower_encodes_each_prompt_once():
-    clip, calls = C.build("demo", TEXTS, 32), []
-    with pytest.raises(ValueError, match="freeze"):
-        clip.remember(TEXTS)
-    clip.freeze().text.register_forward_hook(lambda module, args, out: calls.append(len(out.pooled)))
-    prompts = ["t1", TEXTS[0], "t1", "Modality: [MASK]"]
-    table = clip.remember(prompts)
-    assert calls == [1, 1, 1] and set(table) == set(prompts)
-    clip.encode_text(prompts)
-    expected = clip.encode_text(clip.tokenizer(prompts))
-    clip.freeze()                                               # forgets its own, not the caller's
-    e = E.embed(table, prompts)
-    assert calls == [1, 1, 1, 4] and torch.equal(e.mask, expected.mask)
-    assert torch.allclose(e.tokens[e.mask], expected.tokens[e.mask], atol=1e-5) and not e.tokens[~e.mask].any()
-    p = expected.pooled.numpy()
-    by_hand = (p - p.mean(1, keepdims=True)) / np.sqrt(p.var(1, keepdims=True) + 1e-5)
-    assert np.allclose(e.pooled, by_hand, atol=1e-4) and not e.pooled.requires_grad
-
-
-def test_closest_prompts_are_named_and_warned_about():
-    unit = {"a": (1, -1, 0), "b": (3, 0, -3), "c": (5, 4, 5), "d": (-2, 2.1, 0)}           # means 0 but for c
-    table = {name: [None, None, torch.tensor(v, dtype=torch.float32)] for name, v in unit.items()}
-    run = StandInRun()
-    assert E.report_closest(run, table, ["b", "a", "b"]) == pytest.approx(0.5, abs=1e-4)
-    assert len(run.said) == 1 and "0.500" in run.said[0] and "'b' and 'a'" in run.said[0] and "of 2 prompts" in run.said[0]
-    assert E.report_closest(run, table, ["c", "b", "a"]) == pytest.approx(0.75 ** 0.5, abs=1e-4)   # c less its mean: (1, -2, 1) / 3
-    table["e"] = [None, None, torch.tensor([2.0, -2.1, 0])]
-    assert E.report_closest(run, table, list(unit) + ["e"]) > 0.99
-    assert len(run.said) == 4 and "'a' and 'e'" in run.said[2] and run.said[3].startswith("warning")
-    assert E.report_closest(run, table, ["a", "a"]) is None and "single" in run.said[4]
-
-
-def embeddings(**changes):
-    arrays = {"prompts": np.array(["t1", "t2; [MASK]"]), "pooled": np.array([[1, 2, 3], [4, 0, 6]], np.float16),
-              "tokens": np.arange(16.0).reshape(2, 2, 4), "mask": np.array([[True, False], [True, True]])}
-    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
-
-
-def test_embeddings_made_elsewhere(tmp_path):
-    np.savez(tmp_path / "emb.npz", **embeddings())
-    table, width = E.load_embeddings(tmp_path / "emb.npz")
-    assert width == 3 and list(table) == ["t1", "t2; [MASK]"] and all(type(prompt) is str for prompt in table)
-    found = E.look_up(table, ["t2; [MASK]", "t1", "t1"])
-    assert found.pooled.tolist() == [[4, 0, 6], [1, 2, 3], [1, 2, 3]] and found.pooled.dtype == torch.float32
-    assert found.tokens[:2].tolist() == np.arange(16.0).reshape(2, 2, 4)[::-1].tolist()
-    assert found.mask.tolist() == [[True, True], [True, False], [True, False]]
-    with pytest.raises(ValueError, match=r"2 prompts.*first: 'T1'.*every prompt"):
-        E.embed(table, ["t1", "T1", "pd", "T1"])
-    np.savez(tmp_path / "emb.npz", **embeddings(tokens=None, mask=None))
-    features = E.embed(E.load_embeddings(tmp_path / "emb.npz")[0], ["t1"])
-    assert features.tokens is None and features.mask is None
-    assert features.pooled[0].tolist() == pytest.approx([-1.5 ** 0.5, 0, 1.5 ** 0.5], abs=1e-4)
-
-
-@pytest.mark.parametrize("changes, why", [
-    ({"pooled": None}, "missing"), ({"prompts": None}, "missing"), ({"mask": None}, "missing"), ({"tokens": None}, "missing"),
-    ({"prompts": np.array([1, 2])}, "list of strings"), ({"prompts": np.array("t1")}, "list of strings"),
-    ({"prompts": np.array([b"a", b"b"])}, "list of strings"), ({"prompts": np.array(["t1", "t1"])}, "twice"),
-    ({"prompts": np.array(["t1", "t2"], dtype=object)}, "not readable"),
-    ({"pooled": np.ones((3, 3))}, r"pooled is not.*'pooled': \(3, 3\)"), ({"pooled": np.ones(2)}, "pooled is not"),
-    ({"pooled": np.array([[1, np.nan], [1, 2]])}, "pooled is not"), ({"pooled": np.array([["1"], ["2"]])}, "pooled is not"),
-    ({"tokens": np.ones((2, 4))}, "tokens are not"), ({"tokens": np.ones((3, 2, 4))}, "tokens are not"),
-    ({"tokens": np.full((2, 2, 4), np.inf)}, "tokens are not"), ({"mask": np.ones((2, 3), bool)}, "mask is not"),
-    ({"mask": np.ones((2, 2))}, "mask is not"), ({"mask": np.array([[True, True], [False, False]])}, "mask is not"),
-])
-def test_unfit_embeddings_are_refused_in_one_line(tmp_path, changes, why):
-    np.savez(tmp_path / "emb.npz", **embeddings(**changes))
-    with pytest.raises(ValueError, match=why) as caught:
-        E.load_embeddings(tmp_path / "emb.npz")
-    assert "emb.npz" in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"prompts", b"PK\x03\x04 cut off", "npy"])
-def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "emb.npz"
-    if content == "npy":
-        with open(path, "wb") as file:
-            np.save(file, np.ones(6))
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match="not readable") as caught:
-        E.load_embeddings(path)
-    assert "\n" not in str(caught.value)

@@ -980,7 +980,7 @@ def test_prompts_of_the_data_sets(tmp_path):
 
 def test_prompts_as_the_tokenizer_reads_them():
     """None and [MASK] are tokens, and the numbers are values."""
-    split = pytest.importorskip("common.clip").split
+    split = pytest.importorskip("common.tokenizer").split
     meta = {"scanner": "Philips", "field": 1.5, "body": "brain", "age": 35, "times": {"t2": (8178.34, 100)}}
     text = prompt("t2", meta, masked=("modality",))
     kinds = [piece for piece in split(text) if piece[0] not in ("word", "mark")]

@@ -19,7 +19,7 @@ from toys import weights
 
 import data
 import metadb
-from common import clip, embeddings, script
+from common import clip, embeddings, encoder, script
 from common.loop import cosine_rate
 from common.run import Run
 from data import phantom
@@ -470,7 +470,7 @@ def test_the_masked_prompt_differs_from_the_whole_one_by_the_contrast_alone(load
     a, b = whole[0], hidden[0]
     assert "T1-weighted" in a and "[MASK]" in b and "T1" not in b and a.split("Description")[0] == b.split("Description")[0]
     assert hidden[0] == hidden[1] and set(model.prompts.every()) >= {a, b}
-    scanner = embeddings.Prompts(None, ds.complete, ds.contrasts, ("scanner",))
+    scanner = encoder.Prompts(None, ds.complete, ds.contrasts, ("scanner",))
     assert scanner.sentences([ds.complete[0].name], [0])[0].startswith("Scanner: ")
 
 
@@ -599,7 +599,7 @@ def test_a_dry_run_and_a_benchmark_say_sizes_and_rates(ixi, tmp_path, monkeypatc
 
 def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
-    embeddings.main(["--data", str(ixi), "--contrasts", "T1,t2", "--to", str(tmp_path / "prompts.txt")])
+    encoder.main(["--data", str(ixi), "--contrasts", "T1,t2", "--to", str(tmp_path / "prompts.txt")])
     prompts = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert any("[MASK]" in p for p in prompts) and len(set(prompts)) == len(prompts)
     np.savez(tmp_path / "own.npz", prompts=np.array(prompts), pooled=np.random.default_rng(0).normal(size=(len(prompts), 20)).astype(np.float32))

@@ -100,7 +100,7 @@ def test_ssim_knows_two_windows():
         M.ssim(A, B, 1, "box")
 
 
-def test_masks():
+def test_masks(recwarn):
     zero_filled = M.psnr(A * MASK, B * MASK, 1)
     assert zero_filled == close(34.9844124101952)
     assert M.psnr(A, B, 1, MASK) == close(29.93291262699614)
@@ -114,6 +114,7 @@ def test_masks():
     values = M.ssim(A3, B3, 1, mask=each)
     assert values[1] == close(M.ssim(A3[1], B3[1], 1, mask=~MASK)) and values[1] != close(values[0])
     assert np.isnan(values[3]) and np.isnan(M.psnr(A3, B3, 1, each)[3])                 # a slice without foreground
+    assert np.isnan(M.mae(A, B, 0 * MASK)) and not recwarn.list
 
 
 def test_a_blank_truth_has_no_nmse():
@@ -136,18 +137,46 @@ def test_shapes_must_agree():
         M.psnr(A3, B, 1)                                                    # would broadcast silently
 
 
-def test_score_clips_and_scores_whole_slices():
+def test_score_scores_whole_slices():
     scores = M.score(A3, B3)
     assert list(scores) == ["psnr", "ssim", "mae", "nmse"]
     assert scores["psnr"].mean() == close(29.524516843818926)
     assert scores["ssim"][0] == close(0.9510076671004315)
     assert scores["mae"][0] == close(0.02650820069528451)
     assert scores["nmse"][0] == close(0.003226118118931264)
-    beyond = M.score(A3 + 0.4, B3 + 0.4)
-    assert beyond["mae"].tolist() == M.mae(np.minimum(A3 + 0.4, 1), np.minimum(B3 + 0.4, 1)).tolist()
-    assert M.score(A3, B3 - 1)["nmse"] == pytest.approx(1, abs=1e-12)       # below 0 is 0
     assert M.score(A3, B3, MASK)["psnr"][0] == close(29.93291262699614)
     assert M.score(A3, B3, MASK)["ssim"][0] == close(0.9508060751670111)
+
+
+def test_rounding_outside_of_the_unit_range_is_clipped():
+    truth, image = A3.copy(), B3.copy()
+    truth[0, 0, 0], image[0, 0, 0], image[1, 5, 7] = 1.0005, -0.0005, 1.001
+    inside = M.score(truth.clip(0, 1), image.clip(0, 1))
+    assert all(np.array_equal(values, inside[name]) for name, values in M.score(truth, image).items())
+
+
+@pytest.mark.parametrize("change, remedy", [(lambda u: 255 * u, "by 255"), (lambda u: 2 * u - 1, r"\(x \+ 1\) / 2"),
+                                            (lambda u: u + 0.4, "the same scale"), (lambda u: 4095 * u, "the same scale")])
+def test_images_outside_of_the_unit_range_are_refused(change, remedy):
+    good, bad = A3.copy(), A3 / 2 + 0.25
+    bad[2, 5, 7] = 1
+    bad[:2] = 0.5                                                           # 0 after 2u - 1
+    bad = change(bad)
+    for name, pair in (("truth", (bad, good)), ("image", (good, bad))):
+        with pytest.raises(ValueError, match=f"metrics: the {name} is .* at .*{remedy}") as caught:
+            M.score(*pair)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=remedy):
+        M.score_table("t1->t2", {"model": bad}, good, list("abcd"))
+
+
+def test_noise_of_0_to_255_is_not_clipped_into_good_scores():
+    """Clipped to [0,1], nearly all pixels of both images were 1, and independent noise scored 24 to 29 dB."""
+    g = np.random.default_rng(0)
+    truth, image = g.integers(0, 256, (2, 4, 64, 64)).astype(float)
+    with pytest.raises(ValueError, match=r"the truth is \d+ at \(0, 0, 0\), from 0 to 255 in all.*divide .* by 255"):
+        M.score(truth, image)
+    assert (M.score(truth / 255, image / 255)["psnr"] < 10).all()
 
 
 def test_half_precision_input_is_computed_in_double():
@@ -308,7 +337,11 @@ def test_lookup_is_the_mean_in_its_bin_and_background_has_its_own():
     target = np.array([[[0.1, 0.3, 0.6, 0.8], [0.2, 0.4, 0.9, 0.7]]])
     table = M.IntensityLookup({"t1": source}, target)
     assert table.predict({"t1": np.array([0, 0.007, 0.5, 0.51])}) == pytest.approx([0.2, 0.7, 0.5, 0.7])
-    assert table.predict({"t1": np.array([-0.3, 1.7])}) == pytest.approx([0.2, 0.7])    # outside [0,1]: clipped
+    assert table.predict({"t1": np.array([-0.0005, 1.0005])}) == pytest.approx([0.2, 0.7])      # rounding: clipped
+    with pytest.raises(ValueError, match="the source t1 is 1.7 at .1,."):
+        table.predict({"t1": np.array([0, 1.7])})
+    with pytest.raises(ValueError, match="the source t1 is 255 .* by 255"):
+        M.IntensityLookup({"t1": 255 * source.round()}, target)
     assert table.predict({"t1": np.array([0.2, 0.3])}) == pytest.approx([0.7, 0.5])     # empty: the nearest filled bin
 
 

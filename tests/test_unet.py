@@ -160,3 +160,21 @@ def test_works_at_other_sizes_and_is_independent_of_batch_mates():
     unet = small()
     x, t = torch.randn(3, 2, 24, 32), torch.tensor([1, 2, 3])
     assert torch.allclose(unet(x, t)[1], unet(x[1:2], t[1:2])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("channels, head_dim", [(24, 16), (8, 16), (16, 3)])
+def test_heads_that_do_not_divide_the_channels_are_refused(channels, head_dim):
+    for make in (lambda: Attention(channels, head_dim), lambda: SpatialTransformer(channels, head_dim, 5, 4)):
+        with pytest.raises(ValueError, match=f"{channels} channels .* heads of {head_dim}; choose"):
+            make()
+
+
+def test_attention_at_sizes_that_do_not_occur():
+    def sites(sizes):
+        made = []
+        UNet(1, 1, 8, (1, 2), 1, 16, groups=4, plug=attention_at(sizes, lambda site: made.append((site.stage, site.size))))
+        return made
+    assert sites((8,)) == sites((8, 32)) == [("down", 8), ("mid", 8), ("up", 8), ("up", 8)]
+    assert sites(()) == [("mid", 8)]
+    with pytest.raises(ValueError, match="no map is 32 or 12 pixels wide; choose among 16, 8"):
+        sites((32, 12))

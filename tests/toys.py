@@ -22,8 +22,8 @@ def call(script, monkeypatch, capsys, *words):
 
 def open_run(script, data, out):
     """(config, run, data set) of a finished run, without its lock."""
-    args = SimpleNamespace(data=data, out=out, cache=out.parent / "cache", seed=0, device="cpu", precision="fp32", train=False, typed={},
-                           workers=1, split=None, compile=False)
+    args = SimpleNamespace(data=data, out=out, cache=out.parent / "cache", seed=0, device="cpu", precision="fp32", train=False,
+                           typed={}, workers=1, split=None, compile=False)
     run = Run(script.__name__, script.Config(), args)
     cfg = run.settle(script.SAMPLING)
     run.load()

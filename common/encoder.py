@@ -1,0 +1,149 @@
+"""The encoder of a script: a CLIP trained on its own subjects, and the prompts of subjects as embeddings.
+
+    python -m common.encoder --data data/ixi --contrasts t1,t2 --to prompts.txt
+
+writes all prompts of a data set, one a line, for an encoder of your own (common/embeddings.py).
+
+Letters in shape comments: B slices, L tokens, W width of a token, D width of an embedding.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import data
+from common import clip
+from common.embeddings import Features, embed, load_embeddings, report_closest
+from common.files import RunError
+from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
+
+
+def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **terms):
+    """Stage "encoder" of a script: a fresh CLIP, trained on the training subjects, then frozen.
+
+    ds: data.Dataset.  captions(rows) -> for each row of ds one sentence per contrast.  terms: further
+    arguments of clip.train_clip.  It says what the encoder can do on validation slices.
+    """
+    rows = ds.rows("train")
+    texts = captions(rows)
+    vocabulary = [text for row in texts for text in row]
+    encoder = clip.build(size_name, vocabulary, image_size, seed=run.seed).to(run.device)
+    encoder.subjects = sorted(ds.split["train"])
+    run.about["encoder"] = {k: v for k, v in encoder.state().items() if k != "weights"}
+    slices = ds.part("train")
+    batch = min(batch, len(rows))
+    clip.train_clip(run, encoder, slices, texts, ds.subject[rows], steps, batch, lr, **terms)
+    encoder.freeze()
+    unseen = ds.rows("val", 64)
+    if len(unseen):
+        scores = clip.report(encoder, ds.images[unseen], captions(unseen))
+        words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items()]
+        run.say(f"encoder on validation slices: {', '.join(words)}")
+    return encoder
+
+
+def load_encoder(run):
+    """The frozen CLIP of a run's checkpoint, on its device."""
+    weights = run.stages["encoder"]["parts"]["clip"]
+    encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": weights})
+    return encoder.freeze().to(run.device)
+
+
+class Prompts:
+    """The embeddings of the prompts of subjects, each computed once: the text encoder is frozen.
+
+    encoder    a frozen clip.CLIP, or None with a file
+    subjects   layouts.Subject; meta: {name: what is known of it}.  A prompt of an unknown subject says None everywhere
+    contrasts  names, in the order of the channels;  fields: what a prompt says (data/layouts.py, prompt)
+    file       .npz with embeddings of your own, see load_embeddings.  RunError if it lacks one of the subjects' prompts
+    words      True: the tokens are needed too.  RunError if the file holds none
+    """
+
+    def __init__(self, encoder, subjects, contrasts, fields=PROMPT_FIELDS, file="", device="cpu", words=False):
+        self.encoder = encoder
+        self.meta = {subject.name: subject.meta for subject in subjects}
+        self.contrasts = contrasts
+        self.fields = fields
+        self.file = file
+        self.device = device
+        self.words = words
+        self.table = None
+        if file:
+            try:
+                self.table, _ = load_embeddings(file)
+            except ValueError as error:
+                raise RunError(str(error)) from error
+            found = self.features(self.every())             # tells now what the file lacks
+            if words and found.tokens is None:
+                raise RunError(f"--text-file {file}: holds no tokens, which --conditioning xattn needs; add them")
+
+    def sentences(self, names, channels, masked=()):
+        """The prompts of slices: names of subjects and channel numbers, one of each per slice."""
+        texts = []
+        for name, c in zip(names, channels):
+            texts.append(prompt(self.contrasts[int(c)], self.meta.get(str(name), {}), self.fields, masked))
+        return texts
+
+    def every(self):
+        """Every distinct prompt of these subjects, whole ones first, then with the modality masked."""
+        texts = []
+        for masked in ((), ("modality",)):
+            for name in self.meta:
+                channels = range(len(self.contrasts))
+                texts += self.sentences([name] * len(channels), channels, masked)
+        return list(dict.fromkeys(texts))
+
+    def features(self, sentences):
+        """Features of sentences on the device, their tokens (if there are any) padded; see embed."""
+        table = self.table
+        if table is None:
+            table = self.encoder.remember(sentences)
+        try:
+            found = embed(table, sentences)
+        except ValueError as error:
+            raise RunError(f"--text-file {self.file}: {error}") from error
+        return Features(*(None if part is None else part.to(self.device) for part in found))
+
+    def report(self, run, name):
+        """Say whether the prompts of one subject can be told apart; see report_closest."""
+        sentences = self.sentences([name] * len(self.contrasts), range(len(self.contrasts)))
+        table = self.table if self.table is not None else self.encoder.remember(sentences)
+        report_closest(run, table, sentences)
+
+
+def join_words(first, second):
+    """The tokens of two Features side by side, each padded to the longer of both: (B, 2L, W) and mask (B, 2L)."""
+    L = max(first.mask.shape[1], second.mask.shape[1])
+    tokens = []
+    masks = []
+    for part in (first, second):
+        missing = L - part.mask.shape[1]
+        tokens.append(F.pad(part.tokens, (0, 0, 0, missing)))                       # (B, L, W)
+        masks.append(F.pad(part.mask, (0, missing)))                                # (B, L)
+    return torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+
+
+def main(argv=None):
+    """Write every prompt of a data set to a text file, one a line, for an encoder of your own."""
+    parser = argparse.ArgumentParser(prog="python -m common.encoder", description=main.__doc__)
+    parser.add_argument("--data", required=True, help="data folder")
+    parser.add_argument("--contrasts", required=True, help="contrasts, separated by commas")
+    parser.add_argument("--fields", default=",".join(PROMPT_FIELDS), help="what a prompt says [all]")
+    parser.add_argument("--to", required=True, help="text file; it must not exist")
+    args = parser.parse_args(argv)
+    contrasts = tuple(canonical_contrast(name) for name in args.contrasts.split(","))
+    data.make_phantom(args.data, print)
+    subjects = data.find_layout(args.data, contrasts).subjects
+    lines = Prompts(None, subjects, contrasts, tuple(args.fields.split(","))).every()
+    if Path(args.to).exists():
+        raise RunError(f"{args.to} exists; name another file with --to")
+    Path(args.to).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{args.to}: {len(lines)} prompts, one a line")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunError, data.DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
