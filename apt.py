@@ -84,8 +84,8 @@ from common.results import Task, list_tables, report, reproduce, synthesize
 from common.run import EMA, Best, Run, RunError, guarded, restore, seed_of, stored_config
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
 from common.unet import SpatialTransformer, UNet, attention_at
-from data.layouts import caption
-from data.volumes import DataError
+from data.files import DataError
+from data.prompts import caption
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 

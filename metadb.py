@@ -83,8 +83,9 @@ from common.cli import parse
 from common.results import Task, list_tables, report, reproduce, synthesize
 from common.run import Best, Run, RunError, guarded, restore, seed_of, stored_config
 from common.unet import Attention, UNet, attention_at, sinusoid, zeroed
-from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
-from data.volumes import DataError
+from data.files import DataError
+from data.layouts import canonical_contrast
+from data.prompts import PROMPT_FIELDS, prompt
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
