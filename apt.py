@@ -739,7 +739,7 @@ def evaluate(cfg, run, ds, model):
     for part in run.batches("sampling", work, cfg.sample_batch):
         u = run.fetch(ds.images, [r for _, r in part])                                  # (B, C, H, W)
         known = torch.tensor([[c not in task for c in ds.contrasts] for task, _ in part], device=run.device)
-        result, prior = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r]) for _, r in part])
+        result, prior = impute(cfg, run, model, u, known, [(ds.subject[r], ds.slice_number[r]) for _, r in part])
         prior = u * 0 if prior is None else prior
         done += zip(part, result.cpu().numpy(), prior.cpu().numpy())
     done = {key: images for key, *images in run.gather(done)}
@@ -763,7 +763,7 @@ def draw_steps(cfg, run, ds, model, tasks, r):
     watched = []
     u = run.fetch(ds.images, [r] * len(tasks))                                          # (B, C, H, W)
     known = torch.tensor([[c not in task for c in ds.contrasts] for task in tasks], device=run.device)
-    result, _ = impute(cfg, run, model, u, known, [(ds.subject[r], ds.z[r])] * len(tasks), watched)
+    result, _ = impute(cfg, run, model, u, known, [(ds.subject[r], ds.slice_number[r])] * len(tasks), watched)
     first, second = np.arange(cfg.S + 1), np.arange(cfg.S + 1, len(watched))            # evaluations of stage 1, of stage 2
     shown = [*data.evenly(first, 4), *(data.evenly(second, 3) if cfg.stage2 else ())]
     columns, rows, labels = [f"{i + 1}: t = {watched[i][0]}" for i in shown], [], []

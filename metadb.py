@@ -685,7 +685,7 @@ def validation(cfg, run, ds, prompts, bridge):
     u = run.fetch(ds.images, rows)                                              # (V, C, H, W)
     chosen = [pairs[i % len(pairs)] for i in range(len(rows))]
     s, t = (torch.tensor(channels) for channels in zip(*chosen))                # (V,) each
-    each, text, keys = torch.arange(len(rows)), prompts(ds.subject[rows], s, t), [(ds.subject[r], int(ds.z[r])) for r in rows]
+    each, text, keys = torch.arange(len(rows)), prompts(ds.subject[rows], s, t), [(ds.subject[r], int(ds.slice_number[r])) for r in rows]
 
     def validate(G):
         made = translate(run, Model(list(ds.contrasts), None, G, bridge), u[each, s, None], text, keys)      # (V, 1, H, W)
@@ -764,7 +764,7 @@ def evaluate(cfg, run, ds, model):
     for part in run.batches("sampling", todo, cfg.sample_batch):
         s, t = (torch.tensor(channels) for channels in zip(*(pair for pair, _ in part)))        # (B,) each
         each, at = torch.arange(len(part)), [r for _, r in part]
-        u, keys = run.fetch(ds.images, at), [(ds.subject[r], int(ds.z[r])) for r in at]         # (B, C, H, W)
+        u, keys = run.fetch(ds.images, at), [(ds.subject[r], int(ds.slice_number[r])) for r in at]         # (B, C, H, W)
         y = spoil(cfg, run, u[each, s, None], keys)                                             # (B, 1, H, W)
         made = translate(run, model, y, prompts(ds.subject[at], s, t), keys)                    # (B, 1, H, W)
         done += zip(part, made[:, 0].cpu().numpy())
@@ -772,7 +772,7 @@ def evaluate(cfg, run, ds, model):
     if run.rank > 0:
         return
     scored, truth = [], np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
-    keys = [(ds.subject[r], int(ds.z[r])) for r in rows]
+    keys = [(ds.subject[r], int(ds.slice_number[r])) for r in rows]
     for s, t in pairs:
         y = spoil(cfg, run, torch.from_numpy(truth[:, s, None]).to(run.device), keys)           # (n, 1, H, W)
         made = np.stack([done.pop(((s, t), r)) for r in rows])                          # (n, H, W)

@@ -12,7 +12,7 @@ from data.files import DataError, write_atomically
 from data.intensities import CT_WINDOW
 from data.subject import load_subject
 
-CACHE_VERSION = 2            # raise it when the pixels that load_subject returns change
+CACHE_VERSION = 3            # raise it when the pixels that load_subject returns change, or the index
 
 
 def fingerprint_of(folder, subjects, contrasts, size):
@@ -72,7 +72,7 @@ def _open_cache(home, contrasts, size):
     wanted = (len(index["subject"]), len(contrasts), size, size)
     if images.shape != wanted or images.dtype != np.float16:
         raise ValueError(f"slices are {images.dtype} {images.shape}, the index says float16 {wanted}")
-    if any(len(index[column]) != wanted[0] for column in ("z", "position", "brain", "lesion")):
+    if any(len(index[column]) != wanted[0] for column in ("slice_number", "position", "brain", "lesion")):
         raise ValueError("the columns of the index differ in length")
     if not all(part in index for part in ("scales", "digests", "notes", "slices", "constant")):
         raise ValueError("the index is incomplete")
@@ -86,8 +86,9 @@ def _open_cache(home, contrasts, size):
 
 def _build_cache(home, key, subjects, contrasts, size, workers):
     """Decode all subjects with a few threads; rows are written in order of subject, whoever finishes first."""
-    index = {"key": key, "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": [], "subject": [], "z": [],
-             "position": [], "brain": [], "lesion": [], "labels": all(subject.segmentation for subject in subjects)}
+    index = {"key": key, "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": [], "subject": [],
+             "slice_number": [], "position": [], "brain": [], "lesion": [],
+             "labels": all(subject.segmentation for subject in subjects)}
     with (_growing_npy(home / "slices.npy", "<f2", (len(contrasts), size, size)) as images,
           _growing_npy(home / "labels.npy", "|u1", (size, size)) if index["labels"] else nullcontext() as labels,
           ThreadPoolExecutor(workers) as pool):
@@ -144,7 +145,7 @@ def _index_subject(index, subject, contrasts, slices):
     index["digests"][subject.name] = {contrast: hashlib.blake2b(np.ascontiguousarray(kept[:, c]), digest_size=16)
                                       .hexdigest() for c, contrast in enumerate(contrasts)}
     index["subject"] += [subject.name] * len(z)
-    index["z"] += z.tolist()
+    index["slice_number"] += z.tolist()
     index["position"] += slices.position[z].tolist()
     index["brain"] += slices.brain[z].tolist()
     index["lesion"] += [slices.lesion[k] for k in z] if slices.lesion else [None] * len(z)

@@ -48,7 +48,7 @@ class Dataset:
     split: dict                                     # {"train": [names], "val": [names], "test": [names]}
     images: np.ndarray                              # (n, C, size, size) float16 in [0, 1], memory-mapped
     subject: np.ndarray                             # (n,) names
-    z: np.ndarray                                   # (n,) canonical slice index
+    slice_number: np.ndarray                        # (n,) canonical slice index
     position: np.ndarray                            # (n,) 0..1 in the kept range
     brain: np.ndarray                               # (n,) area fraction
     lesion: list                                    # (n,) str, or None where a subject has no segmentation
@@ -114,7 +114,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     say(f"  split: {', '.join(f'{len(names)} {part}' for part, names in split.items())}; "
         f"{len(images)} of {index['slices']} slices kept, {index['constant']} are empty or constant")
     scales = {name: {contrast: Scale(*pair) for contrast, pair in of.items()} for name, of in index["scales"].items()}
-    columns = {key: np.array(index[key]) for key in ("subject", "z", "position", "brain")}
+    columns = {key: np.array(index[key]) for key in ("subject", "slice_number", "position", "brain")}
     return Dataset(folder, layout.name, layout.contrasts, size, (folder / "phantom.json").exists(), fingerprint,
                    layout.subjects, incomplete, split, images, lesion=index["lesion"], labels=labels, scales=scales, **columns)
 

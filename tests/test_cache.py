@@ -19,7 +19,7 @@ def test_window_of_ct_is_part_of_the_fingerprint(tmp_path, monkeypatch):
     of = {contrasts: opened(tmp_path / "set", contrasts=contrasts)[0] for contrasts in (("t1",), ("t1", "ct"))}
     u = (scan(seed=0)[0].clip(-1000, 1500) + 1000) / 2500
     rows = of["t1", "ct"].subject == "p0"
-    np.testing.assert_allclose(of["t1", "ct"].images[rows][:, 1], fit(u, 20)[of["t1", "ct"].z[rows]], atol=5e-4)
+    np.testing.assert_allclose(of["t1", "ct"].images[rows][:, 1], fit(u, 20)[of["t1", "ct"].slice_number[rows]], atol=5e-4)
     monkeypatch.setattr(cache, "CT_WINDOW", Scale(-1000.0, 2000.0))
     for contrasts, before in of.items():
         same = opened(tmp_path / "set", contrasts=contrasts)[0].fingerprint == before.fingerprint

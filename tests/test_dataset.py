@@ -22,8 +22,8 @@ def test_constant_slices_are_skipped_and_counted(tmp_path):  # row 30
     save(folder / "BraTS2021_00000" / "BraTS2021_00000_t1.nii.gz", array)
     dataset, said = opened(folder, size=16)
     assert load_subject(dataset.subjects[0], ("t1",), 16).images[5].min() > 0
-    assert dataset.z[dataset.subject == "BraTS2021_00001"].tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert 5 not in dataset.z[dataset.subject == "BraTS2021_00000"]
+    assert dataset.slice_number[dataset.subject == "BraTS2021_00001"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert 5 not in dataset.slice_number[dataset.subject == "BraTS2021_00000"]
     assert f"{len(dataset.images)} of 36 slices kept, 1 are empty or constant" in said
 
 
@@ -40,14 +40,14 @@ def test_rows_are_the_slices_of_their_subject(tmp_path):
     assert dataset.images.dtype == np.float16 and isinstance(dataset.images, np.memmap) and not dataset.phantom
     for row in range(0, len(dataset.images), 5):
         subject = next(s for s in dataset.subjects if s.name == dataset.subject[row])
-        raw = nib.load(subject.files["t1"]).get_fdata()[:, :, dataset.z[row]]
+        raw = nib.load(subject.files["t1"]).get_fdata()[:, :, dataset.slice_number[row]]
         u = np.clip(raw / dataset.scales[subject.name]["t1"].high, 0, 1)[::-1, ::-1].T
         np.testing.assert_allclose(dataset.images[row, 1, 1:19, 3:17], u, atol=1e-3)
-        inside = nib.load(subject.files["flair"]).get_fdata()[:, :, dataset.z[row]] > 0
+        inside = nib.load(subject.files["flair"]).get_fdata()[:, :, dataset.slice_number[row]] > 0
         assert dataset.brain[row] == pytest.approx(inside.sum() / 400)
     assert dataset.lesion == [None] * len(dataset.images)
     first = dataset.subject == dataset.subjects[0].name
-    assert dataset.z[first].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert dataset.slice_number[first].tolist() == [1, 2, 3, 4, 5, 6, 7]
     np.testing.assert_allclose(dataset.position[first], np.arange(7) / 6)
 
 
@@ -58,7 +58,7 @@ def test_lesions_stay_with_their_slice(tmp_path):
     save(folder / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz", labels)
     dataset, _ = opened(folder)
     expected = [None] * 7 + ["none", "none", "right, 6 mm2", "none", "none", "none", "none"]
-    assert dataset.lesion == expected and dataset.z[dataset.lesion.index("right, 6 mm2")] == 3
+    assert dataset.lesion == expected and dataset.slice_number[dataset.lesion.index("right, 6 mm2")] == 3
 
 
 def test_label_maps_lie_on_the_images_and_are_kept_only_if_all_have_one(tmp_path):
@@ -74,7 +74,7 @@ def test_label_maps_lie_on_the_images_and_are_kept_only_if_all_have_one(tmp_path
         first = save(subject / f"{subject.name}_seg.nii.gz", labels)
     dataset, _ = opened(folder, contrasts=("t1", "flair"))
     assert dataset.labels.shape == (len(dataset.images), 20, 20) and dataset.labels.dtype == np.uint8 and first.exists()
-    for row, z in enumerate(dataset.z):
+    for row, z in enumerate(dataset.slice_number):
         labels, bright = dataset.labels[row], dataset.images[row, 0] == 1
         assert (labels.max() == 4) == (z == 4) and (z != 4 or np.array_equal(bright, labels == 4))
         assert z != 4 or ((labels == 4).sum() == 15 and (labels == 2).sum() == 6)

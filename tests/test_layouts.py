@@ -324,9 +324,9 @@ def test_ixi_as_downloaded(tmp_path, in_one_folder):
     truth = np.stack([fit(normalise(array)[0], 20) for array in (fine_head(12)[..., ::2], *echoes(10)[::-1])], 1)
     scale = normalise(fine_head(12))[1].high / normalise(fine_head(12)[..., ::2])[1].high
     truth[:, 0] = np.minimum(truth[:, 0] / scale, 1)  # a scale belongs to the whole scan, before it is resampled
-    inside = truth[dataset.z[rows]][:, 0] < 0.98  # above, only one of the two was clipped
-    np.testing.assert_allclose(dataset.images[rows][:, 0][inside], truth[dataset.z[rows]][:, 0][inside], atol=2e-3)
-    np.testing.assert_allclose(dataset.images[rows][:, 1:], truth[dataset.z[rows]][:, 1:], atol=1e-3)
+    inside = truth[dataset.slice_number[rows]][:, 0] < 0.98  # above, only one of the two was clipped
+    np.testing.assert_allclose(dataset.images[rows][:, 0][inside], truth[dataset.slice_number[rows]][:, 0][inside], atol=2e-3)
+    np.testing.assert_allclose(dataset.images[rows][:, 1:], truth[dataset.slice_number[rows]][:, 1:], atol=1e-3)
     lines = []
     assert check(folder, say=lines.append)
     rows = [line.split()[:5] for line in lines if line.startswith("IXI002")]
