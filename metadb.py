@@ -685,7 +685,8 @@ def validation(cfg, run, ds, prompts, bridge):
     u = run.fetch(ds.images, rows)                                              # (V, C, H, W)
     chosen = [pairs[i % len(pairs)] for i in range(len(rows))]
     s, t = (torch.tensor(channels) for channels in zip(*chosen))                # (V,) each
-    each, text, keys = torch.arange(len(rows)), prompts(ds.subject[rows], s, t), [(ds.subject[r], int(ds.slice_number[r])) for r in rows]
+    each, text = torch.arange(len(rows)), prompts(ds.subject[rows], s, t)
+    keys = [(ds.subject[r], int(ds.slice_number[r])) for r in rows]
 
     def validate(G):
         made = translate(run, Model(list(ds.contrasts), None, G, bridge), u[each, s, None], text, keys)      # (V, 1, H, W)

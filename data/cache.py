@@ -99,7 +99,8 @@ def _build_cache(home, key, subjects, contrasts, size, workers):
                 images(_index_subject(index, subject, contrasts, slices))
                 if index["labels"]:
                     labels(slices.labels[slices.kept])
-    write_atomically(home / "index.json", json.dumps(index).encode())
+    with write_atomically(home / "index.json") as file:
+        file.write(json.dumps(index).encode())
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def _growing_npy(path, kind, shape):
 
     numpy pads the header so that the first axis can grow in place; n is known only after the last row.
     """
-    temporary, n = path.with_name(f"{path.name}.tmp-{os.getpid()}"), 0
+    n = 0
 
     def header():
         np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (n, *shape)})
@@ -117,18 +118,14 @@ def _growing_npy(path, kind, shape):
         nonlocal n
         n += len(rows)
         file.write(rows.tobytes())
-    try:
-        with open(temporary, "wb") as file:
-            header()
-            start = file.tell()
-            yield append
-            file.seek(0)
-            header()
-            if file.tell() != start:
-                raise RuntimeError("the .npy header changed its length")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(path) as file:
+        header()
+        start = file.tell()
+        yield append
+        file.seek(0)
+        header()
+        if file.tell() != start:
+            raise RuntimeError("the .npy header changed its length")
 
 
 def _index_subject(index, subject, contrasts, slices):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,13 +22,17 @@ def is_nifti(path):
     return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
 
 
-def write_atomically(path, content):
-    """Bytes to a temporary name in the same folder, then os.replace: readers see the old file or the whole new one."""
+@contextmanager
+def write_atomically(path):
+    """Open a new binary file for writing. It appears under its name when the block ends, complete or not at all.
+
+    The bytes go to a temporary name in the same folder, then os.replace: readers see the old file or the whole new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

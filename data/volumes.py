@@ -11,13 +11,14 @@ import gzip
 import os
 import zlib
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.processing import resample_from_to
 from PIL import Image
-from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
 from data.intensities import CT_BODY, background_value
@@ -132,42 +133,37 @@ def _decode(path, max_voxels, echoes):
 
     echoes: 2 lets a file of two volumes pass, as (X, Y, Z, 2).
     """
-    with open(path, "rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        header, consumed = _read_header(stream, path)
-        shape, dtype = _checked_shape(header, path, max_voxels, echoes), _checked_dtype(header, path)
-        stream.read(max(0, int(header["vox_offset"]) - consumed))           # extensions hold nothing we need
-        wanted = int(np.prod(shape)) * dtype.itemsize
-        voxels = stream.read(wanted)
-        if len(voxels) < wanted:
-            raise DataError(f"{path}: ends early ({len(voxels)} of {wanted} voxel bytes); download the file again")
-        while packed and stream.read(2**20):                                # gzip compares its CRC only at the end
-            pass
-    array = np.frombuffer(voxels, dtype).reshape(shape, order="F")
-    slope, inter = header.get_slope_inter()
-    if (slope, inter) not in ((None, None), (1, 0)):
-        array = array.astype(np.float64) * slope + inter
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        start = file.read(nib.Nifti2Header.sizeof_hdr)
+        header = _read_header(start, path)
+        shape = _checked_shape(header, path, max_voxels, echoes)            # before gigabytes are unpacked
+        dtype = _checked_dtype(header, path)
+    content = path.read_bytes()
+    if packed:
+        content = gzip.decompress(content)                                  # compares the CRC, too
+    header["vox_offset"] = max(header["vox_offset"], header.sizeof_hdr)
+    wanted = int(np.prod(shape)) * dtype.itemsize
+    held = max(0, len(content) - header.get_data_offset())
+    if held < wanted:
+        raise DataError(f"{path}: ends early ({held} of {wanted} voxel bytes); download the file again")
+    array = np.asanyarray(nib.arrayproxy.ArrayProxy(BytesIO(content), header))      # scaled by slope and intercept
     with np.errstate(over="ignore"):                                        # overflow becomes inf, which is counted
-        return header, array.astype(np.float32), packed
+        return header, array.reshape(shape).astype(np.float32), packed
 
 
-def _read_header(stream, path):
-    """The NIfTI-1 or NIfTI-2 header and the number of bytes read."""
-    block = stream.read(348)
-    start = block[:200].lstrip().lower()
-    if not block:
+def _read_header(start, path):
+    """The NIfTI-1 or NIfTI-2 header in the first bytes of a file."""
+    text = start[:200].lstrip().lower()
+    if not start:
         raise DataError(f"{path}: the file is empty (0 bytes); download it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{path}: looks like HTML, a web page saved by a failed download; download the file again")
-    if block[344:348] == b"n+1\0":
-        return nib.Nifti1Header(block, check=False), 348
-    if block[4:8] == b"n+2\0":
-        block += stream.read(540 - 348)
-        if len(block) == 540:
-            return nib.Nifti2Header(block, check=False), 540
-    raise DataError(f"{path}: is not a NIfTI file (no NIfTI header in its first {len(block)} bytes); convert it again")
+    for kind, place, magic in ((nib.Nifti1Header, 344, b"n+1\0"), (nib.Nifti2Header, 4, b"n+2\0")):
+        if start[place:place + 4] == magic and len(start) >= kind.sizeof_hdr:
+            return kind(start[:kind.sizeof_hdr], check=False)
+    raise DataError(f"{path}: is not a NIfTI file (no NIfTI header in its first {len(start)} bytes); convert it again")
 
 
 def _checked_shape(header, path, max_voxels, echoes):
@@ -277,8 +273,10 @@ def resample_to(moving, fixed, order=1, fill=None):
         raise DataError(f"{moving.path}: lies outside the box of {fixed.path}; register the two first")
     fill = background_value(moving.array) if fill is None else fill
     # "grid-constant" blends with the fill at the rim; "constant" would blank a border slice that lies at -1e-9.
-    return ndimage.affine_transform(moving.array, to_moving[:3, :3], to_moving[:3, 3], fixed.array.shape,
-                                    order=order, mode="grid-constant", cval=fill, output=np.float32)
+    image = nib.Nifti1Image(moving.array, moving.affine)
+    target = (fixed.array.shape, fixed.affine)
+    moved = resample_from_to(image, target, order=order, mode="grid-constant", cval=fill)
+    return np.asarray(moved.dataobj, np.float32)
 
 
 def upright(array):
@@ -352,11 +350,13 @@ def write_volume(path, array, like, description, overwrite=False):
     text = description if "synthetic" in description else f"synthetic; {description}"
     header["descrip"] = text.encode("ascii", "replace")[:79]
     stored = apply_orientation(array, ornt_transform(CANONICAL, like.orientation))
+    # Not nibabel's to_bytes: it refuses, or repairs, odd headers that were good enough to read.
     voxels = stored.astype(header.endianness + "f4").tobytes(order="F")
     content = header.binaryblock + bytes(4) + voxels
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, compresslevel=6, mtime=0)          # no clock inside: same input, same bytes
     try:
-        write_atomically(path, content)
+        with write_atomically(path) as file:
+            file.write(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
