@@ -1,7 +1,10 @@
-"""A folder of scans becomes one memory-mapped array of slices, split by person: open_dataset, load_subject, check.
+"""Scans on disk become slices for a network, and results become NIfTI volumes again.
 
-Names of files are the business of data.layouts, voxels that of data.volumes. Slices are decoded once and kept as
-float16 under runs/cache/, never in the data folder. Nothing is dropped in silence: what is left out is counted.
+`open_dataset` turns a folder of scans into one array of slices that is split by person.
+`load_subject` reads one subject, `check` says what is wrong with a folder, and `write_volume` writes
+a volume on the grid of its source. Each name stands in the file that it is imported from here.
+Decoded slices are kept under runs/cache/, never in the data folder. What is left out is counted and
+said. Everything that is wrong with the data raises DataError with a message of one line.
 """
 
 from data.check import check
@@ -14,7 +17,7 @@ from data.split import make_split
 from data.subject import SubjectSlices, kept_slices, load_subject, to_synthesize
 from data.volumes import Volume, read_volume, write_volume
 
-__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Rows", "Scale", "Subject", "SubjectSlices", "Volume",
-           "canonical_contrast", "caption", "check", "denormalise", "describe_lesion", "evenly", "find_layout",
-           "is_phantom", "kept_slices", "load_subject", "make_split", "open_dataset", "prompt", "read_volume",
-           "to_synthesize", "write_volume"]
+__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Rows", "Scale", "Subject",
+           "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
+           "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_subject",
+           "make_split", "open_dataset", "prompt", "read_volume", "to_synthesize", "write_volume"]

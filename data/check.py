@@ -1,4 +1,4 @@
-"""Open every file of a folder, say what was found and what is wrong: check."""
+"""Open every file of a folder, and say what was found and what is wrong: check."""
 
 from pathlib import Path
 
@@ -11,9 +11,16 @@ from data.layouts import find_layout
 from data.subject import anchor_name, reference_first
 from data.volumes import read_slices, read_volume, resample_to, same_grid
 
+# The columns of the table: subject, contrast, shape, spacing, axes, range, background, foreground.
+ROW = "{:24} {:8} {:>13} {:>16} {:4} {:>19} {:>10} {}"
+
 
 def check(folder, contrasts=None, say=print):
-    """Open every file of a folder, say what was found and what is wrong; True if open_dataset can use it."""
+    """Open every file of a folder, and say what was found and what is wrong.
+
+    say: A function that gets every line for the user.
+    The result is True if open_dataset can use the folder. No DataError is raised; it is said.
+    """
     folder = Path(folder)
     try:
         make_phantom(folder, say)
@@ -21,16 +28,24 @@ def check(folder, contrasts=None, say=print):
     except DataError as error:
         say(f"error: {error}")
         return False
-    say(f"{folder}: {layout.name}, {len(layout.subjects)} subjects, contrasts {', '.join(layout.contrasts)}")
+    say(f"{folder}: {layout.name}, {len(layout.subjects)} subjects, "
+        f"contrasts {', '.join(layout.contrasts)}")
     for note in layout.notes + [f"{name}: skipped, {why}" for name, why in layout.skipped]:
         say(f"note: {note}")
     for path in layout.ignored:
         say(f"not a contrast: {path}")
-    say(f"{'subject':24} {'contrast':8} {'shape':>13} {'spacing mm':>16} axes {'range':>19} {'background':>10} "
-        "foreground")
-    complete, all_errors, all_notes, people = 0, [], [], set()
+    say(ROW.format("subject", "contrast", "shape", "spacing mm", "axes", "range", "background",
+                   "foreground"))
+    complete = 0
+    people = set()
+    all_errors = []
+    all_notes = []
     for subject in layout.subjects:
-        errors, notes = _check_subject(subject, layout.contrasts, say)
+        if subject.in_slices:
+            errors = _check_slices(subject, layout.contrasts, say)
+            notes = []
+        else:
+            errors, notes = _check_subject(subject, layout.contrasts, say)
         all_errors += errors
         all_notes += notes
         if not errors and len(subject.files) == len(layout.contrasts):
@@ -41,20 +56,25 @@ def check(folder, contrasts=None, say=print):
     for error in all_errors:
         say(f"error: {error}")
     usable = not all_errors and len(people) >= 2
-    say(f"{complete} complete subjects of {len(people)} persons (2 needed), {len(all_errors)} errors: "
-        + ("usable" if usable else "not usable"))
+    say(f"{complete} complete subjects of {len(people)} persons (2 needed), "
+        f"{len(all_errors)} errors: {'usable' if usable else 'not usable'}")
     return usable
 
 
 def _check_subject(subject, contrasts, say):
-    """One table row per file -> (errors as sentences, notes as (file, sentence))."""
-    errors, notes, reference, first_mask = [], [], None, None
+    """Say one row of the table for each file -> (errors, notes).
+
+    Errors are sentences. Notes are (file, sentence) pairs.
+    """
+    errors = []
+    notes = []
+    reference = None
+    reference_mask = None
     read = reference_first(subject, contrasts)
-    if subject.in_slices:
-        return _check_slices(subject, read, say), []
     for contrast in read:
+        path = subject.files[contrast]
         try:
-            volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast), contrast=contrast)
+            volume = read_volume(path, echo=subject.echoes.get(contrast), contrast=contrast)
             background = find_background(volume.array)
             mask = foreground(volume.array, background, contrast)
             say(_table_row(subject, contrast, volume, background, mask))
@@ -62,17 +82,22 @@ def _check_subject(subject, contrasts, say):
             notes += [(name, note) for note in volume.notes]
             normalise(volume.array, background, contrast)
             if reference is None:
-                reference, first_mask = volume, mask
-            elif not same_grid(volume, reference):
-                anchor = anchor_name(read, contrasts)
-                notes.append((name, f"is on another grid than {anchor}; will be resampled by the affines"))
+                reference = volume
+                reference_mask = mask
+                continue
+            anchor = anchor_name(read, contrasts)
+            if not same_grid(volume, reference):
+                notes.append((name, f"is on another grid than {anchor}; "
+                                    "will be resampled by the affines"))
                 resample_to(volume, reference, fill=background.level)
-            elif _overlap(mask[::-1], first_mask) > _overlap(mask, first_mask) + 0.02:
-                notes.append((name, f"fits {anchor_name(read, contrasts)} better when mirrored; are left and right "
-                              "swapped?"))
+            elif _mirrored_is_better(mask, reference_mask):
+                notes.append((name, f"fits {anchor} better when mirrored; "
+                                    "are left and right swapped?"))
         except DataError as error:
-            errors.append(str(error) if str(subject.files[contrast]) in str(error)
-                          else f"subject {subject.name}, {contrast} ({subject.files[contrast]}) {error}")
+            if str(path) in str(error):
+                errors.append(str(error))
+            else:
+                errors.append(f"subject {subject.name}, {contrast} ({path}) {error}")
     if subject.segmentation and reference is not None:
         try:
             resample_to(read_volume(subject.segmentation), reference, order=0, fill=0)
@@ -82,17 +107,18 @@ def _check_subject(subject, contrasts, say):
 
 
 def _check_slices(subject, contrasts, say):
-    """One table row per stack of .npy slices -> errors as sentences."""
+    """Say one row of the table for each stack of .npy slices -> errors as sentences."""
     errors = []
-    for contrast in contrasts:
+    for contrast in reference_first(subject, contrasts):
         try:
             slices = read_slices(subject.files[contrast])
         except DataError as error:
             errors.append(str(error))
             continue
-        shape = "x".join(str(n) for n in (*slices.shape[:0:-1], len(slices)))
-        say(f"{subject.name:24} {contrast:8} {shape:>13} {'-':>16} {'-':4} "
-            f"{f'{slices.min():.4g}..{slices.max():.4g}':>19} {0:>10} {(slices > 0).mean():10.3f}")
+        depth, height, width = slices.shape
+        say(ROW.format(subject.name, contrast, f"{width}x{height}x{depth}", "-", "-",
+                       f"{slices.min():.4g}..{slices.max():.4g}", "0",
+                       f"{(slices > 0).mean():10.3f}"))
     return errors
 
 
@@ -100,10 +126,18 @@ def _table_row(subject, contrast, volume, background, mask):
     shape = "x".join(str(n) for n in volume.array.shape)
     spacing = "x".join(f"{edge:.2f}" for edge in volume.spacing)
     values = f"{volume.array.min():.4g}..{volume.array.max():.4g}"
-    return (f"{subject.name:24} {contrast:8} {shape:>13} {spacing:>16} {volume.axes:4} {values:>19} "
-            f"{background.level:>10.4g} {mask.mean():10.3f}")
+    return ROW.format(subject.name, contrast, shape, spacing, volume.axes, values,
+                      f"{background.level:.4g}", f"{mask.mean():10.3f}")
+
+
+def _mirrored_is_better(mask, reference_mask):
+    """True if a mask overlaps clearly more with the reference when left and right are swapped."""
+    mirrored = _overlap(mask[::-1], reference_mask)
+    return mirrored > _overlap(mask, reference_mask) + 0.02
 
 
 def _overlap(first, second):
-    """Dice coefficient of two masks of one shape."""
-    return 2 * np.count_nonzero(first & second) / max(1, np.count_nonzero(first) + np.count_nonzero(second))
+    """The Dice coefficient of two masks of one shape."""
+    both = np.count_nonzero(first & second)
+    total = np.count_nonzero(first) + np.count_nonzero(second)
+    return 2 * both / max(1, total)

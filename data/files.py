@@ -1,4 +1,7 @@
-"""What every room of this package needs of files: the error for one that cannot be used, and how to write one whole."""
+"""What every room of this package needs of files.
+
+DataError is raised for data that cannot be used, and write_atomically writes a file as a whole.
+"""
 
 import os
 import re
@@ -7,9 +10,11 @@ from pathlib import Path
 
 
 class DataError(Exception):
-    """The user's data or request cannot be used; the message is one line: what, where, why, what to do.
+    """The user's data or request cannot be used.
 
-    status: exit status that a script should end with, 2 where the command line is wrong, not the data.
+    The message is one line. It says what is wrong, where, why, and what the user can do.
+    `status` is the exit status that a script should end with. It is 1 if the data are wrong, and 2
+    if the command line is wrong.
     """
 
     def __init__(self, message, status=1):
@@ -18,15 +23,18 @@ class DataError(Exception):
 
 
 def is_nifti(path):
-    """True for .nii and .nii.gz in any case."""
+    """True if the name ends in .nii or .nii.gz, in lower or upper case."""
     return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
 
 
 @contextmanager
 def write_atomically(path):
-    """Open a new binary file for writing. It appears under its name when the block ends, complete or not at all.
+    """Open a new binary file for writing; missing folders above it are made.
 
-    The bytes go to a temporary name in the same folder, then os.replace: readers see the old file or the whole new one.
+    The bytes go to a temporary name in the same folder. When the `with` block ends, the file gets
+    its own name by os.replace. A reader therefore sees the old file or the whole new file, never a
+    part. If the block raises an error, the temporary file is removed and the old file stays.
+    OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

@@ -1,6 +1,7 @@
-"""Intensities of a volume: which voxels are background, and the scale that turns the others into [0, 1] and back.
+"""The intensities of a volume: what is background, and how all else is scaled to [0, 1] and back.
 
-MR has arbitrary units and is scaled volume by volume; CT is in HU and has one fixed window.
+MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU), so all
+volumes share one fixed window.
 """
 
 from typing import NamedTuple
@@ -10,22 +11,28 @@ from scipy import ndimage
 
 from data.files import DataError
 
-HIGH_PERCENTILE = 99.5       # of the foreground; it becomes 1, a few bright vessels must not set the scale
+# The percentile of the foreground that becomes 1. A few bright vessels must not set the scale.
+HIGH_PERCENTILE = 99.5
 
 
 class Scale(NamedTuple):
-    """Intensities that became 0 and 1: v = background + u * (high - background)."""
+    """The intensities that became 0 and 1: v = background + u * (high - background)."""
 
     background: float
     high: float
 
 
-CT_WINDOW = Scale(-1000.0, 1500.0)  # HU, from air to dense bone; what lies outside the scan (-1024, -3024) is below
-CT_BODY = -500               # HU; above is the body, far below are air, lung and the foam of the table
+# HU, from air to dense bone. The voxels outside of a scan often hold -1024 or -3024, which is below.
+CT_WINDOW = Scale(-1000.0, 1500.0)
+# HU. The body is above. Air, lung and the foam of the table are far below.
+CT_BODY = -500
 
 
 class Background(NamedTuple):
-    """Level of the background; voxels within `reach` of it belong to it. constant: one exact value, else noisy air."""
+    """The background of a volume. Voxels within `reach` of `level` belong to it.
+
+    `constant` is True if the background is one exact value, and False if it is noisy air.
+    """
 
     level: float
     reach: float
@@ -33,64 +40,85 @@ class Background(NamedTuple):
 
 
 def find_background(array):
-    """Background of a volume (X, Y, Z), from its four lateral faces (an axial stack often cuts the head in z)."""
-    border = np.concatenate([array[0].ravel(), array[-1].ravel(), array[:, 0].ravel(), array[:, -1].ravel()])
-    low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])     # heavy tails must not set the tolerance
+    """Find the background of a volume (X, Y, Z) -> Background, in the units of the volume.
+
+    We look at the four faces on the sides only. At the top and the bottom, an axial stack often
+    cuts through the head.
+    """
+    sides = [array[0], array[-1], array[:, 0], array[:, -1]]
+    border = np.concatenate([side.ravel() for side in sides])
+    # Percentiles, not the smallest and largest value: a few extreme voxels must not set the tolerance.
+    low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])
     tolerance = 1e-4 * float(high - low)
     level = np.median(border)
-    # A value that fills more than half of the border is its median, whatever the value is: 0, -3.2, -1000.
+    # A value that fills more than half of the border is its median, whether it is 0, -3.2 or -1000.
     if np.mean(np.abs(border - level) <= tolerance) > 0.5:
         return Background(float(level), tolerance, True)
-    # Noisy air: the densest third of the dark border voxels. Tissue that touches the border is bright or spread out.
+    # Otherwise the background is noisy air. We take the densest third of the dark border voxels.
+    # Tissue that touches the border does not disturb this, because it is bright or spread out.
     dark = np.sort(border[border <= (low + high) / 2])
     if dark.size < 3:
         dark = np.sort(border)
     third = dark.size // 3
     widths = dark[third:] - dark[:-third]
     start = int(np.argmin(widths))
-    # Rayleigh noise has a third of its mass within 0.56 sigma of its mode's neighbourhood: 8 widths leave about 1e-5.
-    return Background(float(np.median(dark[start:start + third + 1])), max(8 * float(widths[start]), tolerance), False)
+    densest = dark[start:start + third + 1]
+    # A third of Rayleigh noise lies in a range 0.56 sigma wide around its mode. Less than 1e-5 of
+    # the noise lies more than 8 such widths above it.
+    reach = max(8 * float(widths[start]), tolerance)
+    return Background(float(np.median(densest)), reach, False)
 
 
 def background_value(array):
-    """Level of the background of a volume (X, Y, Z) in its own units."""
+    """The level of the background of a volume (X, Y, Z), in the units of the volume."""
     return find_background(array).level
 
 
 def foreground(array, background=None, contrast=None):
-    """Boolean (X, Y, Z): what is not background. No assumption that the background is 0 or tissue is positive.
+    """The voxels of a volume (X, Y, Z) that are not background -> bool (X, Y, Z).
 
-    contrast: "ct" is in HU, where the body is the largest connected piece above CT_BODY; a table is another piece.
+    The background need not be 0, and tissue need not be positive.
+    background: What find_background returns; it is found here if it is not given.
+    contrast: For "ct" the array is in HU. The foreground is then the body, which is the largest
+    connected piece above CT_BODY. The table is another, smaller piece.
     """
     if contrast == "ct":
         pieces, count = ndimage.label(array > CT_BODY)
-        return pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]) if count else pieces > 0
+        if count == 0:
+            return pieces > 0
+        sizes = np.bincount(pieces.ravel())[1:]
+        return pieces == 1 + np.argmax(sizes)
     background = background or find_background(array)
-    # Around an exact value tissue may be darker (z-scores with background 0); in noisy air darker is only noise.
-    distance = np.abs(array - background.level) if background.constant else array - background.level
+    distance = array - background.level
+    if background.constant:
+        # Tissue may be darker than an exact value, for example z-scores around a background of 0.
+        # In noisy air, darker voxels are only noise.
+        distance = np.abs(distance)
     return distance > background.reach
 
 
 def normalise(array, background=None, contrast=None):
-    """Intensities -> (u float32 in [0, 1], Scale), one scale for the whole volume; in CT (HU) for all volumes: CT_WINDOW.
+    """Scale the intensities of a volume (X, Y, Z) -> (u float32 (X, Y, Z) in [0, 1], Scale).
 
-    All else is MR, in arbitrary units:
+    CT (contrast "ct", in HU) is scaled by CT_WINDOW. All else is MR and has arbitrary units:
 
-    u = clip((v - background) / (p99.5 of the foreground - background), 0, 1); exactly 0 outside the foreground if the
-    background is one constant value. A positive affine change of v leaves u unchanged. Where more than 2 % of the
-    foreground is darker than the background (z-scored tissue around zeros) the scale starts at its 0.5th percentile.
-    DataError for constant or empty volumes.
+    u = clip((v - background) / (p99.5 of the foreground - background), 0, 1)
+
+    One scale serves the whole volume. If v is multiplied by a positive number, or a number is added
+    to it, u does not change. If the background is one constant value, u is exactly 0 outside of the
+    foreground. If more than 2 % of the foreground is darker than the background, as in z-scores
+    around 0, the scale starts at the 0.5th percentile of the foreground.
+    DataError if the volume is constant, or if nothing stands out from its background.
     """
     if array.min() == array.max():
         raise DataError(f"is constant (every voxel is {array.min():g})")
     if contrast == "ct":
-        if array.max() <= CT_BODY:
-            raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
-        return np.clip((array - CT_WINDOW.background) / (CT_WINDOW.high - CT_WINDOW.background), 0, 1), CT_WINDOW
+        return _normalise_ct(array)
     background = background or find_background(array)
     mask = foreground(array, background)
     if not mask.any():
-        raise DataError(f"has an empty foreground (no voxel stands out from the background {background.level:g})")
+        raise DataError("has an empty foreground (no voxel stands out from the background "
+                        f"{background.level:g})")
     inside = array[mask]
     low = background.level
     if np.mean(inside < low) > 0.02:
@@ -104,6 +132,16 @@ def normalise(array, background=None, contrast=None):
     return u, Scale(low, high)
 
 
+def _normalise_ct(array):
+    if array.max() <= CT_BODY:
+        raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
+    low, high = CT_WINDOW
+    return np.clip((array - low) / (high - low), 0, 1), CT_WINDOW
+
+
 def denormalise(u, scale):
-    """Back to the source's intensities; what normalise clipped stays at the limits."""
+    """Turn u in [0, 1], of any shape, back to the intensities of the source, as float32.
+
+    scale: The Scale that normalise returned. What normalise clipped stays at the limits.
+    """
     return (scale.background + u * (scale.high - scale.background)).astype(np.float32)

@@ -90,6 +90,14 @@ def test_colours_and_complex_numbers(tmp_path):  # rows 26 and 27
         read_volume(save(tmp_path / "b.nii", np.ones((4, 4, 4), np.complex64)))
 
 
+def test_unknown_voxel_type(tmp_path):
+    header = nib.Nifti1Image(head(), AFFINE).header.copy()
+    header["magic"], header["vox_offset"], header["datatype"] = b"n+1", 352, 1482
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4) + head().tobytes())
+    with pytest.raises(DataError, match="unknown voxel type .1482."):
+        read_volume(tmp_path / "a.nii")
+
+
 def test_not_a_number(tmp_path):  # row 28
     array = head() - 3
     array[7, 9, 4] = np.nan

@@ -1,6 +1,7 @@
-"""Which file is which: the naming of data sets on disk. No voxel is read here.
+"""Which file is which: the names of files and folders in data sets. No voxel is read here.
 
-One file per family of data sets: folders, ixi, adni, slices. What they share is in words.
+Each family of data sets has a reader of its own, in folders.py, ixi.py, adni.py and slices.py. What
+they share is in words.py. find_layout looks at a folder and calls the reader that fits.
 """
 
 import os
@@ -14,62 +15,75 @@ from data.layouts.ixi import IXI_FILE, collect_ixi
 from data.layouts.slices import collect_slices
 from data.layouts.words import CONTRASTS, Subject, canonical_contrast, few, role_of
 
-__all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of", "role_of"]
+__all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of",
+           "role_of"]
 
-OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",
-                 ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# We cannot read these, so a folder that holds only these gets its own sentence.
+OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy",
+                 ".npz", ".img", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 @dataclass
 class Layout:
     """What find_layout saw in a folder."""
 
-    name: str
+    name: str                       # of the data set, for the user
     contrasts: tuple
-    subjects: list                                  # sorted by name; some may lack contrasts
-    ignored: list                                   # files that are no contrast: masks, labels, unknown names
-    notes: list                                     # sentences for the user
-    skipped: list                                   # (subject, why) that have none of the contrasts
-    split: dict | None = None                       # {"train": [names], ...} where the folders say it
+    subjects: list                  # of Subject, sorted by name; some may lack contrasts
+    ignored: list                   # files that are no contrast: masks, labels, unknown names
+    notes: list                     # sentences for the user
+    skipped: list                   # (name of a subject that has none of the contrasts, why)
+    split: dict | None = None       # {"train": [names], ...} if the folders say it
 
 
 def find_layout(folder, contrasts=None):
     """Recognise the data set in `folder` by its names -> Layout.
 
-    contrasts: names to use, in this order (aliases are understood); by default those of at least half of the subjects.
-    A wanted contrast that no subject has is noted (it may be the one to synthesise). DataError if the folder is
-    missing, a file, empty, holds other formats only, has two subjects of one name or all subjects in one folder, or
-    if a wanted name is no contrast or none of the wanted is there.
+    contrasts: The names of contrasts to use, in this order. Other words for a contrast are
+    understood. By default we use the contrasts that at least half of the subjects have. If no
+    subject has a wanted contrast, this is noted only; it may be the one to synthesise.
+    DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
+    raised if two subjects have one name, if all subjects lie in one folder, if a wanted name is no
+    contrast, or if none of the wanted contrasts is there.
     """
     folder = Path(folder)
     _require_folder(folder)
     notes = []
     files = _list_files(folder, notes)
     images = [path for path in files if is_nifti(path)]
-    subjects, split = collect_slices(folder, files, notes) if not images else ([], None)
-    if split:
-        layout = _with_contrasts("slices in .npy files", subjects, _choose_contrasts(folder, subjects, contrasts, notes),
-                                 [], notes)
-        layout.split = split
-        return layout
     if not images:
-        raise DataError(_why_no_images(folder, files))
+        return _find_slices(folder, files, contrasts, notes)
     named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
     if named and all(IXI_FILE.fullmatch(path.name) for path in named):
-        name, (subjects, ignored) = "IXI", collect_ixi(files, images, notes)
+        name = "IXI"
+        subjects, ignored = collect_ixi(files, images, notes)
     elif any(ADNI_FILE.search(path.as_posix()) for path in images):
-        name, (subjects, ignored) = "ADNI", collect_adni(images, notes)
+        name = "ADNI"
+        subjects, ignored = collect_adni(images, notes)
     else:
         subjects, ignored = collect_subjects(folder, images, notes)
         name = edition_of(subjects)
         read_patients(folder, files, subjects, notes)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
-        raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as {examples}; "
-                        f"name them with one of the words {', '.join(CONTRASTS)}")
+        raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as "
+                        f"{examples}; name them with one of the words {', '.join(CONTRASTS)}")
     chosen = _choose_contrasts(folder, subjects, contrasts, notes)
     return _with_contrasts(name, subjects, chosen, ignored, notes)
 
+
+def _find_slices(folder, files, contrasts, notes):
+    """The layout of a folder of .npy slices. DataError if the folder holds none."""
+    subjects, split = collect_slices(folder, files, notes)
+    if split is None:
+        raise DataError(_why_no_images(folder, files))
+    chosen = _choose_contrasts(folder, subjects, contrasts, notes)
+    layout = _with_contrasts("slices in .npy files", subjects, chosen, [], notes)
+    layout.split = split
+    return layout
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 def _require_folder(folder):
     if folder.is_dir():
@@ -88,8 +102,13 @@ def _entries(folder):
 
 
 def _list_files(folder, notes):
-    """All files below folder, sorted. Links to folders are followed, but every folder is entered once (no loops)."""
-    found, junk, entered = [], 0, {os.path.realpath(folder)}
+    """All files below a folder, sorted.
+
+    Links to folders are followed. Every folder is entered once, so links cannot make a loop.
+    """
+    found = []
+    junk = 0
+    entered = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         descend = []
         for name in sorted(folders):
@@ -97,11 +116,12 @@ def _list_files(folder, notes):
             if name.startswith(".") or name == "__MACOSX":
                 continue
             if real in entered:
-                notes.append(f"{os.path.join(root, name)}: leads to a folder that was read already; skipped")
+                notes.append(f"{os.path.join(root, name)}: leads to a folder that was read already; "
+                             "skipped")
                 continue
             entered.add(real)
             descend.append(name)
-        folders[:] = descend
+        folders[:] = descend            # os.walk goes into the folders that are in this list
         for name in sorted(names):
             if name.startswith("._") or name in (".DS_Store", "Thumbs.db", "desktop.ini"):
                 junk += 1
@@ -113,22 +133,25 @@ def _list_files(folder, notes):
 
 
 def _why_no_images(folder, files):
-    """The sentence for a folder without NIfTI."""
+    """The sentence for a folder without NIfTI files."""
     if any(_is_dicom(path) for path in files[:50]):
-        return f"{folder}: holds DICOM files; convert with dcm2niix to one folder of NIfTI files per subject"
-    others = sorted({path.suffix.lower() for path in files} & set(OTHER_FORMATS))
+        return (f"{folder}: holds DICOM files; convert with dcm2niix to one folder of NIfTI files "
+                "per subject")
+    suffixes = {path.suffix.lower() for path in files}
+    others = sorted(suffixes & set(OTHER_FORMATS))
     if others:
-        return f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, convert them to NIfTI"
-    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, slices named like "
-            "T1/train/slice_0.npy and one folder per subject with one .nii or .nii.gz per contrast; the folder holds "
-            f"{_entries(folder)}")
+        return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
+                "convert them to NIfTI")
+    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, slices "
+            "named like T1/train/slice_0.npy and one folder per subject with one .nii or .nii.gz "
+            f"per contrast; the folder holds {_entries(folder)}")
 
 
 def _is_dicom(path):
     if path.suffix.lower() in (".dcm", ".ima") or path.name.upper() == "DICOMDIR":
         return True
     if path.suffix and not path.suffix[1:].isdigit():
-        return False                                                        # scanners write IM0001 or 1.2.840.113
+        return False                    # scanners write names such as IM0001 or 1.2.840.113
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -136,37 +159,56 @@ def _is_dicom(path):
         return False
 
 
+# ---- Contrasts -----------------------------------------------------------------------------------
+
 def _choose_contrasts(folder, subjects, wanted, notes):
-    counts = {name: sum(name in subject.files for subject in subjects) for name in CONTRASTS}
-    there = {name: count for name, count in counts.items() if count}
+    """The wanted contrasts under the project's names, or those of at least half of the subjects."""
+    there = {}
+    for name in CONTRASTS:
+        count = sum(name in subject.files for subject in subjects)
+        if count:
+            there[name] = count
     if wanted is not None:
-        chosen = tuple(canonical_contrast(name) for name in wanted)
-        unknown = [name for name, contrast in zip(wanted, chosen) if contrast not in CONTRASTS]
-        if unknown or not set(chosen) & set(there):
-            raise DataError(f"{folder}: no contrast {', '.join(unknown or wanted) or 'chosen'}; "
-                            f"there are {', '.join(there)}", status=2)
-        if len(set(chosen)) < len(chosen):
-            raise DataError(f"{folder}: a contrast is named twice in {', '.join(wanted)}; name each once", status=2)
-        notes += [f"{name}: no subject has it; there are {', '.join(there)}" for name in chosen if name not in there]
-        return chosen
-    common = tuple(name for name, count in there.items() if 2 * count >= len(subjects)) or tuple(there)
+        return _wanted_contrasts(folder, there, wanted, notes)
+    common = tuple(name for name, count in there.items() if 2 * count >= len(subjects))
+    common = common or tuple(there)
     for name, count in there.items():
         if name not in common:
-            notes.append(f"{name}: in {count} of {len(subjects)} subjects only, not used unless asked for")
+            notes.append(f"{name}: in {count} of {len(subjects)} subjects only, "
+                         "not used unless asked for")
     return common
 
 
+def _wanted_contrasts(folder, there, wanted, notes):
+    chosen = tuple(canonical_contrast(name) for name in wanted)
+    unknown = [name for name, contrast in zip(wanted, chosen) if contrast not in CONTRASTS]
+    if unknown or not set(chosen) & set(there):
+        raise DataError(f"{folder}: no contrast {', '.join(unknown or wanted) or 'chosen'}; "
+                        f"there are {', '.join(there)}", status=2)
+    if len(set(chosen)) < len(chosen):
+        raise DataError(f"{folder}: a contrast is named twice in {', '.join(wanted)}; "
+                        "name each once", status=2)
+    for name in chosen:
+        if name not in there:
+            notes.append(f"{name}: no subject has it; there are {', '.join(there)}")
+    return chosen
+
+
 def _with_contrasts(name, subjects, contrasts, ignored, notes):
-    """Keep the chosen contrasts of every subject, note what is missing."""
-    kept, skipped, lacking = [], [], {}
+    """Keep the chosen contrasts of every subject, and note what is missing -> Layout."""
+    kept = []
+    skipped = []
+    lacking = {}                        # missing contrasts -> names of the subjects
     for subject in subjects:
-        subject.files = {contrast: subject.files[contrast] for contrast in contrasts if contrast in subject.files}
+        chosen = [contrast for contrast in contrasts if contrast in subject.files]
         missing = [contrast for contrast in contrasts if contrast not in subject.files]
-        if not subject.files:
+        subject.files = {contrast: subject.files[contrast] for contrast in chosen}
+        if not chosen:
             skipped.append((subject.name, f"has none of {', '.join(contrasts)}"))
             continue
         if missing:
             lacking.setdefault(", ".join(missing), []).append(subject.name)
         kept.append(subject)
-    notes += [f"{len(names)} subjects lack {missing}: {few(names)}" for missing, names in lacking.items()]
+    for missing, names in lacking.items():
+        notes.append(f"{len(names)} subjects lack {missing}: {few(names)}")
     return Layout(name, contrasts, kept, ignored, notes, skipped)
