@@ -92,7 +92,7 @@ from common.unet import (
     check_sizes,
     zeroed,
 )
-from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
+from data import PROMPT_FIELDS, canonical_contrast, prompt
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import data
 from common import clip
 from common.embeddings import Features, embed, load_embeddings, report_closest
 from common.files import RunError
-from data.layouts import PROMPT_FIELDS, canonical_contrast, prompt
+from data import PROMPT_FIELDS, canonical_contrast, prompt
 
 
 def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **terms):
@@ -55,7 +55,7 @@ class Prompts:
 
     encoder    a frozen clip.CLIP, or None with a file
     subjects   layouts.Subject; meta: {name: what is known of it}.  A prompt of an unknown subject says None everywhere
-    contrasts  names, in the order of the channels;  fields: what a prompt says (data/layouts.py, prompt)
+    contrasts  names, in the order of the channels;  fields: what a prompt says (data/prompts.py)
     file       .npz with embeddings of your own, see load_embeddings.  RunError if it lacks one of the subjects' prompts
     words      True: the tokens are needed too.  RunError if the file holds none
     """

@@ -18,7 +18,7 @@ import torch
 import data
 from common import downstream, metrics, pictures
 from common.files import RunError
-from data.layouts import canonical_contrast
+from data import canonical_contrast
 
 SHOWN = 0.3                                     # error at which an error map is white
 TOLERANCE = 1e-3                                # so far outside [0,1] may rounding lead

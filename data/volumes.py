@@ -1,409 +1,233 @@
-"""NIfTI volumes: read, orient, resample, normalise, cut into slices, and write back on the source's own grid.
+"""NIfTI volumes: read, turned, resampled, cut into slices, and written back on their own grid.
 
-MR has arbitrary units and is scaled volume by volume; CT is in HU and has one fixed window. Slices that somebody else
-has cut and scaled are read from .npy files.
+Inside the project every volume is *canonical*: the axes (x, y, z) point to the patient's right, front
+and head (RAS+). Networks and pictures get *upright radiological* slices: row 0 is the patient's
+front, and column 0 is the patient's right. A Volume remembers how its file was stored. A synthetic
+image can therefore be written so that it opens on top of its source in any viewer.
 
-Inside the project every volume is *canonical*: axes (x, y, z) point to the patient's right, front and head (RAS+).
-Networks and pictures get *upright radiological* slices: row 0 is the patient's front, column 0 the patient's right.
-A Volume remembers how its file was stored, so a synthetic image opens on top of its source in any viewer.
+Slices that somebody else has cut and scaled are read from .npy files.
 """
 
 import gzip
-import os
-import re
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.processing import resample_from_to
 from PIL import Image
-from scipy import ndimage
 
-MAX_VOXELS = 2**28           # 1 GiB as float32; the largest clinical head scans have about 2**27 voxels
-GRID_TOLERANCE = 1e-3        # mm; two grids closer than this everywhere are the same grid
-BAD_VOXELS = 1e-3            # share of NaN or infinite voxels above which a file is refused
-ECHO_CONTRAST = 0.1          # of the mean; PD exceeds T2 by more, every second slice of one echo hardly differs
-HIGH_PERCENTILE = 99.5       # of the foreground; it becomes 1, a few bright vessels must not set the scale
-CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
+from data.files import DataError, is_nifti, write_atomically
+from data.intensities import CT_BODY, background_value
+from data.nifti import checked_affine, decode
 
-
-class DataError(Exception):
-    """The user's data or request cannot be used; the message is one line: what, where, why, what to do.
-
-    status: exit status that a script should end with, 2 where the command line is wrong, not the data.
-    """
-
-    def __init__(self, message, status=1):
-        super().__init__(message)
-        self.status = status
-
-
-class Scale(NamedTuple):
-    """Intensities that became 0 and 1: v = background + u * (high - background)."""
-
-    background: float
-    high: float
-
-
-CT_WINDOW = Scale(-1000.0, 1500.0)  # HU, from air to dense bone; what lies outside the scan (-1024, -3024) is below
-CT_BODY = -500               # HU; above is the body, far below are air, lung and the foam of the table
-
-
-class Background(NamedTuple):
-    """Level of the background; voxels within `reach` of it belong to it. constant: one exact value, else noisy air."""
-
-    level: float
-    reach: float
-    constant: bool
+MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have about 2**27 voxels
+GRID_TOLERANCE = 1e-3       # mm; two grids that are closer than this everywhere are the same grid
+BAD_VOXELS = 1e-3           # a file with a larger share of NaN or infinite voxels is refused
+ECHO_CONTRAST = 0.1         # of the mean; see split_echoes
+CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])      # nibabel's way to write RAS+
 
 
 @dataclass
 class Volume:
-    """One file. array: float32 (X, Y, Z), canonical; affine: (4, 4), canonical voxel -> world mm (RAS+)."""
+    """One file. The array is canonical, the header is that of the file."""
 
-    array: np.ndarray
-    affine: np.ndarray
+    array: np.ndarray               # (X, Y, Z) float32
+    affine: np.ndarray              # (4, 4), canonical voxel index -> world mm (RAS+)
     path: Path
-    header: nib.Nifti1Header                        # as stored: shape, codes, units, byte order of the original
-    orientation: np.ndarray                         # (3, 2) nibabel orientation of the stored axes
+    header: nib.Nifti1Header        # as stored: shape, codes, units and byte order of the file
+    orientation: np.ndarray         # (3, 2), nibabel's orientation of the stored axes
     notes: list = field(default_factory=list)       # one sentence for every repair and oddity
 
     @property
     def spacing(self):
-        """Voxel edges along x, y, z in mm."""
+        """The edges of a voxel along x, y and z in mm."""
         return nib.affines.voxel_sizes(self.affine)
 
     @property
     def axes(self):
-        """Where the stored axes point, such as LPS."""
+        """Where the stored axes point, as three letters such as LPS."""
         return "".join(nib.orientations.ornt2axcodes(self.orientation))
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
-
-def is_nifti(path):
-    """True for .nii and .nii.gz in any case."""
-    return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
-
+# ---- Reading -------------------------------------------------------------------------------------
 
 def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
-    """Read a NIfTI-1 or NIfTI-2 file, decide by its bytes (not its name) whether it is compressed, turn it to RAS+.
+    """Read a NIfTI-1 or NIfTI-2 file, compressed or not, and turn it to RAS+ -> Volume.
 
-    A 2-D image becomes one slice; trailing axes of length 1 are dropped. echo: of a file that holds the two echoes of
-    a PD/T2 series, 0 gives PD and 1 gives T2 (see split_echoes). contrast: of a "ct" other values are odd than of MR.
-    DataError if the file is missing, damaged, not NIfTI, too large, 4-D (but for two echoes), complex or coloured, has a
-    singular affine, or too many NaN.
+    A 2-D image becomes a volume of one slice. Axes of length 1 behind the third are dropped.
+    echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
+    contrast: The notes depend on it, because "ct" has other normal values than MR.
+    DataError if the file is missing, damaged, not NIfTI, too large, complex or coloured. It is also
+    raised if the file has more than one volume (two with `echo`), a singular affine, or many NaN.
     """
     path = Path(path)
     if not is_nifti(path):
         raise DataError(f"{path}: only .nii and .nii.gz are read; convert the file to NIfTI")
-    try:
-        header, array, packed = _decode(path, max_voxels, echoes=1 if echo is None else 2)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist; repair it") from None
-        raise DataError(f"{path}: no such file") from None
-    except PermissionError:
-        raise DataError(f"{path}: no permission to read (mode {path.stat().st_mode & 0o777:o}); use chmod") from None
-    except EOFError:
-        raise DataError(f"{path}: the compressed data end early; download the file again") from None
-    except gzip.BadGzipFile as error:
-        raise DataError(f"{path}: the compressed data fail their check ({error}); download the file again") from None
-    except zlib.error as error:
-        raise DataError(f"{path}: the compressed data are damaged ({error}); download the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
+    header, array, packed = decode(path, max_voxels, echoes=1 if echo is None else 2)
     notes = []
     named_gz = path.name.lower().endswith(".gz")
-    if packed != named_gz:
-        notes.append("is compressed although its name ends in .nii" if packed else "is not compressed despite .gz")
+    if packed and not named_gz:
+        notes.append("is compressed although its name ends in .nii")
+    if named_gz and not packed:
+        notes.append("is not compressed despite .gz")
     array = _without_bad_voxels(array, path, notes)
     if echo is not None:
         array = split_echoes(array, path)[echo]
-        header.set_data_shape(array.shape)                                  # of one echo, before the affine is made
-    affine = _checked_affine(header, path)
+        # nibabel's default affine depends on the shape, so the shape must be that of one echo.
+        header.set_data_shape(array.shape)
+    affine = checked_affine(header, path)
     if echo is not None:
         extent = array.shape[2] * np.linalg.norm(affine[:3, 2])
-        notes.append(f"holds both echoes; with its header's slice distance each covers {extent:.0f} mm")
+        notes.append("holds both echoes; with its header's slice distance each covers "
+                     f"{extent:.0f} mm")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
-        notes.append("has no orientation in its header; the NIfTI default is assumed, left and right may be swapped")
+        notes.append("has no orientation in its header; the NIfTI default is assumed, "
+                     "left and right may be swapped")
     if contrast == "ct" and array.min() > CT_BODY:
         notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
     if contrast != "ct" and array.min() < 0:
         notes.append("has negative voxels; they are kept, the scale starts at the background")
     orientation = io_orientation(affine)
     turned = np.ascontiguousarray(apply_orientation(array, orientation))
-    return Volume(turned, affine @ inv_ornt_aff(orientation, array.shape), path, header, orientation, notes)
+    turned_affine = affine @ inv_ornt_aff(orientation, array.shape)
+    return Volume(turned, turned_affine, path, header, orientation, notes)
 
 
 def split_echoes(array, path):
-    """The stored voxels of a dual-echo series -> (PD, T2), each (X, Y, Z).
+    """Split the stored voxels of a dual-echo series -> (PD, T2), each (X, Y, Z).
 
-    array: (X, Y, Z, 2), or (X, Y, 2 Z) with echoes that alternate from slice to slice or follow each other as halves;
-    of these two the one is taken whose groups differ more in their mean. PD is the brighter, its echo time is shorter.
-    Both echoes lie where the header puts its first Z slices: the scanner takes them at the same places, and the slice
-    distance in the header is believed to be that of the acquired slices, not half of it. DataError (naming path) if the
-    number of slices is odd, or if neither echo is brighter.
+    array: (X, Y, Z, 2), or (X, Y, 2 Z). In the second case the echoes alternate from slice to slice,
+    or one follows the other. We take the split whose two groups differ more in their mean. PD is
+    the brighter group, because its echo time is shorter.
+
+    The scanner takes both echoes at the same places. We place both where the header puts its first
+    Z slices, and take the slice distance in the header as that of the acquired slices.
+    DataError (naming path) if the number of slices is odd, or if neither group is brighter.
     """
     if array.ndim == 4:
-        pairs = [(array[..., 0], array[..., 1])]
+        splits = [(array[..., 0], array[..., 1])]
     else:
         count = array.shape[2]
         if count % 2:
-            raise DataError(f"{path}: has {count} slices, an odd number, so not PD and T2 of each; convert it again")
-        pairs = [(array[..., ::2], array[..., 1::2]), (array[..., :count // 2], array[..., count // 2:])]
-    means = [[echo.mean(dtype=np.float64) for echo in pair] for pair in pairs]
+            raise DataError(f"{path}: has {count} slices, an odd number, so not PD and T2 of each; "
+                            "convert it again")
+        alternating = (array[..., ::2], array[..., 1::2])
+        halves = (array[..., :count // 2], array[..., count // 2:])
+        splits = [alternating, halves]
+    means = []
+    for first, second in splits:
+        means.append((first.mean(dtype=np.float64), second.mean(dtype=np.float64)))
     gaps = [abs(first - second) for first, second in means]
     best = int(np.argmax(gaps))
+    # PD is brighter than T2 by more than this. Every second slice of one echo hardly differs.
     if gaps[best] <= ECHO_CONTRAST * np.abs(array).mean(dtype=np.float64):
-        raise DataError(f"{path}: no half of it is brighter, so it does not hold PD and T2; convert the series again")
-    first, second = pairs[best]
-    return (first, second) if means[best][0] > means[best][1] else (second, first)
-
-
-def _decode(path, max_voxels, echoes):
-    """The header, the voxels as float32 (X, Y, Z) in stored orientation, and whether the file was gzipped.
-
-    echoes: 2 lets a file of two volumes pass, as (X, Y, Z, 2).
-    """
-    with open(path, "rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        header, consumed = _read_header(stream, path)
-        shape, dtype = _checked_shape(header, path, max_voxels, echoes), _checked_dtype(header, path)
-        stream.read(max(0, int(header["vox_offset"]) - consumed))           # extensions hold nothing we need
-        wanted = int(np.prod(shape)) * dtype.itemsize
-        voxels = stream.read(wanted)
-        if len(voxels) < wanted:
-            raise DataError(f"{path}: ends early ({len(voxels)} of {wanted} voxel bytes); download the file again")
-        while packed and stream.read(2**20):                                # gzip compares its CRC only at the end
-            pass
-    array = np.frombuffer(voxels, dtype).reshape(shape, order="F")
-    slope, inter = header.get_slope_inter()
-    if (slope, inter) not in ((None, None), (1, 0)):
-        array = array.astype(np.float64) * slope + inter
-    with np.errstate(over="ignore"):                                        # overflow becomes inf, which is counted
-        return header, array.astype(np.float32), packed
-
-
-def _read_header(stream, path):
-    """The NIfTI-1 or NIfTI-2 header and the number of bytes read."""
-    block = stream.read(348)
-    start = block[:200].lstrip().lower()
-    if not block:
-        raise DataError(f"{path}: the file is empty (0 bytes); download it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"{path}: looks like HTML, a web page saved by a failed download; download the file again")
-    if block[344:348] == b"n+1\0":
-        return nib.Nifti1Header(block, check=False), 348
-    if block[4:8] == b"n+2\0":
-        block += stream.read(540 - 348)
-        if len(block) == 540:
-            return nib.Nifti2Header(block, check=False), 540
-    raise DataError(f"{path}: is not a NIfTI file (no NIfTI header in its first {len(block)} bytes); convert it again")
-
-
-def _checked_shape(header, path, max_voxels, echoes):
-    shape = tuple(int(n) for n in header.get_data_shape())
-    if len(shape) < 2 or min(shape) < 0:
-        raise DataError(f"{path}: has shape {shape}, not that of an image or a volume")
-    if 0 in shape:
-        raise DataError(f"{path}: has an axis of length 0 (shape {shape}); export it again")
-    if any(n > 1 for n in shape[3:]) and shape[3:] != (echoes,):
-        raise DataError(f"{path}: is {len(shape)}-D with shape {shape}; split it into one 3-D file per contrast")
-    if np.prod(shape, dtype=np.float64) > max_voxels:
-        raise DataError(f"{path}: has {np.prod(shape, dtype=np.float64):.0f} voxels (shape {shape}), more than "
-                        f"{max_voxels}; crop or resample it")
-    return shape if shape[3:] == (2,) else (shape + (1,))[:3]
-
-
-def _checked_dtype(header, path):
-    try:
-        dtype = header.get_data_dtype()
-    except nib.spatialimages.HeaderDataError as error:
-        raise DataError(f"{path}: unknown voxel type ({error}); export it again") from None
-    if dtype.fields:
-        raise DataError(f"{path}: holds colours (voxel type {dtype}); export grey values")
-    if dtype.kind == "c":
-        raise DataError(f"{path}: holds complex numbers ({dtype}); take the magnitude first")
-    if dtype.kind not in "iuf":
-        raise DataError(f"{path}: holds no numbers (voxel type {dtype}); export it again")
-    return dtype
-
-
-def _checked_affine(header, path):
-    try:
-        affine = header.get_best_affine()
-    except (ValueError, nib.spatialimages.HeaderDataError) as error:
-        raise DataError(f"{path}: its orientation cannot be understood ({error}); export it again") from None
-    edges = nib.affines.voxel_sizes(affine)
-    # The determinant is compared with the product of the edges, so tiny voxels are not mistaken for flat ones.
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * np.prod(edges):
-        raise DataError(f"{path}: its affine is singular (voxel edges {np.round(edges, 3).tolist()} mm); "
-                        "export it again")
-    return affine
+        raise DataError(f"{path}: no half of it is brighter, so it does not hold PD and T2; "
+                        "convert the series again")
+    first, second = splits[best]
+    if means[best][0] > means[best][1]:
+        return first, second
+    return second, first
 
 
 def _without_bad_voxels(array, path, notes):
-    """NaN and infinities become background if they are few; otherwise DataError with the first position."""
+    """Replace NaN and infinite voxels by the background. DataError if there are too many."""
     bad = ~np.isfinite(array)
     count = int(bad.sum())
     if count == 0:
         return array
     if count > BAD_VOXELS * array.size:
         first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise DataError(f"{path}: {count} of {array.size} voxels are NaN or infinite (first at {first}); "
-                        "repair the file")
+        raise DataError(f"{path}: {count} of {array.size} voxels are NaN or infinite "
+                        f"(first at {first}); repair the file")
     notes.append(f"has {count} NaN or infinite voxels; they are replaced by the background")
-    return np.where(bad, background_value(np.where(bad, np.median(array[~bad]), array)), array).astype(np.float32)
+    level = background_value(np.where(bad, np.median(array[~bad]), array))
+    return np.where(bad, level, array).astype(np.float32)
 
 
 def read_slices(paths):
-    """.npy files of one slice each, (H, W) in [0, 1] -> float32 (Z, H, W), as they are: how they lie is not recorded.
+    """Read .npy files of one slice (H, W) each, in [0, 1] -> float32 (Z, H, W).
 
-    DataError if a file is no such array or has another shape than the first.
+    The slices stay as they are, because nothing tells how they lie in the body.
+    DataError if a file is no such array, or has another shape than the first.
     """
     slices = None
     for i, path in enumerate(paths):
         try:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: cannot be read as an array ({error}); write it again with numpy.save") from None
+            raise DataError(f"{path}: cannot be read as an array ({error}); write it again with "
+                            "numpy.save") from None
         if array.ndim != 2 or array.dtype.kind not in "iuf" or 0 in array.shape:
-            raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; a slice is (H, W) numbers")
+            raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; a slice is (H, W) "
+                            "numbers")
         if slices is None:
             slices = np.empty((len(paths), *array.shape), np.float32)
         if array.shape != slices.shape[1:]:
-            raise DataError(f"{path}: has shape {array.shape}, {paths[0]} has {slices.shape[1:]}; pad or crop them alike")
-        if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):          # NaN fails, too
-            raise DataError(f"{path}: holds values from {array.min():g} to {array.max():g}; scale them to [0, 1]")
+            raise DataError(f"{path}: has shape {array.shape}, {paths[0]} has {slices.shape[1:]}; "
+                            "pad or crop them alike")
+        in_range = array.min() >= -1e-3 and array.max() <= 1 + 1e-3         # False for NaN
+        if not in_range:
+            raise DataError(f"{path}: holds values from {array.min():g} to {array.max():g}; "
+                            "scale them to [0, 1]")
         slices[i] = array.clip(0, 1)
     return slices
 
 
-# ---- Grids -----------------------------------------------------------------------------------------------------------
+# ---- Grids ---------------------------------------------------------------------------------------
 
 def _corners(shape):
-    """(8, 3) indices of the corner voxels."""
-    return np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    """The indices (8, 3) of the corner voxels."""
+    ends = [(0, n - 1) for n in shape]
+    return np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
 
 
 def same_grid(first, second):
-    """True if two volumes have the same shape and no corner lies further apart than GRID_TOLERANCE."""
+    """True if two volumes have one shape and their corners differ by GRID_TOLERANCE at most."""
     if first.array.shape != second.array.shape:
         return False
     corners = _corners(first.array.shape)
-    gap = nib.affines.apply_affine(first.affine, corners) - nib.affines.apply_affine(second.affine, corners)
-    return bool(np.linalg.norm(gap, axis=1).max() <= GRID_TOLERANCE)
+    first_corners = nib.affines.apply_affine(first.affine, corners)
+    second_corners = nib.affines.apply_affine(second.affine, corners)
+    gaps = np.linalg.norm(first_corners - second_corners, axis=1)
+    return bool(gaps.max() <= GRID_TOLERANCE)
 
 
 def resample_to(moving, fixed, order=1, fill=None):
-    """`moving` on the grid of `fixed`, by the two affines: float32 (X, Y, Z) of `fixed`. This is not registration.
+    """Resample `moving` onto the grid of `fixed` by their affines -> float32 (X, Y, Z) of `fixed`.
 
-    order: 1 linear, 0 nearest (labels). fill: value outside moving's box, by default its background.
-    Equal grids return moving.array itself. DataError if the two boxes do not overlap.
+    This is no registration: nothing is moved in the world. If the grids are equal, the result is
+    moving.array itself.
+    order: 1 is linear; 0 takes the nearest voxel, for labels.
+    fill: The value outside of the box of `moving`, by default its background.
+    DataError if the two boxes do not overlap.
     """
     if same_grid(moving, fixed):
         return moving.array
-    to_moving = np.linalg.inv(moving.affine) @ fixed.affine                 # fixed voxel -> moving voxel
+    to_moving = np.linalg.inv(moving.affine) @ fixed.affine         # fixed index -> moving index
     corners = nib.affines.apply_affine(to_moving, _corners(fixed.array.shape))
     last = np.array(moving.array.shape) - 1
     if (corners.max(0) < -0.5).any() or (corners.min(0) > last + 0.5).any():
-        raise DataError(f"{moving.path}: lies outside the box of {fixed.path}; register the two first")
-    fill = background_value(moving.array) if fill is None else fill
-    # "grid-constant" blends with the fill at the rim; "constant" would blank a border slice that lies at -1e-9.
-    return ndimage.affine_transform(moving.array, to_moving[:3, :3], to_moving[:3, 3], fixed.array.shape,
-                                    order=order, mode="grid-constant", cval=fill, output=np.float32)
+        raise DataError(f"{moving.path}: lies outside the box of {fixed.path}; "
+                        "register the two first")
+    if fill is None:
+        fill = background_value(moving.array)
+    image = nib.Nifti1Image(moving.array, moving.affine)
+    target = (fixed.array.shape, fixed.affine)
+    # "grid-constant" blends with the fill at the rim. "constant" would blank a whole border slice
+    # that lies outside by a rounding error of 1e-9.
+    moved = resample_from_to(image, target, order=order, mode="grid-constant", cval=fill)
+    return np.asarray(moved.dataobj, np.float32)
 
 
-# ---- Intensities -----------------------------------------------------------------------------------------------------
-
-def find_background(array):
-    """Background of a volume (X, Y, Z), from its four lateral faces (an axial stack often cuts the head in z)."""
-    border = np.concatenate([array[0].ravel(), array[-1].ravel(), array[:, 0].ravel(), array[:, -1].ravel()])
-    low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])     # heavy tails must not set the tolerance
-    tolerance = 1e-4 * float(high - low)
-    level = np.median(border)
-    # A value that fills more than half of the border is its median, whatever the value is: 0, -3.2, -1000.
-    if np.mean(np.abs(border - level) <= tolerance) > 0.5:
-        return Background(float(level), tolerance, True)
-    # Noisy air: the densest third of the dark border voxels. Tissue that touches the border is bright or spread out.
-    dark = np.sort(border[border <= (low + high) / 2])
-    if dark.size < 3:
-        dark = np.sort(border)
-    third = dark.size // 3
-    widths = dark[third:] - dark[:-third]
-    start = int(np.argmin(widths))
-    # Rayleigh noise has a third of its mass within 0.56 sigma of its mode's neighbourhood: 8 widths leave about 1e-5.
-    return Background(float(np.median(dark[start:start + third + 1])), max(8 * float(widths[start]), tolerance), False)
-
-
-def background_value(array):
-    """Level of the background of a volume (X, Y, Z) in its own units."""
-    return find_background(array).level
-
-
-def foreground(array, background=None, contrast=None):
-    """Boolean (X, Y, Z): what is not background. No assumption that the background is 0 or tissue is positive.
-
-    contrast: "ct" is in HU, where the body is the largest connected piece above CT_BODY; a table is another piece.
-    """
-    if contrast == "ct":
-        pieces, count = ndimage.label(array > CT_BODY)
-        return pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]) if count else pieces > 0
-    background = background or find_background(array)
-    # Around an exact value tissue may be darker (z-scores with background 0); in noisy air darker is only noise.
-    distance = np.abs(array - background.level) if background.constant else array - background.level
-    return distance > background.reach
-
-
-def normalise(array, background=None, contrast=None):
-    """Intensities -> (u float32 in [0, 1], Scale), one scale for the whole volume; in CT (HU) for all volumes: CT_WINDOW.
-
-    All else is MR, in arbitrary units:
-
-    u = clip((v - background) / (p99.5 of the foreground - background), 0, 1); exactly 0 outside the foreground if the
-    background is one constant value. A positive affine change of v leaves u unchanged. Where more than 2 % of the
-    foreground is darker than the background (z-scored tissue around zeros) the scale starts at its 0.5th percentile.
-    DataError for constant or empty volumes.
-    """
-    if array.min() == array.max():
-        raise DataError(f"is constant (every voxel is {array.min():g})")
-    if contrast == "ct":
-        if array.max() <= CT_BODY:
-            raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
-        return np.clip((array - CT_WINDOW.background) / (CT_WINDOW.high - CT_WINDOW.background), 0, 1), CT_WINDOW
-    background = background or find_background(array)
-    mask = foreground(array, background)
-    if not mask.any():
-        raise DataError(f"has an empty foreground (no voxel stands out from the background {background.level:g})")
-    inside = array[mask]
-    low = background.level
-    if np.mean(inside < low) > 0.02:
-        low = float(np.percentile(inside, 100 - HIGH_PERCENTILE))
-    high = float(np.percentile(inside, HIGH_PERCENTILE))
-    if not high > low:
-        raise DataError(f"has no foreground brighter than its background {low:g}")
-    u = np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
-    if background.constant:
-        u[~mask] = 0
-    return u, Scale(low, high)
-
-
-def denormalise(u, scale):
-    """Back to the source's intensities; what normalise clipped stays at the limits."""
-    return (scale.background + u * (scale.high - scale.background)).astype(np.float32)
-
-
-# ---- Slices ----------------------------------------------------------------------------------------------------------
+# ---- Slices --------------------------------------------------------------------------------------
 
 def upright(array):
-    """Canonical (X, Y, Z) -> axial slices (Z, Y, X): row 0 the patient's front, column 0 the patient's right."""
+    """Canonical (X, Y, Z) -> axial slices (Z, Y, X).
+
+    Row 0 is the patient's front, and column 0 is the patient's right.
+    """
     return array[::-1, ::-1].transpose(2, 1, 0)
 
 
@@ -413,87 +237,95 @@ def canonical(slices):
 
 
 def fit(array, size):
-    """Canonical volume (X, Y, Z) -> upright slices (Z, size, size), float32; see fit_slices."""
+    """Canonical volume (X, Y, Z) -> upright slices (Z, size, size), float32. See fit_slices."""
     return fit_slices(upright(array), size)
 
 
 def fit_slices(slices, size, labels=False):
-    """(Z, H, W) -> (Z, size, size), float32.
+    """Make slices square and of one size: (Z, H, W) -> (Z, size, size), float32.
 
-    Slices that fit are padded with 0 around their centre, voxel for voxel. Larger ones are padded to a square, then
-    resampled with a triangle filter as wide as the reduction, which keeps thin structures from aliasing; labels are not
-    mixed: they take their nearest neighbour's number.
+    Slices that fit are padded with 0 around their centre, and no voxel changes. Larger slices are
+    padded to a square and resampled. The filter is a triangle as wide as the reduction, so that
+    thin structures do not cause false patterns (aliasing).
+    labels: True if the slices hold numbers of labels. They are not mixed; the nearest one is taken.
     """
     height, width = slices.shape[1:]
     side = max(size, height, width)
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     square = np.zeros((len(slices), side, side), np.float32)
     square[:, top:top + height, left:left + width] = slices
-    return square if side == size else _resized(square, size, Image.Resampling.NEAREST if labels else Image.Resampling.BILINEAR)
+    if side == size:
+        return square
+    return _resized(square, size, Image.Resampling.NEAREST if labels else Image.Resampling.BILINEAR)
 
 
 def unfit(slices, shape):
-    """Undo `fit`: (Z, size, size) -> canonical (X, Y, Z) = shape; exact where fit only padded."""
+    """Undo `fit`: (Z, size, size) -> canonical (X, Y, Z) = shape.
+
+    The result is exact where fit only padded. ValueError if the slices cannot have this shape.
+    """
     width, height, depth = shape
     if len(slices) != depth or slices.shape[1] != slices.shape[2]:
-        raise ValueError(f"unfit: slices of shape {slices.shape} do not belong to a volume of shape {tuple(shape)}")
+        raise ValueError(f"unfit: slices of shape {slices.shape} do not belong to a volume of shape "
+                         f"{tuple(shape)}")
     size = slices.shape[1]
     side = max(size, height, width)
     square = slices if side == size else _resized(slices, side)
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     return canonical(square[:, top:top + height, left:left + width])
 
 
 def _resized(squares, size, how=Image.Resampling.BILINEAR):
-    """(Z, side, side) -> (Z, size, size). Pillow widens the triangle filter when it reduces (the prefilter)."""
-    pictures = (Image.fromarray(np.ascontiguousarray(s, np.float32)) for s in squares)
-    return np.stack([np.asarray(p.resize((size, size), how)) for p in pictures])
+    """(Z, side, side) -> (Z, size, size). Pillow widens the triangle filter when it reduces."""
+    resized = []
+    for square in squares:
+        picture = Image.fromarray(np.ascontiguousarray(square, np.float32))
+        resized.append(np.asarray(picture.resize((size, size), how)))
+    return np.stack(resized)
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 def write_volume(path, array, like, description, overwrite=False):
-    """Write canonical `array` (X, Y, Z) as float32 NIfTI on the grid that `like` had in its file.
+    """Write a canonical array (X, Y, Z) as float32 NIfTI, on the grid that `like` has in its file.
 
-    Orientation, affine, sform and qform codes, units and shape are the source's; scl_slope is 1. `description` (units,
-    method) goes to the header field `descrip`, which always says synthetic and ends after 79 characters. Extensions of
-    the source are not copied (they may hold patient data). The file appears complete or not at all.
-    DataError if it exists and overwrite is False, or if it cannot be written.
+    Orientation, affine, sform and qform codes, units and shape are those of the source, and
+    scl_slope is 1. Extensions of the source are not copied, because they may hold patient data. The
+    file appears complete or not at all.
+    like: The Volume of the source.
+    description: Unit and method, for the header field `descrip`. That field has room for 79
+    characters and always says synthetic.
+    DataError if the file exists and `overwrite` is False, or if it cannot be written.
+    ValueError if the array has another shape than the source.
     """
     path = Path(path)
     if not is_nifti(path):
         raise DataError(f"{path}: volumes are written as .nii or .nii.gz; change the name")
     if array.shape != like.array.shape:
-        raise ValueError(f"write_volume: array {array.shape} is not on the grid of {like.path} {like.array.shape}")
+        raise ValueError(f"write_volume: array {array.shape} is not on the grid of {like.path} "
+                         f"{like.array.shape}")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; move it away or choose another folder")
     header = like.header.copy()
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
-    header["vox_offset"] = header.sizeof_hdr + 4                            # four zero bytes: no extensions follow
-    header["cal_min"], header["cal_max"] = 0, 0                             # the source's display window is not ours
+    header["vox_offset"] = header.sizeof_hdr + 4
+    header["cal_min"] = 0                       # the display window of the source is not ours
+    header["cal_max"] = 0
     text = description if "synthetic" in description else f"synthetic; {description}"
     header["descrip"] = text.encode("ascii", "replace")[:79]
     stored = apply_orientation(array, ornt_transform(CANONICAL, like.orientation))
     voxels = stored.astype(header.endianness + "f4").tobytes(order="F")
+    # We do not call nibabel's to_bytes. It refuses or repairs odd headers that were good enough to
+    # read. The four zero bytes say that no extensions follow.
     content = header.binaryblock + bytes(4) + voxels
     if path.name.lower().endswith(".gz"):
-        content = gzip.compress(content, compresslevel=6, mtime=0)          # no clock inside: same input, same bytes
+        # mtime=0: without a time inside, the same voxels always give the same bytes.
+        content = gzip.compress(content, compresslevel=6, mtime=0)
     try:
-        write_atomically(path, content)
+        with write_atomically(path) as file:
+            file.write(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def write_atomically(path, content):
-    """Bytes to a temporary name in the same folder, then os.replace: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Open every file of a folder, and say what was found and what is wrong: check."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import grouped, make_phantom
+from data.files import DataError
+from data.intensities import find_background, foreground, normalise
+from data.layouts import find_layout
+from data.subject import anchor_name, reference_first
+from data.volumes import read_slices, read_volume, resample_to, same_grid
+
+# The columns of the table: subject, contrast, shape, spacing, axes, range, background, foreground.
+ROW = "{:24} {:8} {:>13} {:>16} {:4} {:>19} {:>10} {}"
+
+
+def check(folder, contrasts=None, say=print):
+    """Open every file of a folder, and say what was found and what is wrong.
+
+    say: A function that gets every line for the user.
+    The result is True if open_dataset can use the folder. No DataError is raised; it is said.
+    """
+    folder = Path(folder)
+    try:
+        make_phantom(folder, say)
+        layout = find_layout(folder, contrasts)
+    except DataError as error:
+        say(f"error: {error}")
+        return False
+    say(f"{folder}: {layout.name}, {len(layout.subjects)} subjects, "
+        f"contrasts {', '.join(layout.contrasts)}")
+    for note in layout.notes + [f"{name}: skipped, {why}" for name, why in layout.skipped]:
+        say(f"note: {note}")
+    for path in layout.ignored:
+        say(f"not a contrast: {path}")
+    say(ROW.format("subject", "contrast", "shape", "spacing mm", "axes", "range", "background",
+                   "foreground"))
+    complete = 0
+    people = set()
+    all_errors = []
+    all_notes = []
+    for subject in layout.subjects:
+        if subject.in_slices:
+            errors = _check_slices(subject, layout.contrasts, say)
+            notes = []
+        else:
+            errors, notes = _check_subject(subject, layout.contrasts, say)
+        all_errors += errors
+        all_notes += notes
+        if not errors and len(subject.files) == len(layout.contrasts):
+            complete += 1
+            people.add(subject.person)
+    for note in grouped(all_notes):
+        say(f"note: {note}")
+    for error in all_errors:
+        say(f"error: {error}")
+    usable = not all_errors and len(people) >= 2
+    say(f"{complete} complete subjects of {len(people)} persons (2 needed), "
+        f"{len(all_errors)} errors: {'usable' if usable else 'not usable'}")
+    return usable
+
+
+def _check_subject(subject, contrasts, say):
+    """Say one row of the table for each file -> (errors, notes).
+
+    Errors are sentences. Notes are (file, sentence) pairs.
+    """
+    errors = []
+    notes = []
+    reference = None
+    reference_mask = None
+    read = reference_first(subject, contrasts)
+    for contrast in read:
+        path = subject.files[contrast]
+        try:
+            volume = read_volume(path, echo=subject.echoes.get(contrast), contrast=contrast)
+            background = find_background(volume.array)
+            mask = foreground(volume.array, background, contrast)
+            say(_table_row(subject, contrast, volume, background, mask))
+            name = f"{subject.name} {contrast}"
+            notes += [(name, note) for note in volume.notes]
+            normalise(volume.array, background, contrast)
+            if reference is None:
+                reference = volume
+                reference_mask = mask
+                continue
+            anchor = anchor_name(read, contrasts)
+            if not same_grid(volume, reference):
+                notes.append((name, f"is on another grid than {anchor}; "
+                                    "will be resampled by the affines"))
+                resample_to(volume, reference, fill=background.level)
+            elif _mirrored_is_better(mask, reference_mask):
+                notes.append((name, f"fits {anchor} better when mirrored; "
+                                    "are left and right swapped?"))
+        except DataError as error:
+            if str(path) in str(error):
+                errors.append(str(error))
+            else:
+                errors.append(f"subject {subject.name}, {contrast} ({path}) {error}")
+    if subject.segmentation and reference is not None:
+        try:
+            resample_to(read_volume(subject.segmentation), reference, order=0, fill=0)
+        except DataError as error:
+            errors.append(str(error))
+    return errors, notes
+
+
+def _check_slices(subject, contrasts, say):
+    """Say one row of the table for each stack of .npy slices -> errors as sentences."""
+    errors = []
+    for contrast in reference_first(subject, contrasts):
+        try:
+            slices = read_slices(subject.files[contrast])
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        depth, height, width = slices.shape
+        say(ROW.format(subject.name, contrast, f"{width}x{height}x{depth}", "-", "-",
+                       f"{slices.min():.4g}..{slices.max():.4g}", "0",
+                       f"{(slices > 0).mean():10.3f}"))
+    return errors
+
+
+def _table_row(subject, contrast, volume, background, mask):
+    shape = "x".join(str(n) for n in volume.array.shape)
+    spacing = "x".join(f"{edge:.2f}" for edge in volume.spacing)
+    values = f"{volume.array.min():.4g}..{volume.array.max():.4g}"
+    return ROW.format(subject.name, contrast, shape, spacing, volume.axes, values,
+                      f"{background.level:.4g}", f"{mask.mean():10.3f}")
+
+
+def _mirrored_is_better(mask, reference_mask):
+    """True if a mask overlaps clearly more with the reference when left and right are swapped."""
+    mirrored = _overlap(mask[::-1], reference_mask)
+    return mirrored > _overlap(mask, reference_mask) + 0.02
+
+
+def _overlap(first, second):
+    """The Dice coefficient of two masks of one shape."""
+    both = np.count_nonzero(first & second)
+    total = np.count_nonzero(first) + np.count_nonzero(second)
+    return 2 * both / max(1, total)

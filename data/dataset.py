@@ -1,0 +1,250 @@
+"""A folder of scans becomes one memory-mapped array of slices, split by person: open_dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import phantom
+from data.cache import cached_slices, fingerprint_of
+from data.files import DataError
+from data.intensities import Scale
+from data.layouts import find_layout
+from data.prompts import caption
+from data.split import check_duplicates, make_split, read_split
+
+SHOWN_NOTES = 8         # open_dataset says so many; --check says all
+
+
+@dataclass
+class Rows:
+    """Some rows of a memory-mapped array, in order. rows[i] reads only what i asks for."""
+
+    images: np.ndarray
+    chosen: np.ndarray
+
+    def __len__(self):
+        return len(self.chosen)
+
+    @property
+    def shape(self):
+        return len(self.chosen), *self.images.shape[1:]
+
+    def __getitem__(self, index):
+        return self.images[self.chosen[index]]
+
+
+@dataclass
+class Dataset:
+    """The kept slices of all complete subjects.
+
+    n is the number of slices and C the number of contrasts. Row r of every field of length n belongs
+    to images[r].
+    """
+
+    folder: Path
+    layout: str                     # the name of the layout, for the user
+    contrasts: tuple
+    size: int                       # height and width of a slice in pixels
+    phantom: bool                   # True if the folder says that it is synthetic (phantom.json)
+    fingerprint: str                # of the files and the settings
+    subjects: list                  # of layouts.Subject, all; only complete ones are in split and rows
+    incomplete: list                # those of them that lack contrasts, for later synthesis
+    split: dict                     # {"train": [names], "val": [names], "test": [names]}
+    images: np.ndarray              # (n, C, size, size) float16 in [0, 1], memory-mapped
+    subject: np.ndarray             # (n,) names
+    slice_number: np.ndarray        # (n,) index of the slice in the canonical volume
+    position: np.ndarray            # (n,) height in the kept range, from 0 to 1
+    brain: np.ndarray               # (n,) share of the picture that is brain
+    lesion: list                    # (n,) str, or None where a subject has no segmentation
+    labels: np.ndarray | None       # (n, size, size) uint8, memory-mapped; None unless all have one
+    scales: dict                    # {subject: {contrast: Scale}}
+
+    def part(self, part):
+        """The slices of "train", "val" or "test" as Rows. Nothing is read before it is indexed."""
+        return Rows(self.images, self.rows(part))
+
+    def rows(self, part, most=None):
+        """The numbers of all rows of "train", "val" or "test", in order of subject and slice.
+
+        most: At most so many of them, evenly spaced.
+        """
+        rows = np.flatnonzero(np.isin(self.subject, self.split[part]))
+        return rows if most is None else evenly(rows, most)
+
+    def keys(self, rows):
+        """(subject, slice number) of each of the rows. They fix the noise of sampling."""
+        return [(str(self.subject[r]), int(self.slice_number[r])) for r in rows]
+
+    def captions(self, rows):
+        """For each of the rows, one sentence per contrast about the slice (see data.prompts)."""
+        texts = []
+        for r in rows:
+            about = (self.position[r], self.brain[r], self.lesion[r])
+            texts.append([caption(contrast, *about) for contrast in self.contrasts])
+        return texts
+
+    @property
+    def complete(self):
+        """The subjects whose slices are in the data set."""
+        there = set(self.subject)
+        return [subject for subject in self.subjects if subject.name in there]
+
+    def spread(self, part, per_subject):
+        """Some rows of each subject of a part, spread evenly over its kept slices.
+
+        They lie at the quantiles (k + 0.5) / per_subject. A subject with fewer slices gives all.
+        """
+        chosen = [np.zeros(0, int)]
+        for name in self.split[part]:
+            rows = np.flatnonzero(self.subject == name)
+            quantiles = (np.arange(per_subject) + 0.5) / per_subject
+            chosen.append(np.unique(rows[(quantiles * len(rows)).astype(int)]))
+        return np.concatenate(chosen)
+
+
+def evenly(rows, most):
+    """At most `most` of the rows, evenly spaced, with the first and the last."""
+    if len(rows) == 0:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
+
+
+def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8,
+                 test_subjects=50, cache=Path("runs/cache"), workers=0, say=print):
+    """Recognise, check, decode and split a folder of scans -> Dataset. Decoding is done once.
+
+    contrasts: The names of the channels in order, by default all that most subjects have.
+    size: The height and width of a slice in pixels.
+    split_file: A JSON file {"train": [...], "val": [...], "test": [...]} that replaces the random
+    split, which depends on seed, train_fraction and test_subjects (see make_split).
+    cache: The folder for decoded slices.
+    workers: The number of threads that decode; 0 means up to 4.
+    say: A function that gets every line for the user.
+    DataError for everything that is wrong with the data.
+    """
+    folder = Path(folder)
+    make_phantom(folder, say)
+    layout = find_layout(folder, contrasts)
+    complete = []
+    incomplete = []
+    for subject in layout.subjects:
+        has_all = len(subject.files) == len(layout.contrasts)
+        (complete if has_all else incomplete).append(subject)
+    _say_layout(folder, layout, complete, incomplete, say)
+    _require_two(folder, layout, complete)
+    if split_file:
+        split = read_split(split_file, complete, say)
+    else:
+        split = layout.split or make_split(complete, seed, train_fraction, test_subjects)
+    if not split["val"]:
+        say("  no validation subjects: the last checkpoint will be used instead of the best one")
+    fingerprint = fingerprint_of(folder, complete, layout.contrasts, size)
+    index, images, labels = cached_slices(Path(cache), fingerprint, folder, complete,
+                                          layout.contrasts, size, workers, say)
+    _say_notes(grouped(index["notes"]), say)
+    check_duplicates(index["digests"], split, say)
+    counts = ", ".join(f"{len(names)} {part}" for part, names in split.items())
+    say(f"  split: {counts}; {len(images)} of {index['slices']} slices kept, "
+        f"{index['constant']} are empty or constant")
+    return Dataset(
+        folder=folder,
+        layout=layout.name,
+        contrasts=layout.contrasts,
+        size=size,
+        phantom=(folder / "phantom.json").exists(),
+        fingerprint=fingerprint,
+        subjects=layout.subjects,
+        incomplete=incomplete,
+        split=split,
+        images=images,
+        subject=np.array(index["subject"]),
+        slice_number=np.array(index["slice_number"]),
+        position=np.array(index["position"]),
+        brain=np.array(index["brain"]),
+        lesion=index["lesion"],
+        labels=labels,
+        scales=_read_scales(index["scales"]))
+
+
+def _read_scales(stored):
+    """{subject: {contrast: [low, high]}} -> {subject: {contrast: Scale}}."""
+    scales = {}
+    for name, pairs in stored.items():
+        scales[name] = {contrast: Scale(*pair) for contrast, pair in pairs.items()}
+    return scales
+
+
+def _say_layout(folder, layout, complete, incomplete, say):
+    """Tell the user what was found in the folder."""
+    also = f", {len(incomplete)} incomplete" if incomplete else ""
+    say(f"data: {folder} ({layout.name}), {len(complete)} subjects with "
+        f"{', '.join(layout.contrasts)}{also}")
+    _say_notes(layout.notes + [f"{name}: {why}" for name, why in layout.skipped], say)
+    if layout.ignored:
+        say(f"  {len(layout.ignored)} NIfTI files are no contrast and not used, "
+            f"e.g. {layout.ignored[0].name}")
+
+
+def _require_two(folder, layout, complete):
+    """DataError if there are fewer than two complete subjects."""
+    if len(complete) >= 2:
+        return
+    counts = []
+    for contrast in layout.contrasts:
+        count = sum(contrast in subject.files for subject in layout.subjects)
+        counts.append(f"{contrast} {count}")
+    everyone = len(layout.subjects) + len(layout.skipped)
+    raise DataError(f"{folder}: {len(complete)} of {everyone} subjects are complete "
+                    f"(files: {', '.join(counts)}); at least 2 are needed, "
+                    "add subjects or choose fewer contrasts")
+
+
+# ---- Phantoms ------------------------------------------------------------------------------------
+
+def is_phantom(folder):
+    """True for a folder of digital phantoms, and for one that open_dataset would make."""
+    folder = Path(folder)
+    return (folder / "phantom.json").exists() or _can_be_made(folder)
+
+
+def _can_be_made(folder):
+    """True for data/NAME, if NAME is a set of phantoms and the folder does not exist yet.
+
+    Nothing is ever made outside of this project's own folder data.
+    """
+    if folder.exists() or folder.resolve().parent != Path(__file__).resolve().parent:
+        return False
+    return folder.name in phantom.SETS
+
+
+def make_phantom(folder, say):
+    """Make the phantoms of a folder that does not exist, if it is the place of a set."""
+    if _can_be_made(folder):
+        say(f"*** {folder} does not exist: making DIGITAL PHANTOMS there "
+            "(synthetic images, no patients) ***")
+        phantom.make(folder.name, folder)
+
+
+# ---- Notes ---------------------------------------------------------------------------------------
+
+def grouped(notes):
+    """Turn (file, sentence) pairs into one line for each sentence.
+
+    A thousand files with the same oddity then take one line.
+    """
+    files = {}                          # sentence -> files
+    for file, sentence in notes:
+        files.setdefault(sentence, []).append(file)
+    lines = []
+    for sentence, names in files.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {sentence}")
+    return lines
+
+
+def _say_notes(notes, say):
+    for note in notes[:SHOWN_NOTES]:
+        say(f"  note: {note}")
+    if len(notes) > SHOWN_NOTES:
+        say(f"  and {len(notes) - SHOWN_NOTES} more notes; --check shows all")

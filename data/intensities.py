@@ -1,0 +1,147 @@
+"""The intensities of a volume: what is background, and how all else is scaled to [0, 1] and back.
+
+MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU), so all
+volumes share one fixed window.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from data.files import DataError
+
+# The percentile of the foreground that becomes 1. A few bright vessels must not set the scale.
+HIGH_PERCENTILE = 99.5
+
+
+class Scale(NamedTuple):
+    """The intensities that became 0 and 1: v = background + u * (high - background)."""
+
+    background: float
+    high: float
+
+
+# HU, from air to dense bone. The voxels outside of a scan often hold -1024 or -3024, which is below.
+CT_WINDOW = Scale(-1000.0, 1500.0)
+# HU. The body is above. Air, lung and the foam of the table are far below.
+CT_BODY = -500
+
+
+class Background(NamedTuple):
+    """The background of a volume. Voxels within `reach` of `level` belong to it.
+
+    `constant` is True if the background is one exact value, and False if it is noisy air.
+    """
+
+    level: float
+    reach: float
+    constant: bool
+
+
+def find_background(array):
+    """Find the background of a volume (X, Y, Z) -> Background, in the units of the volume.
+
+    We look at the four faces on the sides only. At the top and the bottom, an axial stack often
+    cuts through the head.
+    """
+    sides = [array[0], array[-1], array[:, 0], array[:, -1]]
+    border = np.concatenate([side.ravel() for side in sides])
+    # Percentiles, not the smallest and largest value: a few extreme voxels must not set the tolerance.
+    low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])
+    tolerance = 1e-4 * float(high - low)
+    level = np.median(border)
+    # A value that fills more than half of the border is its median, whether it is 0, -3.2 or -1000.
+    if np.mean(np.abs(border - level) <= tolerance) > 0.5:
+        return Background(float(level), tolerance, True)
+    # Otherwise the background is noisy air. We take the densest third of the dark border voxels.
+    # Tissue that touches the border does not disturb this, because it is bright or spread out.
+    dark = np.sort(border[border <= (low + high) / 2])
+    if dark.size < 3:
+        dark = np.sort(border)
+    third = dark.size // 3
+    widths = dark[third:] - dark[:-third]
+    start = int(np.argmin(widths))
+    densest = dark[start:start + third + 1]
+    # A third of Rayleigh noise lies in a range 0.56 sigma wide around its mode. Less than 1e-5 of
+    # the noise lies more than 8 such widths above it.
+    reach = max(8 * float(widths[start]), tolerance)
+    return Background(float(np.median(densest)), reach, False)
+
+
+def background_value(array):
+    """The level of the background of a volume (X, Y, Z), in the units of the volume."""
+    return find_background(array).level
+
+
+def foreground(array, background=None, contrast=None):
+    """The voxels of a volume (X, Y, Z) that are not background -> bool (X, Y, Z).
+
+    The background need not be 0, and tissue need not be positive.
+    background: What find_background returns; it is found here if it is not given.
+    contrast: For "ct" the array is in HU. The foreground is then the body, which is the largest
+    connected piece above CT_BODY. The table is another, smaller piece.
+    """
+    if contrast == "ct":
+        pieces, count = ndimage.label(array > CT_BODY)
+        if count == 0:
+            return pieces > 0
+        sizes = np.bincount(pieces.ravel())[1:]
+        return pieces == 1 + np.argmax(sizes)
+    background = background or find_background(array)
+    distance = array - background.level
+    if background.constant:
+        # Tissue may be darker than an exact value, for example z-scores around a background of 0.
+        # In noisy air, darker voxels are only noise.
+        distance = np.abs(distance)
+    return distance > background.reach
+
+
+def normalise(array, background=None, contrast=None):
+    """Scale the intensities of a volume (X, Y, Z) -> (u float32 (X, Y, Z) in [0, 1], Scale).
+
+    CT (contrast "ct", in HU) is scaled by CT_WINDOW. All else is MR and has arbitrary units:
+
+    u = clip((v - background) / (p99.5 of the foreground - background), 0, 1)
+
+    One scale serves the whole volume. If v is multiplied by a positive number, or a number is added
+    to it, u does not change. If the background is one constant value, u is exactly 0 outside of the
+    foreground. If more than 2 % of the foreground is darker than the background, as in z-scores
+    around 0, the scale starts at the 0.5th percentile of the foreground.
+    DataError if the volume is constant, or if nothing stands out from its background.
+    """
+    if array.min() == array.max():
+        raise DataError(f"is constant (every voxel is {array.min():g})")
+    if contrast == "ct":
+        return _normalise_ct(array)
+    background = background or find_background(array)
+    mask = foreground(array, background)
+    if not mask.any():
+        raise DataError("has an empty foreground (no voxel stands out from the background "
+                        f"{background.level:g})")
+    inside = array[mask]
+    low = background.level
+    if np.mean(inside < low) > 0.02:
+        low = float(np.percentile(inside, 100 - HIGH_PERCENTILE))
+    high = float(np.percentile(inside, HIGH_PERCENTILE))
+    if not high > low:
+        raise DataError(f"has no foreground brighter than its background {low:g}")
+    u = np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    if background.constant:
+        u[~mask] = 0
+    return u, Scale(low, high)
+
+
+def _normalise_ct(array):
+    if array.max() <= CT_BODY:
+        raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
+    low, high = CT_WINDOW
+    return np.clip((array - low) / (high - low), 0, 1), CT_WINDOW
+
+
+def denormalise(u, scale):
+    """Turn u in [0, 1], of any shape, back to the intensities of the source, as float32.
+
+    scale: The Scale that normalise returned. What normalise clipped stays at the limits.
+    """
+    return (scale.background + u * (scale.high - scale.background)).astype(np.float32)

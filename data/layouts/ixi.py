@@ -1,0 +1,100 @@
+"""IXI (brain-development.org/ixi-dataset): one folder per contrast, and a sheet of persons.
+
+A file is called IXI002-Guys-0828-T1.nii.gz. Guys is the hospital, from which we know the scanner.
+"""
+
+import re
+
+from data.files import DataError
+from data.layouts.words import AXIAL_GRID, Subject, few, positive, read_sheet
+
+IXI_FILE = re.compile(r"((IXI\d+)-(Guys|HH|IOP)-\d+)-(T1|T2|PD)\.(?i:nii(\.gz)?)")
+# The field is in tesla.
+IXI_SCANNERS = {"Guys": {"scanner": "Philips", "field": 1.5},
+                "HH": {"scanner": "Philips", "field": 3.0},
+                "IOP": {"scanner": "GE", "field": 1.5}}
+# TR and TE in ms. IOP has not published its times.
+IXI_TIMES = {"Guys": {"t1": (9.813, 4.603), "t2": (8178.34, 100), "pd": (8178.34, 8)},
+             "HH": {"t1": (9.6, 4.6), "t2": (5725.79, 100), "pd": (5725.79, 8)}}
+# The first words of the columns that we read. The second is called "SEX_ID (1=m, 2=f)".
+IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")
+IXI_SEXES = {1: "M", 2: "F"}
+
+
+def collect_ixi(files, images, notes):
+    """Read the file names of IXI, in any folders -> (subjects sorted by name, ignored files).
+
+    files: The paths of all files. images: Those of the NIfTI files. notes: A list that gets
+    sentences for the user. MRA, DTI and all other names are ignored.
+    DataError if a subject has two files of one contrast.
+    """
+    # Our phantoms have names like these. Not all were made with the times of the hospitals, so we
+    # do not state any times for phantoms.
+    phantom = any(path.name == "phantom.json" for path in files)
+    times = {} if phantom else IXI_TIMES
+    people = _read_ixi_sheet(files, notes)
+    subjects = {}
+    ignored = []
+    for path in images:
+        parts = IXI_FILE.fullmatch(path.name)
+        if not parts:
+            ignored.append(path)
+            continue
+        name = parts[1]
+        person = parts[2]
+        site = parts[3]
+        contrast = parts[4].lower()
+        if name not in subjects:
+            meta = {"body": "brain", "site": site, **IXI_SCANNERS[site], **people.get(person, {})}
+            if site in times:
+                meta["times"] = times[site]
+            subjects[name] = Subject(name, person, {}, meta=meta, grid=AXIAL_GRID)
+        files_of_subject = subjects[name].files
+        if contrast in files_of_subject:
+            raise DataError(f"{path}: {name} has another {contrast}, {files_of_subject[contrast]}; "
+                            "remove one of them")
+        files_of_subject[contrast] = path
+    found = [subjects[name] for name in sorted(subjects)]
+    absent = [subject.name for subject in found if subject.person not in people]
+    if people and absent:
+        notes.append(f"{len(absent)} subjects have no row in the sheet of IXI: {few(absent)}")
+    return found, ignored
+
+
+def _read_ixi_sheet(files, notes):
+    """Read IXI.csv -> {"IXI002": {"age": years, "sex": "M" or "F"}}; unknown facts are left out.
+
+    IXI.csv is exported from IXI.xls. The sheet has several rows of some persons. A gap in one row
+    is filled from another. If two rows contradict each other, nobody can say which is right, and
+    we use neither.
+    """
+    sheets = [path for path in files if re.fullmatch(r"IXI.*\.csv", path.name, re.IGNORECASE)]
+    excel = [path for path in files if re.fullmatch(r"IXI.*\.xlsx?", path.name, re.IGNORECASE)]
+    if not sheets:
+        if excel:
+            notes.append(f"{excel[0].name}: Excel is not read; save it as IXI.csv to have age and "
+                         "sex")
+        return {}
+    sheet = sheets[0]
+    notes += [f"{sheet.name} is used, not {other.name}" for other in sheets[1:]]
+    rows, columns = read_sheet(sheet)
+    if not set(IXI_COLUMNS) <= set(columns):
+        notes.append(f"{sheet.name}: has no columns {', '.join(IXI_COLUMNS)}; "
+                     "age and sex stay unknown")
+        return {}
+    people = {}
+    contradictory = set()
+    for row in rows:
+        number, sex, age = (positive(row[columns[key]]) for key in IXI_COLUMNS)
+        if number is None:
+            continue
+        person = f"IXI{int(number):03d}"
+        known = people.setdefault(person, {})
+        for key, value in (("age", age), ("sex", IXI_SEXES.get(sex))):
+            if value is not None and known.setdefault(key, value) != value:
+                contradictory.add(person)
+    for person in sorted(contradictory):
+        people[person] = {}
+        notes.append(f"{sheet.name}: the rows of {person} contradict each other; "
+                     "its age and sex stay unknown")
+    return people

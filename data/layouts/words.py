@@ -1,0 +1,129 @@
+"""What all readers share: a subject, the words of file names, and the sheets that describe patients.
+"""
+
+import csv
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.files import DataError
+
+# The name of a contrast in this project -> the words of file names that mean it. The order is that
+# of BraTS, and contrasts are listed in it.
+CONTRASTS = {
+    "flair": {"flair", "t2f", "t2flair"},
+    "t1": {"t1", "t1n", "t1w", "mprage"},
+    "t1ce": {"t1ce", "t1c", "t1gd", "t1post"},
+    "t2": {"t2", "t2w"},
+    "pd": {"pd", "pdw"},
+    "t2star": {"t2star", "t2starw"},
+    "ct": {"ct"},
+    "pet": {"pet"},
+}
+# With one of these words, t1 means t1ce, as in T1_gd or ce-gadolinium_T1w.
+AGENT_WORDS = {"ce", "gd", "gad", "gadolinium", "post", "postcontrast"}
+SEGMENTATION_WORDS = {"seg", "segm", "segmentation"}
+LABEL_WORDS = {"mask", "brainmask", "label", "labels", "lesion", "lesions", "tumour", "tumor", "gt",
+               "roi", "otmulticlass", "parcellation", "consensus"}
+# In IXI and ADNI, T1 is a sagittal 3-D scan, and T2 and PD are axial slices. Their grid is used,
+# because resampling them to the grid of T1 would invent slices.
+AXIAL_GRID = ("t2", "pd")
+
+
+@dataclass
+class Subject:
+    """The files of one subject, that is, of one BraTS case or one visit.
+
+    A split keeps all subjects of one `person` together.
+    """
+
+    name: str
+    person: str
+    files: dict                     # contrast -> Path, or a tuple of Paths of .npy slices
+    segmentation: Path | None = None
+    meta: dict = field(default_factory=dict)        # what a reader knows of the person and the scan
+    echoes: dict = field(default_factory=dict)      # contrast -> echo in a file of two; see read_volume
+    grid: tuple = ()                # contrasts whose grid to use, best first; default: the first contrast
+
+    @property
+    def in_slices(self):
+        """True if the files are .npy slices, not volumes."""
+        return any(isinstance(paths, tuple) for paths in self.files.values())
+
+    @property
+    def paths(self):
+        """Every file of the subject, as a list."""
+        found = []
+        for paths in self.files.values():
+            found += paths if isinstance(paths, tuple) else [paths]
+        if self.segmentation:
+            found.append(self.segmentation)
+        return found
+
+
+def role_of(file_name, subject):
+    """What a NIfTI file of `subject` is: a contrast, "seg" for a segmentation, or None.
+
+    Whole words of the file name decide. The name of the subject is removed first, because it may
+    contain t1 or ct. The names of the folders above do not matter.
+    """
+    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
+    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
+    words = re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+    if SEGMENTATION_WORDS & set(words):
+        return "seg"
+    if LABEL_WORDS & set(words):
+        return None
+    text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
+    found = [name for name, aliases in CONTRASTS.items() if aliases & set(text.split())]
+    if found == ["t1"] and AGENT_WORDS & set(words):
+        return "t1ce"
+    if len(found) == 1:
+        return found[0]
+    return None                     # T2_to_FLAIR names two contrasts, so we do not guess
+
+
+def canonical_contrast(name):
+    """The project's name of a contrast: t1gd -> t1ce. An unknown name is returned in lower case."""
+    lower = name.lower()
+    for contrast, aliases in CONTRASTS.items():
+        if lower in aliases:
+            return contrast
+    return lower
+
+
+def read_sheet(sheet):
+    """Read a .csv file with any usual separator -> (rows, columns).
+
+    rows: An iterable of dicts, as csv.DictReader gives.
+    columns: The first word of a column's name in upper case -> the column's name in the rows.
+    DataError if the file cannot be read.
+    """
+    try:
+        text = sheet.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); "
+                        "repair or remove it") from None
+    lines = text.replace("\0", "").splitlines()
+    separator = max(",;\t", key=lines[0].count) if lines else ","
+    rows = csv.DictReader(lines, delimiter=separator)
+    columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
+    return rows, columns
+
+
+def positive(cell):
+    """The number in a cell of a sheet, with a decimal point or comma, or None.
+
+    None also stands for 0, because IXI writes 0 where it means unknown.
+    """
+    try:
+        value = float(cell.strip().replace(",", "."))
+    except (AttributeError, ValueError):            # in a short row, the missing cells are None
+        return None
+    return value if 0 < value < 1000 else None
+
+
+def few(names):
+    """The first five names as text, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,31 @@
+"""python -m data.phantom NAME FOLDER: make a synthetic data set."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.files import DataError
+from data.phantom import SETS, make
+
+
+def main():
+    """Command line -> exit status."""
+    parser = argparse.ArgumentParser(prog="python -m data.phantom", description="Make a synthetic data set.")
+    parser.add_argument("name", choices=SETS, help="which set")
+    parser.add_argument("folder", type=Path, help="where to; must not exist")
+    parser.add_argument("--subjects", type=int, default=24, help="how many (default 24)")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side of a slice (default 64)")
+    parser.add_argument("--slices", type=int, default=12, help="slices per subject (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes other subjects (default 0)")
+    options = parser.parse_args()
+    try:
+        make(**vars(options))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.folder}: {options.subjects} synthetic subjects ({options.name})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

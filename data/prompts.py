@@ -1,0 +1,128 @@
+"""Sentences about scans.
+
+`caption` describes a slice, `prompt` describes a scan, and `describe_lesion` describes what is drawn
+in a segmentation.
+"""
+
+import numpy as np
+
+from data.files import DataError
+
+# The words for a contrast in a caption.
+MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": "PDw",
+              "t2star": "T2star", "ct": "CT", "pet": "PET"}
+# The words for a contrast in a prompt.
+DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI",
+                "t1ce": "contrast-enhanced T1-weighted MRI", "t2": "T2-weighted MRI",
+                "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI", "ct": "CT", "pet": "PET"}
+# Facts in the order of a caption. Only those that are known are written.
+META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("TE", "TE: {} ms"),
+               ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))
+# The fields of a prompt, which are those of MetaDB's Table 5.
+PROMPT_FIELDS = ("age", "gender", "scanner", "description")
+
+
+def caption(contrast, position, brain, lesion=None, meta=None):
+    """One line of text for one slice, for example
+
+    "Modality: FLAIR; Plane: axial; Slice: 0.42; Brain: 0.31; Lesion: none"
+
+    position: The height of the slice, from 0 (the lowest kept slice) to 1 (the highest).
+    brain: The share of the picture that is brain, from 0 to 1.
+    lesion: What describe_lesion returns, or None if there is no segmentation.
+    meta: The facts that are known: age in years, sex, TR, TE and TI in ms, FA in degrees.
+    """
+    parts = [f"Modality: {MODALITIES[contrast]}"]
+    for key, form in META_FIELDS:
+        if meta and meta.get(key) is not None:
+            parts.append(form.format(_number(meta[key])))
+    parts += ["Plane: axial", f"Slice: {position:.2f}", f"Brain: {brain:.2f}"]
+    if lesion is not None:
+        parts.append(f"Lesion: {lesion}")
+    return "; ".join(parts)
+
+
+def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
+    """One line of text for a scan (MetaDB, Sec. 4.3.3), the same for all of its slices. An example:
+
+    "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T2-weighted MRI of the brain,
+    TR 8178 ms, TE 100 ms" (in one line)
+
+    With masked=("modality",) the same scan gives:
+
+    "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TR [MASK] ms,
+    TE [MASK] ms"
+
+    meta: Subject.meta.
+    fields: Which of PROMPT_FIELDS to write. A value that is not known is written as None. Without
+    fields the text is "".
+    masked: The fields whose value becomes [MASK]. The name "modality" masks all that tells the
+    contrast: its words and times in the description, and a scanner that serves this contrast alone.
+    DataError if there is no field of a name.
+    """
+    unknown = set(fields) - set(PROMPT_FIELDS)
+    unknown |= set(masked) - {*PROMPT_FIELDS, "modality"}
+    if unknown:
+        raise DataError(f"prompt: there is no {', '.join(sorted(unknown))}; "
+                        f"there are {', '.join(PROMPT_FIELDS)}", status=2)
+    hidden = "modality" in masked
+    own_scanner = f"scanner_{contrast}"             # a scanner that serves this contrast alone
+    scanner = meta.get(own_scanner, meta.get("scanner"))
+    if scanner and "field" in meta:
+        scanner = f"{scanner} {_number(meta['field'])}T"
+    values = {"age": int(meta["age"]) if "age" in meta else None,
+              "gender": meta.get("sex"),
+              "scanner": scanner,
+              "description": _describe_scan(contrast, meta, hidden)}
+    parts = []
+    for name, value in values.items():
+        if name not in fields:
+            continue
+        if name in masked or (name == "scanner" and hidden and own_scanner in meta):
+            value = "[MASK]"
+        parts.append(f"{name.capitalize()}: {value}")
+    return "; ".join(parts)
+
+
+def _describe_scan(contrast, meta, hidden):
+    """The description in a prompt. hidden: True if it must not tell the contrast."""
+    modality = "[MASK]" if hidden else DESCRIPTIONS[contrast]
+    body = f" of the {meta['body']}" if "body" in meta else ""
+    parts = [modality + body]
+    times = meta.get("times", {}).get(contrast, ())
+    for name, time in zip(("TR", "TE"), times):
+        value = "[MASK]" if hidden else _number(time, digits=4)
+        parts.append(f"{name} {value} ms")
+    return ", ".join(parts)
+
+
+def _number(value, digits=6):
+    """A number with so many significant digits, without zeros at the end and without exponent.
+
+    A word is returned as it is.
+    """
+    if isinstance(value, str):
+        return value
+    return np.format_float_positional(value, precision=digits, unique=False, fractional=False,
+                                      trim="-")
+
+
+def describe_lesion(labels, midline, pixel_area):
+    """The side and the area of the lesion in one slice, such as "left, 412 mm2", or "none".
+
+    Left is the patient's left. A lesion is on one side if three quarters of its area are there;
+    otherwise it is on both sides.
+    labels: (H, W) of an upright radiological slice; the lesion is where it is above 0.
+    midline: The column of the middle of the brain.
+    pixel_area: The area of a pixel in mm2.
+    """
+    columns = np.nonzero(labels > 0)[1]
+    if columns.size == 0:
+        return "none"
+    left = np.mean(columns > midline)               # column 0 is the patient's right
+    side = "both sides"
+    if left >= 0.75:
+        side = "left"
+    if left <= 0.25:
+        side = "right"
+    return f"{side}, {columns.size * pixel_area:.0f} mm2"

@@ -1,0 +1,112 @@
+"""Which subject is for training, validation or test: a random split by person, or the user's own."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from data.files import DataError
+
+PARTS = ("train", "val", "test")
+
+
+def make_split(subjects, seed, train_fraction, test_subjects):
+    """Split subjects at random by person -> {"train": [names], "val": [names], "test": [names]}.
+
+    The split depends on the names and the seed only, not on the order of the files.
+    train_fraction: Of n persons, round(train_fraction * n) are for training, but at least 1 and at
+    most n - 1.
+    test_subjects: Of the others, up to this number are for the test, and the rest for validation.
+    DataError if a number makes no sense, or if there are fewer than 2 persons.
+    """
+    if not 0 < train_fraction < 1 or test_subjects < 1:
+        raise DataError(f"split: train_fraction {train_fraction} must lie between 0 and 1, "
+                        f"test_subjects {test_subjects} must be at least 1")
+
+    def draw(person):
+        return hashlib.sha256(f"{seed}:{person}".encode()).hexdigest()
+
+    people = sorted({subject.person for subject in subjects}, key=draw)
+    n = len(people)
+    if n < 2:
+        raise DataError(f"split: all subjects are visits of {people[0]}; "
+                        "at least 2 persons are needed")
+    n_train = min(max(1, round(train_fraction * n)), n - 1)
+    n_test = min(test_subjects, n - n_train)
+    groups = {"train": people[:n_train],
+              "val": people[n_train + n_test:],
+              "test": people[n_train:n_train + n_test]}
+    split = {}
+    for part, group in groups.items():
+        split[part] = sorted(subject.name for subject in subjects if subject.person in group)
+    return split
+
+
+def read_split(split_file, subjects, say):
+    """Read and check a user's own split -> {"train": [names], "val": [names], "test": [names]}.
+
+    split_file: A JSON file of that form. subjects: All complete subjects; some may be left out.
+    DataError if the file is no split, if train or test is empty, or if a name is unknown or listed
+    twice. It is also raised if visits of one person are in two parts.
+    """
+    split = _read_lists(split_file)
+    person = {subject.name: subject.person for subject in subjects}
+    listed = []
+    for names in split.values():
+        listed += names
+    unknown = [name for name in listed if name not in person]
+    if unknown:
+        raise DataError(f"{split_file}: {len(unknown)} names are no complete subjects, "
+                        f"e.g. {', '.join(unknown[:3])}; "
+                        f"subjects are called like {subjects[0].name}")
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise DataError(f"{split_file}: {', '.join(twice[:3])} is listed twice; "
+                        "every subject belongs to one part")
+    for part in ("train", "test"):
+        if not split[part]:
+            raise DataError(f"{split_file}: {part} is empty; name at least one subject")
+    part_of = {}                        # person -> part
+    for part, names in split.items():
+        for name in names:
+            first = part_of.setdefault(person[name], part)
+            if first != part:
+                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and {part}; "
+                                "keep a person's visits together")
+    if len(listed) < len(person):
+        say(f"  {len(person) - len(listed)} subjects are not in {split_file} and not used")
+    return split
+
+
+def _read_lists(split_file):
+    split = {}
+    try:
+        given = json.loads(Path(split_file).read_text(encoding="utf-8"))
+        for part in PARTS:
+            split[part] = [str(name) for name in given.get(part, [])]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{split_file}: is not a split ({error}); "
+                        "write JSON with lists train, val, test") from None
+    return split
+
+
+def check_duplicates(digests, split, say):
+    """Refuse equal images in two parts of the split, and warn of equal images in one part.
+
+    digests: {subject: {contrast: digest of its slices}}.
+    DataError if a training subject is also a test subject under another name, and so on.
+    """
+    part_of = {}                        # subject -> part
+    for part, names in split.items():
+        part_of.update(dict.fromkeys(names, part))
+    first = {}                          # (contrast, digest) -> subject
+    for name, of_contrast in digests.items():
+        for contrast, digest in of_contrast.items():
+            other = first.setdefault((contrast, digest), name)
+            if other == name:
+                continue
+            part = part_of.get(name)
+            other_part = part_of.get(other)
+            if part and other_part and part != other_part:
+                raise DataError(f"{other} ({other_part}) and {name} ({part}) have identical "
+                                f"{contrast} images, a leak; remove one of them")
+            say(f"  warning: {other} and {name} have identical {contrast} images")

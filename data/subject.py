@@ -1,0 +1,240 @@
+"""All slices of one subject, on one grid: load_subject. What there is to synthesise: to_synthesize."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data.files import DataError
+from data.intensities import CT_WINDOW, denormalise, find_background, foreground, normalise
+from data.prompts import describe_lesion
+from data.volumes import (
+    Volume,
+    fit,
+    fit_slices,
+    read_slices,
+    read_volume,
+    resample_to,
+    same_grid,
+    unfit,
+    upright,
+    write_volume,
+)
+
+KEEP = 1 / 3            # a slice is kept if its foreground is this share of the largest; see kept_slices
+
+
+@dataclass
+class SubjectSlices:
+    """All axial slices of one subject, on the grid of one contrast, which we call the reference.
+
+    Z is the number of slices, C the number of contrasts, S the size of a slice in pixels. The
+    reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
+    """
+
+    images: np.ndarray              # (Z, C, S, S) in [0, 1]; float32, or float16 of .npy slices.
+                                    # They are 0 where a contrast is missing.
+    present: np.ndarray             # (C,) bool
+    scales: dict                    # contrast -> Scale
+    kept: np.ndarray                # (Z,) bool; see kept_slices
+    constant: int                   # number of slices that hold a single value in some contrast
+    position: np.ndarray            # (Z,) from 0 at the lowest to 1 at the highest kept slice
+    brain: np.ndarray               # (Z,) foreground of the reference as a share of the picture
+    lesion: list | None             # (Z,) of str; None without a segmentation
+    labels: np.ndarray | None       # (Z, S, S) uint8, the segmentation; None without one
+    reference: Volume | None        # as read; outputs are written on its grid. None for .npy slices
+    notes: list                     # (file, sentence) pairs
+
+    def write(self, path, slices, description, overwrite=False, contrast=None):
+        """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
+
+        contrast: If it is given, the unit follows the description in the header, and CT is written
+        in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no scan
+        nobody knows them.
+        DataError if the file exists and `overwrite` is False, or if it cannot be written.
+        """
+        array = unfit(slices, self.reference.array.shape)
+        unit = "normalised"
+        if contrast == "ct":
+            array = denormalise(array, CT_WINDOW)
+            unit = "HU"
+        if contrast:
+            description = f"{description[:50]}, {unit}"         # the field in the header is short
+        write_volume(path, array, self.reference, description, overwrite)
+
+
+def load_subject(subject, contrasts, size, use=None):
+    """Read one subject -> SubjectSlices, with all contrasts on the grid of the reference.
+
+    Every contrast is normalised on its own grid first. Its scale therefore does not depend on the
+    grid of the reference. Outside of its own box a contrast is 0, which is air in CT.
+    subject: A layouts.Subject.
+    contrasts: The names of the channels, in order.
+    size: The height and width of a slice in pixels.
+    use: The contrasts whose files are opened, by default all. The others count as missing, and
+    cannot influence anything.
+    DataError, naming subject and contrast, if a file cannot be used or none is there.
+    """
+    if subject.in_slices:
+        return _load_slices(subject, contrasts, size, use)
+    wanted = [contrast for contrast in contrasts if use is None or contrast in use]
+    read = reference_first(subject, wanted)
+    if not read:
+        raise DataError(f"subject {subject.name}: has none of {', '.join(use or contrasts)}; "
+                        "add a file")
+    reference = None
+    images = None
+    areas = []                                          # per contrast: (Z,) pixels of foreground
+    scales = {}
+    notes = []
+    for contrast in read:
+        volume, u, mask, scales[contrast] = _read_normalised(subject, contrast)
+        notes += [(volume.path.name, note) for note in volume.notes]
+        if reference is None:
+            reference = volume
+            reference_mask = mask
+            depth = volume.array.shape[2]
+            images = np.zeros((depth, len(contrasts), size, size), np.float32)
+        elif not same_grid(volume, reference):
+            anchor = anchor_name(read, contrasts)
+            notes.append((volume.path.name,
+                          f"is on another grid than {anchor}; resampled by the affines"))
+            u = resample_to(replace(volume, array=u), reference, fill=0)
+            mask = replace(volume, array=mask.astype(np.float32))
+            mask = resample_to(mask, reference, order=0, fill=0) > 0
+        images[:, contrasts.index(contrast)] = fit(u, size)
+        areas.append(mask.sum((0, 1)))
+    present = np.array([contrast in read for contrast in contrasts])
+    flat = _flat_slices(images[:, present])
+    kept = kept_slices(np.stack(areas)) & ~flat
+    lesion = None
+    labels = None
+    if subject.segmentation:
+        segmentation = read_volume(subject.segmentation)
+        planes = upright(resample_to(segmentation, reference, order=0, fill=0))     # (Z, H, W)
+        lesion = _lesions(planes, reference, reference_mask)
+        labels = fit_slices(planes, size, labels=True).astype(np.uint8)
+    frame = max(size, *reference.array.shape[:2]) ** 2          # source pixels that the picture covers
+    return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
+                         areas[0] / frame, lesion, labels, reference, notes)
+
+
+def _read_normalised(subject, contrast):
+    """Read one contrast -> (Volume, u, mask, Scale), on its own grid; u and mask are (X, Y, Z)."""
+    volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast),
+                         contrast=contrast)
+    background = find_background(volume.array)
+    try:
+        u, scale = normalise(volume.array, background, contrast)
+    except DataError as error:
+        raise DataError(f"subject {subject.name}, {contrast} ({volume.path}) {error}; "
+                        "remove or replace it") from None
+    return volume, u, foreground(volume.array, background, contrast), scale
+
+
+def _load_slices(subject, contrasts, size, use):
+    """Read a subject of .npy slices; all are kept that are not constant.
+
+    It is not known where in the body they lie, so their position is 0.5.
+    """
+    if use is not None:
+        raise DataError(f"{subject.name}: .npy slices have no place in space, so no volumes can be "
+                        "written from them; synthesise from NIfTI files")
+    count = len(subject.paths) // len(subject.files)
+    images = np.zeros((count, len(contrasts), size, size), np.float16)
+    for contrast, paths in subject.files.items():
+        images[:, contrasts.index(contrast)] = fit_slices(read_slices(paths), size)
+    present = np.array([contrast in subject.files for contrast in contrasts])
+    flat = _flat_slices(images[:, present])
+    brain = (images[:, np.argmax(present)] > 0).mean((1, 2))
+    position = np.full(count, 0.5)
+    return SubjectSlices(images, present, {}, ~flat, int(flat.sum()), position, brain, None, None,
+                         None, [])
+
+
+def _flat_slices(images):
+    """Which slices hold a single value in some contrast: (Z, C, S, S) -> bool (Z,)."""
+    flat = images.min((2, 3)) == images.max((2, 3))             # (Z, C)
+    return flat.any(1)
+
+
+def reference_first(subject, contrasts):
+    """Those of the contrasts that the subject has.
+
+    The first is the reference, onto whose grid all others are resampled.
+    """
+    def rank(contrast):
+        return subject.grid.index(contrast) if contrast in subject.grid else len(subject.grid)
+
+    return sorted([contrast for contrast in contrasts if contrast in subject.files], key=rank)
+
+
+def anchor_name(read, contrasts):
+    """What a note calls the reference, which is the first of `read`."""
+    return "the first contrast" if read[0] == contrasts[0] else read[0]
+
+
+def to_synthesize(subjects, contrasts, asked, size, folder, say):
+    """Yield what there is to synthesise, subject by subject.
+
+    Each item is (subject, sources, absent, SubjectSlices of the sources, {absent: output path}).
+    A contrast is absent if the subject has no file of it, or if `asked` names it. A subject is left
+    out if it lacks nothing or has no source. It is also left out, and this is said, if all its
+    outputs exist already in folder/<subject>.
+    say: A function that gets every line for the user.
+    DataError if a source cannot be read.
+    """
+    made = 0
+    for subject in subjects:
+        absent = [c for c in contrasts if c not in subject.files or c in asked]
+        sources = [c for c in contrasts if c not in absent]
+        if not absent or not sources:
+            continue
+        made += 1
+        home = Path(folder) / subject.name
+        paths = {c: home / f"{subject.name}_{c}_synthetic.nii.gz" for c in absent}
+        if all(path.exists() for path in paths.values()):
+            say(f"{subject.name}: {', '.join(absent)} is already in {home}; "
+                "delete it to make it again")
+            continue
+        slices = load_subject(subject, contrasts, size, use=sources)
+        yield subject, sources, absent, slices, paths
+    if not made:
+        say("nothing to synthesise: every subject has every contrast; "
+            "name one to be made although it exists")
+
+
+def kept_slices(areas):
+    """Which slices to use -> bool (Z,).
+
+    areas: (C, Z), the number of foreground pixels of each contrast and slice.
+
+    A slice is kept if in every contrast its foreground is at least a third of the largest
+    foreground in that volume. On BraTS (240x240, 155 slices) this keeps about 100 slices. So does
+    the rule "10 % of a 256x256 picture is brain". Our rule does not depend on the empty border of a
+    scan, so phantoms, cropped scans and padded scans are treated alike.
+    """
+    largest = areas.max(1, keepdims=True)
+    enough = (areas >= KEEP * largest) & (largest > 0)
+    return enough.all(0)
+
+
+def _positions(kept):
+    """The relative height of every slice in the kept range; 0.5 if one slice or none is kept."""
+    numbers = np.flatnonzero(kept)
+    if numbers.size < 2:
+        return np.full(len(kept), 0.5)
+    first = numbers[0]
+    last = numbers[-1]
+    return np.clip((np.arange(len(kept)) - first) / (last - first), 0, 1)
+
+
+def _lesions(planes, reference, mask):
+    """One description for each upright slice of labels (Z, H, W).
+
+    The midline is the median column of the brain, seen from above. mask: (X, Y, Z), the brain.
+    """
+    shadow = upright(mask).any(1)                               # (Z, W)
+    midline = np.median(np.nonzero(shadow)[1])
+    pixel_area = np.linalg.norm(np.cross(reference.affine[:3, 0], reference.affine[:3, 1]))
+    return [describe_lesion(plane, midline, pixel_area) for plane in planes]

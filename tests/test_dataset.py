@@ -1,0 +1,119 @@
+"""A folder becomes a data set; phantoms are made on first use."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import data
+from data import dataset as dataset_module
+from data import load_subject, phantom
+from data.files import DataError
+from scans import SHAPE, head, make_set, opened, save
+
+
+def test_constant_slices_are_skipped_and_counted(tmp_path):  # row 30
+    folder = make_set(tmp_path / "set", contrasts=("t1",))
+    for s in range(4):
+        save(folder / f"BraTS2021_0000{s}" / f"BraTS2021_0000{s}_t1.nii.gz", head((16, 16, 9), s))
+    array = head((16, 16, 9))
+    array[:, :, 5] = 150  # the largest foreground of all, but nothing to see
+    save(folder / "BraTS2021_00000" / "BraTS2021_00000_t1.nii.gz", array)
+    dataset, said = opened(folder, size=16)
+    assert load_subject(dataset.subjects[0], ("t1",), 16).images[5].min() > 0
+    assert dataset.slice_number[dataset.subject == "BraTS2021_00001"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert 5 not in dataset.slice_number[dataset.subject == "BraTS2021_00000"]
+    assert f"{len(dataset.images)} of 36 slices kept, 1 are empty or constant" in said
+
+
+def test_too_few_subjects(tmp_path):
+    with pytest.raises(DataError, match="1 of 1 subjects are complete"):
+        opened(make_set(tmp_path / "set", subjects=1))
+    dataset, said = opened(make_set(tmp_path / "two", subjects=2))
+    assert "no validation subjects" in said and [len(n) for n in dataset.split.values()] == [1, 0, 1]
+
+
+def test_rows_are_the_slices_of_their_subject(tmp_path):
+    folder = make_set(tmp_path / "set")
+    dataset, said = opened(folder)
+    assert dataset.images.dtype == np.float16 and isinstance(dataset.images, np.memmap) and not dataset.phantom
+    for row in range(0, len(dataset.images), 5):
+        subject = next(s for s in dataset.subjects if s.name == dataset.subject[row])
+        raw = nib.load(subject.files["t1"]).get_fdata()[:, :, dataset.slice_number[row]]
+        u = np.clip(raw / dataset.scales[subject.name]["t1"].high, 0, 1)[::-1, ::-1].T
+        np.testing.assert_allclose(dataset.images[row, 1, 1:19, 3:17], u, atol=1e-3)
+        inside = nib.load(subject.files["flair"]).get_fdata()[:, :, dataset.slice_number[row]] > 0
+        assert dataset.brain[row] == pytest.approx(inside.sum() / 400)
+    assert dataset.lesion == [None] * len(dataset.images)
+    first = dataset.subject == dataset.subjects[0].name
+    assert dataset.slice_number[first].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    np.testing.assert_allclose(dataset.position[first], np.arange(7) / 6)
+
+
+def test_lesions_stay_with_their_slice(tmp_path):
+    folder = make_set(tmp_path / "set", subjects=2)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[7, 9, 3] = 1
+    save(folder / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz", labels)
+    dataset, _ = opened(folder)
+    expected = [None] * 7 + ["none", "none", "right, 6 mm2", "none", "none", "none", "none"]
+    assert dataset.lesion == expected and dataset.slice_number[dataset.lesion.index("right, 6 mm2")] == 3
+
+
+def test_label_maps_lie_on_the_images_and_are_kept_only_if_all_have_one(tmp_path):
+    """A mark brighter than all else is labelled 4 in its file; where the pixels are bright there is a 4, at every size."""
+    folder, first = make_set(tmp_path / "set", subjects=2), None
+    for subject in sorted(folder.iterdir()):
+        labels, path = np.zeros(SHAPE, np.uint8), subject / f"{subject.name}_t1.nii.gz"
+        labels[3:6, 5:10, 4], labels[3:6, 10:12, 4] = 4, 2
+        array = nib.load(path).get_fdata()
+        array[labels == 4] = 2 * array.max()
+        save(path, array)
+        assert opened(folder, contrasts=("t1", "flair"))[0].labels is None          # the second still lacks one
+        first = save(subject / f"{subject.name}_seg.nii.gz", labels)
+    dataset, _ = opened(folder, contrasts=("t1", "flair"))
+    assert dataset.labels.shape == (len(dataset.images), 20, 20) and dataset.labels.dtype == np.uint8 and first.exists()
+    for row, z in enumerate(dataset.slice_number):
+        labels, bright = dataset.labels[row], dataset.images[row, 0] == 1
+        assert (labels.max() == 4) == (z == 4) and (z != 4 or np.array_equal(bright, labels == 4))
+        assert z != 4 or ((labels == 4).sum() == 15 and (labels == 2).sum() == 6)
+    small = load_subject(dataset.subjects[0], ("t1", "flair"), 16).labels
+    assert set(np.unique(small)) == {0, 2, 4} and small.shape[1:] == (16, 16)       # never 3, the mean of 2 and 4
+    held, = tmp_path.rglob("labels.npy")
+    before = held.read_bytes()
+    held.unlink()                                                                   # not written over: it is mapped into memory
+    held.write_bytes(b"damaged")
+    opened(folder, contrasts=("t1", "flair"))
+    assert held.read_bytes() == before
+
+
+def test_phantoms_are_made_only_at_home(tmp_path, monkeypatch):
+    made = []
+
+    def make(name, folder):
+        made.append(name)
+        make_set(folder, subjects=3)
+        (folder / "phantom.json").write_text("{}")
+    monkeypatch.setattr(phantom, "make", make)
+    monkeypatch.setattr(dataset_module, "__file__", str(tmp_path / "data" / "dataset.py"))
+    home = tmp_path / "data"
+    for folder in (tmp_path / "elsewhere" / "brats", home / "unknown"):
+        assert not data.is_phantom(folder)
+        with pytest.raises(DataError, match="does not exist"):
+            opened(folder, cache=tmp_path / "cache")
+    assert data.is_phantom(home / "brats") and made == []
+    dataset, said = opened(home / "brats", cache=tmp_path / "cache")
+    assert made == ["brats"] and dataset.phantom and "DIGITAL PHANTOMS" in said
+    opened(home / "brats", cache=tmp_path / "cache")
+    assert made == ["brats"] and data.is_phantom(home / "brats")
+    assert not data.is_phantom(make_set(tmp_path / "real", subjects=2)) and Path(dataset_module.__file__).parent == home
+
+
+@pytest.mark.parametrize("name", ["layouts", "phantom"])
+def test_folders_of_code_are_no_data_sets(tmp_path, name):
+    folder = Path(data.__file__).parent / name
+    assert folder.is_dir() and not data.is_phantom(folder)
+    with pytest.raises(DataError, match="no subjects found") as caught:
+        opened(folder, cache=tmp_path / "cache")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,132 @@
+"""Background, foreground, normalisation, CT windows."""
+
+import numpy as np
+import pytest
+
+from data import check, denormalise, load_subject, read_volume
+from data.files import DataError
+from data.intensities import CT_WINDOW, Scale, background_value, find_background, foreground, normalise
+from data.layouts import Subject
+from scans import SHAPE, head, save, scan
+
+
+def test_volume_darker_than_its_background():  # row 45
+    with pytest.raises(DataError, match="no foreground brighter than its background"):
+        normalise(np.where(head() > 0, np.float32(-5), np.float32(0)) * (head() > 150))
+
+
+def test_normalisation_by_hand():
+    array = np.full((10, 10, 4), -3.2, np.float32)
+    array[3:7, 3:7] = np.linspace(-2, 4, 64).reshape(4, 4, 4)
+    u, scale = normalise(array)
+    high = -2 + 6 * 0.995  # p99.5 of an even ramp
+    assert scale == pytest.approx((-3.2, high), abs=1e-5)
+    assert (u[array == np.float32(-3.2)] == 0).all() and background_value(array) == np.float32(-3.2)
+    assert u[3, 3, 0] == pytest.approx((-2 + 3.2) / (high + 3.2), abs=1e-5) and u[6, 6, 3] == 1
+    assert foreground(array).sum() == 64
+    np.testing.assert_allclose(denormalise(u, scale), np.minimum(array, high), atol=1e-5)
+    assert denormalise(np.float32(0.25), Scale(-4.0, 8.0)) == -1  # -4 + 12 / 4
+
+
+@pytest.mark.parametrize("kind", ["stripped", "noisy"])
+def test_affine_changes_of_intensity_change_nothing(kind):
+    array = head((30, 30, 10))
+    if kind == "noisy":
+        rng = np.random.default_rng(1)
+        array = np.hypot(array + rng.normal(0, 4, array.shape), rng.normal(0, 4, array.shape)).astype(np.float32)
+    u, _ = normalise(array)
+    mean, std = array[array > 50].mean(), array[array > 50].std()
+    z, scale = normalise(((array - mean) / std).astype(np.float32))
+    assert scale.background < 0
+    np.testing.assert_allclose(z, u, atol=1e-5)
+    large, _ = normalise(array * 1000 + 500)
+    np.testing.assert_allclose(large, u, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [0, 5])
+def test_zscored_tissue_around_one_value_keeps_its_dark_half(level):
+    truth = head((30, 30, 10))
+    inside = truth > 0
+    array = np.where(inside, (truth - 150) / 30 + level, level).astype(np.float32)
+    u, scale = normalise(array)
+    assert (u[~inside] == 0).all()
+    assert scale.background == pytest.approx(np.percentile(array[inside], 0.5), abs=1e-3)
+    assert np.corrcoef(u[inside], truth[inside])[0, 1] > 0.999
+
+
+def test_heavy_tails_do_not_set_the_scale():
+    array = head((40, 40, 20))
+    array[20, 20, 10] = 1e6
+    array[21, 20, 10] = -60  # interpolation overshoot
+    u, scale = normalise(array)
+    assert 195 < scale.high < 201 and scale.background == 0
+    assert u[20, 20, 10] == 1 and u[21, 20, 10] == 0
+    assert abs(int(foreground(array).sum()) - int((head((40, 40, 20)) > 0).sum())) <= 1
+
+
+def test_foreground_in_noisy_air():
+    rng = np.random.default_rng(0)
+    truth = head((48, 48, 20)) > 0
+    clean = np.where(truth, 150, 0)
+    array = np.hypot(clean + rng.normal(0, 5, clean.shape), rng.normal(0, 5, clean.shape)).astype(np.float32)
+    assert not find_background(array).constant
+    assert background_value(array) == pytest.approx(5, abs=1.5)  # mode of Rayleigh noise is sigma
+    mask = foreground(array)
+    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.995
+    touching = array.copy()
+    touching[0], touching[-1] = array[24], array[24]  # tissue on two of four faces
+    assert background_value(touching) == pytest.approx(5, abs=1.5)
+    touching[0], touching[-1, :20] = 150, 150  # tissue more even than the air
+    assert background_value(touching) == pytest.approx(5, abs=1.5)
+    raised = (array + 50).astype(np.float32)
+    raised[:3, :3] = 0  # a corner that was never imaged is darker than the air, and no tissue
+    assert not foreground(raised)[:3, :3].any()
+    whole_numbers = np.round(array / 2).astype(np.float32)  # a fifth of the air has the same value
+    assert not find_background(whole_numbers).constant
+    mask = foreground(whole_numbers)
+    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.99
+
+
+def test_background_needs_more_than_half_of_the_border():
+    array = np.random.default_rng(0).uniform(100, 200, (20, 20, 5)).astype(np.float32)
+    array[0] = -7
+    assert not find_background(array).constant
+    array[-1], array[:, 0] = -7, -7
+    assert find_background(array).constant
+    assert background_value(array) == -7 and (array[foreground(array)] >= 100).all()
+
+
+def test_ct_has_one_window_for_all_volumes():
+    values = np.array([-3024, -1024, -1000, -500, 0, 250, 1500, 3071], np.float32)
+    u, scale = normalise(values.reshape(2, 2, 2), contrast="ct")
+    np.testing.assert_allclose(u.ravel(), [0, 0, 0, 0.2, 0.4, 0.5, 1, 1], atol=1e-7)
+    assert scale == (-1000, 1500) and u.dtype == np.float32
+    np.testing.assert_allclose(denormalise(u, scale).ravel(), values.clip(-1000, 1500), atol=1e-4)
+    for array, sentence in ((np.full((2, 2, 2), 7.0), "is constant"), (values[:4].reshape(2, 2, 1), "above -500 HU")):
+        with pytest.raises(DataError, match=sentence):
+            normalise(array, contrast="ct")
+
+
+def test_body_in_ct(tmp_path):
+    hu, body = scan()
+    np.testing.assert_array_equal(foreground(hu, contrast="ct"), body)
+    assert not foreground(np.full(SHAPE, -1000, np.float32), contrast="ct").any()
+    hu[..., :3] = np.where(np.arange(18)[:, None] > 0, -1000, hu[..., :3])  # only the table below the body
+    slices = load_subject(Subject("p", "p", {"ct": save(tmp_path / "ct.nii", hu)}), ("ct",), 20)
+    assert slices.kept.tolist() == [False] * 3 + [True] * 5 + [False] and slices.scales == {"ct": CT_WINDOW}
+    np.testing.assert_allclose(slices.brain, body.sum((0, 1)) * (np.arange(9) > 2) / 400)
+
+
+def test_odd_values_of_ct_are_noted(tmp_path):
+    path = save(tmp_path / "ct.nii", scan()[0])
+    assert read_volume(path, contrast="ct").notes == [] and "negative" in read_volume(path, contrast="t1").notes[0]
+    path = save(tmp_path / "ct12.nii", scan()[0].clip(-1000) + 1000)
+    assert read_volume(path, contrast="ct").notes == ["holds no air, its lowest value is 0; is it in HU?"]
+    lines = []
+    find = Subject("p", "p", {"ct": path})
+    assert load_subject(find, ("ct",), 20).notes == [("ct12.nii", "holds no air, its lowest value is 0; is it in HU?")]
+    save(tmp_path / "set" / "a" / "CT.nii.gz", scan()[0])
+    save(tmp_path / "set" / "b" / "CT.nii.gz", scan(seed=1)[0] * 0 - 900)
+    assert not check(tmp_path / "set", say=lines.append) and "subject b, ct" in lines[-2] and "is constant" in lines[-2]
+    row = next(line for line in lines if line.startswith("a "))
+    assert float(row.split()[-1]) == pytest.approx(scan()[1].mean(), abs=1e-3)
