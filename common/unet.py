@@ -310,7 +310,8 @@ class Block(nn.Module):
 
     def __init__(self, res, plug):
         super().__init__()
-        self.res, self.plug = res, plug
+        self.res = res
+        self.plug = plug
 
     def forward(self, h, emb, condition):
         h = self.res(h, emb, condition)                                 # (B, C, H, W)

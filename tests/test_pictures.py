@@ -134,6 +134,19 @@ def test_text_is_what_was_asked_for(tmp_path):
             assert not (changed & ~inside).any()
 
 
+def test_a_title_stands_above_and_moves_the_rest_down(tmp_path, texts):
+    image = flat(255, 0, 0)
+    P.grid(tmp_path / "plain.png", [[image]], ["a"], ["x"], note="n")
+    plain = read(tmp_path / "plain.png")
+    texts.clear()
+    P.grid(tmp_path / "titled.png", [[image]], ["a"], ["x"], note="n", title="a title of many words " * 3)
+    titled = read(tmp_path / "titled.png")
+    lines = next(k for k in range(1, 9) if titled.shape[0] == plain.shape[0] + k * P.LINE + P.GAP)
+    assert lines > 1 and titled.shape[1] == plain.shape[1]
+    assert np.array_equal(titled[lines * P.LINE + P.GAP + 1:], plain[1:]) and ink(titled[:lines * P.LINE]).any()
+    assert_readable(texts + [box(titled, (255, 0, 0))], titled)
+
+
 def test_grid_refuses_what_does_not_fit(tmp_path):
     image = flat(255, 0, 0)
     for rows, columns, labels in [([[image]], ["a", "b"], ["x"]), ([[image]], ["a"], ["x", "y"]), ([], [], []),
@@ -266,6 +279,18 @@ def test_ticks_stand_where_their_numbers_are(tmp_path):
     assert rules(page) == pytest.approx([(0.04 + k / 5) / 1.08 for k in range(6)], abs=0.01)
     page = plot(tmp_path, {"a": ([0, 1], [1, 100])}, log_y=True)
     assert rules(page) == pytest.approx([(0.08 + k) / 2.16 for k in range(3)], abs=0.01)
+
+
+def test_the_axis_of_steps_begins_at_0_if_that_is_near(tmp_path):
+    for first, expected in ((5, 0.25), (20, (25 - 20) / 80)):
+        page = plot(tmp_path, {"up": ([first, 25, 100], [0, 0, 1])})
+        assert height_at(page, expected + 0.02, P.COLOURS[0]) > height_at(page, expected - 0.02, P.COLOURS[0]) + 0.01
+
+
+@pytest.mark.parametrize("value, text", [(0.05, "0.05"), (0.1 + 0.2, "0.3"), (-1500, "-1,500"), (300000, "300,000"),
+                                         (5e6, "5e+06"), (1e-9, "1e-09"), (0, "0")])
+def test_numbers_of_ticks_can_be_read(value, text):
+    assert P._number(value) == text
 
 
 def test_a_logarithmic_axis_makes_an_exponential_straight(tmp_path):
