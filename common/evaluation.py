@@ -23,8 +23,8 @@ from data import canonical_contrast
 SHOWN = 0.3                                     # error at which an error map is white
 TOLERANCE = 1e-3                                # so far outside [0,1] may rounding lead
 # Colours of label maps, as in Fig. 6 of MetaDB, but such that colour-blind readers can tell them apart
-# (Okabe and Ito): 1 necrosis vermilion, 2 oedema yellow, 4 (3 in BraTS from 2023 on) enhancing tumour sky blue.
-CLASS_COLOURS = {1: (213, 94, 0), 2: (240, 228, 66), 3: (86, 180, 233), 4: (86, 180, 233)}
+# (Okabe and Ito): 1 necrosis vermilion, 2 oedema yellow, 4 (3 in BraTS from 2023 on) enhancing tumour blue.
+CLASS_COLOURS = {1: (213, 94, 0), 2: (240, 228, 66), 3: (0, 114, 178), 4: (0, 114, 178)}
 
 
 # ---- from Python -----------------------------------------------------------------------------------------------------
