@@ -7,10 +7,14 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import re
 import sys
 import typing
 from pathlib import Path
+
+from common.files import RunError
+from data.files import DataError
 
 
 def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, script=None):
@@ -125,3 +129,24 @@ def list_of(item):
 
 def show(value):
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+
+
+def as_command(main):
+    """Run main() of a small command. What the user can mend becomes one line and its exit status.
+
+    The status is that of the error, 1 for a file that cannot be written, and 130 after Ctrl-C.
+    The scripts of the papers use common.script.guarded, which also knows several processes.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")            # a name must not end the command on an old console
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                 # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (RunError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 1)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

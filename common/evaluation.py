@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 import data
-from common import downstream, metrics, pictures
+from common import downstream, metrics, pictures, score_volumes
+from common.cli import as_command
 from common.files import RunError
 from data import canonical_contrast
 
@@ -385,3 +386,15 @@ def synthesize(method, cfg, run, model, subjects, asked):
         titles = [c if c in sources else f"{c} (synthetic)" for c in shown]
         pictures.grid(folder / "panel.png", rows, titles, [f"slice {z}" for z in some])
         run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {folder}")
+
+
+# ---- volumes that somebody else made ---------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Score NIfTI volumes in two folders; see common/score_volumes.py for the flags and the errors."""
+    score_volumes.main(argv)
+
+
+if __name__ == "__main__":
+    as_command(main)
