@@ -1,7 +1,7 @@
-"""How a table of common/tables.py looks: as Markdown for people, as CSV for programs, and as a picture.
+"""How numbers are shown: as Markdown for people, as CSV for programs, and as a picture.
 
 A line is what common.tables.compare makes: a dict of one row, task and metric. Its entries are the
-columns of the CSV file.
+columns of the CSV file of a table.
 """
 import csv
 import io
@@ -11,9 +11,10 @@ import numpy as np
 
 from common import metrics, pictures
 from common.cli import flags
-from common.evaluation import SHOWN
 
 WIDEST = 6                  # with more tasks than this, a table has one line per task
+SHOWN = 0.3                 # error at which an error map is white
+SCORES = ("psnr", "ssim", "mae", "nmse", "dice")        # columns of scores.csv
 
 
 # ---- for people ----------------------------------------------------------------------------------
@@ -164,6 +165,27 @@ def as_csv(lines):
         low, high = line.get("ci95") or ("", "")
         seeds = " ".join(f"{seed:.4f}" for seed in line.get("seeds", []))
         writer.writerow({**line, "ci95_low": low, "ci95_high": high, "seeds": seeds})
+    return text.getvalue()
+
+
+def scores_csv(rows):
+    """The numbers of every subject as CSV text, for spreadsheets.
+
+    rows: those of results.json. A line is one subject, task and method. A value that is infinite or
+    undefined leaves its cell empty; so does a Dice where nothing was segmented.
+    """
+    lines = {}
+    for row in rows:
+        if row["metric"] in SCORES:
+            for subject, value in row["values"].items():
+                line = lines.setdefault((row["task"], row["method"], subject), {})
+                line[row["metric"]] = value
+    columns = [name for name in SCORES if any(name in line for line in lines.values())]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["subject", "task", "method", *columns], restval="")
+    writer.writeheader()
+    for (task, method, subject), line in lines.items():
+        writer.writerow({"subject": subject, "task": task, "method": method, **line})
     return text.getvalue()
 
 
