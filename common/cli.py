@@ -1,7 +1,8 @@
 """A dataclass becomes the command line.
 
-Every field of a script's Config is a flag; the comment behind the field is its help text.  The run flags are the same for
-all scripts.  Values are resolved in this order: field default < preset < flag typed by the user.
+Every field of a script's Config is a flag, and the comment behind the field is its help text. The
+run flags are the same for all scripts. A flag that the user typed beats the preset, and the preset
+beats the default of the field.
 """
 import argparse
 import dataclasses
@@ -18,19 +19,28 @@ from data.files import DataError
 
 
 def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, script=None):
-    """Returns (config, args).  args holds the run flags, and args.typed the science flags that the user typed.
+    """Read the command line of a script -> (config, args).
 
-    presets        {"demo": {...}, "paper": {...}}: field overrides
+    args holds the run flags, and args.typed the science flags that the user typed.
+
+    presets        {"demo": {...}, "paper": {...}}: values of fields
     tables         names that --reproduce knows
-    limits         {field: (lowest, highest)}: a number outside stops with exit status 2 and a sentence; numbers that are
-                   not listed must be positive, and a listed tuple must not be empty
+    limits         {field: (lowest, highest)}. Numbers that are not listed must be positive, and a
+                   tuple that is listed must not be empty
     choose_preset  data folder -> name of the preset to use when --preset is not typed
-    script         name of the script, for messages and the default of --out; by default the program that runs
+    doc            the text of --help
+    argv           words without the program's name, by default those of sys.argv
+    script         name of the script, for messages and the default of --out; by default the
+                   program that runs
+
+    SystemExit with status 2 and a sentence if a word or a value is not allowed.
     """
     script = script or Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
-        prog=f"python {script}.py", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"python {script}.py --data FOLDER [--train] [--evaluate] [--synthesize] [flags]; --help explains all flags")
+        prog=f"python {script}.py", description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"python {script}.py --data FOLDER [--train] [--evaluate] [--synthesize] [flags]; "
+              "--help explains all flags")
     add_run_flags(parser, script, presets, tables)
     add_fields(parser, config_class)
     args = parser.parse_args(argv)
@@ -41,46 +51,78 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     fields = dataclasses.fields(config_class)
     values = {field.name: vars(args).pop(field.name) for field in fields}
     args.typed = {name: value for name, value in values.items() if value is not None}
-    preset_typed, args.preset = args.preset is not None, args.preset or choose_preset(args.data)
+    preset_typed = args.preset is not None
+    args.preset = args.preset or choose_preset(args.data)
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
-    args.cache = args.cache or args.out.parent / "cache"    # of decoded slices, shared by all runs beside this one
+    # The cache holds decoded slices. All runs beside this one share it.
+    args.cache = args.cache or args.out.parent / "cache"
     for name, least in (("workers", 0), ("seed", 0), ("seeds", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {least} and more")
-    chosen = {**{field.name: field.default for field in fields}, **presets[args.preset], **args.typed}
-    for name, value in chosen.items():                      # before Config is made: it computes with the values
-        many = value if isinstance(value, tuple) else (value,)
-        numbers = [n for n in many if isinstance(n, (int, float)) and not isinstance(n, bool)]
-        low, high = limits.get(name, (1e-12 if float in map(type, numbers) else 1, 10 ** 9))
-        if name in limits and not many or not all(math.isfinite(n) and low <= n <= high for n in numbers):
+    defaults = {field.name: field.default for field in fields}
+    chosen = {**defaults, **presets[args.preset], **args.typed}
+    # Limits are checked before the Config is made, because it computes with the values.
+    for name, value in chosen.items():
+        low, high = limits.get(name, default_limits(value))
+        empty = name in limits and value == ()
+        if empty or not within(value, low, high):
             parser.error(f"--{name.replace('_', '-')} {show(value)}: allowed are {low} to {high}")
-    if preset_typed:                                        # all of its fields are then asked for
-        args.typed = chosen
+    if preset_typed:
+        args.typed = chosen                     # whoever types a preset asks for all of its fields
     try:
         return config_class(**chosen), args
-    except ValueError as error:                             # from Config.__post_init__: values that do not go together
+    except ValueError as error:                 # from Config.__post_init__: values that clash
         parser.error(str(error))
 
 
+def numbers_in(value):
+    """The numbers in a value or in a tuple of values, as a list; bool is no number."""
+    many = value if isinstance(value, tuple) else (value,)
+    return [n for n in many if isinstance(n, (int, float)) and not isinstance(n, bool)]
+
+
+def default_limits(value):
+    """(lowest, highest) for numbers that are not listed in the limits: they must be positive."""
+    has_float = any(isinstance(n, float) for n in numbers_in(value))
+    return (1e-12 if has_float else 1), 10 ** 9
+
+
+def within(value, low, high):
+    """True if all numbers in a value are finite and lie from low to high."""
+    return all(math.isfinite(n) and low <= n <= high for n in numbers_in(value))
+
+
 def add_run_flags(parser, script, presets, tables):
+    """Add the flags that are the same for every script. The arguments are those of parse."""
     run = parser.add_argument_group(
-        "run (the same for every script; --train, --evaluate, --synthesize run in that order, none of them is a dry run)")
-    run.add_argument("--data", type=Path, help="data folder; data/<phantom name> is made on first use")
+        "run (the same for every script; --train, --evaluate, --synthesize run in that order, "
+        "none of them is a dry run)")
+    run.add_argument("--data", type=Path,
+                     help="data folder; data/<phantom name> is made on first use")
     run.add_argument("--out", type=Path, help=f"run folder [runs/{script}-<data>]")
-    run.add_argument("--cache", type=Path, help="folder for decoded slices [cache beside the run folder]")
+    run.add_argument("--cache", type=Path,
+                     help="folder for decoded slices [cache beside the run folder]")
     run.add_argument("--check", action="store_true",
-                     help="open every file of the data folder, say what is there and what is wrong, stop")
-    run.add_argument("--train", action="store_true", help="train; the same command again continues an unfinished run")
-    run.add_argument("--evaluate", action="store_true", help="score the test subjects once: results.json, a table, pictures")
+                     help="open every file of the data folder, say what is there and what is "
+                          "wrong, stop")
+    run.add_argument("--train", action="store_true",
+                     help="train; the same command again continues an unfinished run")
+    run.add_argument("--evaluate", action="store_true",
+                     help="score the test subjects once: results.json, a table, pictures")
     run.add_argument("--synthesize", action="store_true",
                      help="write missing contrasts as NIfTI volumes on the source's own grid")
     run.add_argument("--reproduce", choices=[*tables, "list"], metavar="TABLE",
-                     help=f"train and score every row of a table of the paper, beside its numbers: {', '.join(tables)}; list")
-    run.add_argument("--seeds", type=int, default=1, help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")
-    run.add_argument("--benchmark", action="store_true", help="time a training step and the sampler, stop")
+                     help="train and score every row of a table of the paper, beside its numbers: "
+                          f"{', '.join(tables)}; list")
+    run.add_argument("--seeds", type=int, default=1,
+                     help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")
+    run.add_argument("--benchmark", action="store_true",
+                     help="time a training step and the sampler, stop")
     run.add_argument("--preset", choices=list(presets), help="[demo for phantoms, else paper]")
-    run.add_argument("--split", type=Path, help='your own split, a JSON file {"train": [names], "val": [], "test": []}')
-    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto: the best there is]")
+    run.add_argument("--split", type=Path,
+                     help='your own split, a JSON file {"train": [names], "val": [], "test": []}')
+    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                     help="[auto: the best there is]")
     run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                      help="of the networks; losses and samplers stay fp32 [auto]")
     run.add_argument("--compile", action="store_true",
@@ -92,12 +134,18 @@ def add_run_flags(parser, script, presets, tables):
 
 
 def add_fields(parser, config_class):
-    """One flag per field; what is not typed parses as None, so that a typed default can still beat the preset."""
+    """Add one flag for each field of a config.
+
+    A flag that is not typed becomes None. A default that the user typed can therefore still beat
+    the preset.
+    """
     group = parser.add_argument_group("config (fields of Config)")
-    help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(config_class), re.M))
+    source = inspect.getsource(config_class)
+    help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, re.M))
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind, text = types[field.name], f"{help_of[field.name]} [{show(field.default)}]"
+        kind = types[field.name]
+        text = f"{help_of[field.name]} [{show(field.default)}]"
         how = dict(dest=field.name, help=text.replace("%", "%%"))
         if kind is bool:
             how.update(action=argparse.BooleanOptionalAction)
@@ -111,23 +159,29 @@ def add_fields(parser, config_class):
 
 
 def flags(values):
-    """{field: value} as one would type it: {"M": 1000, "stage2": False} -> "--M 1000 --no-stage2"."""
+    """Fields as one would type them: {"M": 1000, "stage2": False} -> "--M 1000 --no-stage2"."""
     words = []
     for name, value in values.items():
         name = name.replace("_", "-")
         shown = str(show(value)) or '""'
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {shown}")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name} {shown}")
     return " ".join(words)
 
 
 def list_of(item):
+    """A converter for argparse: "1,2" -> (1, 2). item: the type of the entries."""
     def convert(text):
         return tuple(item(part.strip()) for part in text.split(",") if part.strip())
-    convert.__name__ = f"comma-separated {item.__name__}"   # argparse: "invalid comma-separated int value: '1,x'"
+    # argparse then says "invalid comma-separated int value: '1,x'".
+    convert.__name__ = f"comma-separated {item.__name__}"
     return convert
 
 
 def show(value):
+    """A value as one would type it, without quotation marks."""
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
 
 
@@ -138,11 +192,12 @@ def as_command(main):
     The scripts of the papers use common.script.guarded, which also knows several processes.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")            # a name must not end the command on an old console
+        # An odd letter in a name must not end the command on an old console.
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:                                 # the reader of our output has left, as `head` does
+    except BrokenPipeError:                     # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (RunError, DataError, OSError) as error:

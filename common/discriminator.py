@@ -1,4 +1,6 @@
-"""A discriminator that judges pairs of neighbouring diffusion states, as in denoising-diffusion GANs (Xiao et al., 2022).
+"""A discriminator that judges pairs of neighbouring diffusion states.
+
+It is that of denoising-diffusion GANs (Xiao et al., 2022).
 
 Letters in shape comments: B batch, C channels, H and W height and width.
 """
@@ -12,7 +14,7 @@ from common.unet import sinusoid
 
 
 class DiscBlock(nn.Module):
-    """A residual block that halves the map; the time is added between its convolutions."""
+    """A residual block that halves height and width. The time is added between its convolutions."""
 
     def __init__(self, c_in, c_out, emb):
         super().__init__()
@@ -29,9 +31,10 @@ class DiscBlock(nn.Module):
 
 
 class PairDiscriminator(nn.Module):
-    """Is (x_{t-1}, x_t) a pair of neighbouring states of the true process?  One logit per patch of about 70 pixels.
+    """Is (x_{t-1}, x_t) a pair of neighbouring states of the true process?
 
-    N: steps of the process; t in 1..N.
+    The answer is one logit for each patch of about 70 pixels. A large logit means yes.
+    base: channels of the first layer. N: steps of the process; t lies in 1..N.
     """
 
     def __init__(self, base, N):
@@ -47,7 +50,7 @@ class PairDiscriminator(nn.Module):
         self.head = nn.Conv2d(4 * base, 1, 3, padding=1)
 
     def forward(self, x_prev, x_t, t):
-        """x_prev, x_t: (B, 1, H, W); t: (B,).  Returns logits (B, 1, H/8, W/8)."""
+        """x_prev, x_t: (B, 1, H, W). t: (B,). Returns logits (B, 1, H/8, W/8)."""
         emb = self.time(sinusoid(1000 * t / self.N, self.base))             # (B, 4*base)
         h = self.stem(torch.cat([x_prev, x_t], dim=1))                      # (B, base, H, W)
         for block in self.blocks:
@@ -58,9 +61,12 @@ class PairDiscriminator(nn.Module):
 def r1_penalty(disc, x_prev, x_t, t):
     """Half the squared gradient of the logits with respect to the sample x_{t-1}, on real pairs.
 
-    x_t is the condition, so there is no penalty on it.  The result is per patch, as the other losses.
+    x_prev, x_t: (B, 1, H, W). t: (B,). Returns a scalar with a graph.
+    x_t is the condition, so there is no penalty on it. The other losses are means over the patches,
+    and so is this one.
     """
     x_prev = x_prev.detach().requires_grad_()
     logits = disc(x_prev, x_t, t)                                           # (B, 1, H/8, W/8)
-    gradient, = torch.autograd.grad(logits.sum(), x_prev, create_graph=True)    # (B, 1, H, W)
+    gradients = torch.autograd.grad(logits.sum(), x_prev, create_graph=True)
+    gradient = gradients[0]                                                 # (B, 1, H, W)
     return gradient.square().sum((1, 2, 3)).mean() / (2 * logits[0].numel())

@@ -322,7 +322,9 @@ def fill_test(method, cfg, run, ds, model, rows, patterns):
 def report(run, tasks, train, protocol):
     """Score every task beside the standing baselines, and print a table.
 
-    Writes results.json, results.npz, scores.csv, samples.png and, with labels, segmentation.png.
+    Writes results.json, results.npz, scores.csv and samples.png. If a task has a segmenter,
+    segmentation.png is written too.
+
     tasks: a list of Task. train: {contrast: (m, H, W)}, slices of training subjects, from which the
     baselines are learned. protocol: in words, what a value is.
     """
@@ -442,6 +444,7 @@ def synthesize(method, cfg, run, model, subjects, asked):
     """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid.
 
     CT is written in HU, other contrasts in normalised units.
+
     subjects: a list of data.Subject. asked: contrasts to make although a subject has them.
     data.DataError if a source cannot be read, or a volume cannot be written.
     """

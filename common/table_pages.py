@@ -30,7 +30,8 @@ def markdown(name, table, lines, contents, seed, free):
     """
     metric = table.get("metric", "psnr")
     ours = [line for line in lines if line["kind"] != "paper only"]
-    tasks = [task for task in dict.fromkeys(line["task"] for line in ours) if task != "mean"]
+    tasks = dict.fromkeys(line["task"] for line in ours)
+    tasks = [task for task in tasks if task != "mean"]
     cells = {(line["row"], line["task"], line["metric"]): line for line in lines}
     rows = {line["row"]: line for line in lines}    # the last line of each has the row's flags
     with_flags = any(line.get("flags") for line in rows.values())
@@ -180,7 +181,10 @@ def scores_csv(rows):
             for subject, value in row["values"].items():
                 line = lines.setdefault((row["task"], row["method"], subject), {})
                 line[row["metric"]] = value
-    columns = [name for name in SCORES if any(name in line for line in lines.values())]
+    used = set()
+    for line in lines.values():
+        used |= set(line)
+    columns = [name for name in SCORES if name in used]
     text = io.StringIO()
     writer = csv.DictWriter(text, ["subject", "task", "method", *columns], restval="")
     writer.writeheader()

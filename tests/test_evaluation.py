@@ -228,3 +228,52 @@ def test_a_report_leaves_the_same_numbers_in_json_and_csv(tmp_path):
     by_hand = metrics.psnr(images[:2, 1], made[:2], 1).mean()
     assert float(lines["s1", "M"]["psnr"]) == pytest.approx(by_hand)
     assert (tmp_path / "samples.png").exists() and any("scores.csv" in line for line in said)
+
+
+class FakeData:
+    """Three test subjects of two slices and two training subjects, with what evaluate asks of a data.Dataset."""
+
+    contrasts = list(CONTRASTS)
+    subject = np.repeat(["s1", "s2", "s3", "a", "b"], 2)
+    split = {"train": ["a", "b"], "val": [], "test": ["s1", "s2", "s3"]}
+    images = np.random.default_rng(0).uniform(0, 0.9, (10, 3, 16, 16)).astype(np.float32)
+    labels = None
+
+    def spread(self, part, per_subject):
+        return np.arange(6)
+
+    def rows(self, part, most=None):
+        return np.arange(6, 10)
+
+    def keys(self, rows):
+        return [(str(self.subject[r]), int(r) % 2) for r in rows]
+
+
+def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives(tmp_path, monkeypatch):
+    kept = {}
+
+    def keep(rows, images, protocol):
+        kept.update(rows=rows, images=images, protocol=protocol)
+    run = SimpleNamespace(
+        out=tmp_path, rank=0, world=1, device=torch.device("cpu"), say=lambda text: None, results=keep, gather=lambda done: done,
+        batches=lambda name, todo, size: [todo[i:i + size] for i in range(0, len(todo), size)],
+        fetch=lambda images, rows: torch.from_numpy(images[rows]))
+    patterns = [(("t1", "t2"), ("flair",)), (("flair",), ("t1", "t2"))]
+
+    def disturb(cfg, run, u, keys):
+        return u * 0.5
+    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb)
+    monkeypatch.setattr(evaluation, "draw_steps", lambda *what: None)       # FakeModel takes no steps
+    ds = FakeData()
+    evaluation.evaluate(method, SimpleNamespace(test_slices=2, sample_batch=4), run, ds, FakeModel())
+    found = {(row["task"], row["method"], row["metric"]): row["values"] for row in kept["rows"]}
+    assert list(dict.fromkeys(task for task, _, _ in found)) == ["t1+t2->flair", "flair->t1", "flair->t2"]
+    assert {name for _, name, _ in found} == {"M", "prior", "copy-source", "mean-of-train", "intensity-lookup"}
+    number = 0.01 * (np.arange(6) % 2)[:, None, None]
+    made = 0.5 * ds.images[:6, 1:].mean(1) + number                         # the disturbed sources
+    by_hand = metrics.psnr(ds.images[:6, 0], made, 1).reshape(3, 2).mean(1)
+    assert list(found["t1+t2->flair", "M", "psnr"].values()) == pytest.approx(by_hand.tolist(), rel=1e-5)
+    copied = metrics.psnr(ds.images[:6, 2], 0.5 * ds.images[:6, 0], 1).reshape(3, 2).mean(1)
+    assert list(found["flair->t2", "copy-source", "psnr"].values()) == pytest.approx(copied.tolist(), rel=1e-5)
+    assert np.array_equal(kept["images"]["flair->t1|truth"], ds.images[3, 1].astype(np.float16))
+    assert "slices per subject: 2" in kept["protocol"] and (tmp_path / "scores.csv").exists()

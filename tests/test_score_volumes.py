@@ -7,11 +7,11 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from common import evaluation, metrics, score_volumes
 from common.cli import as_command
 from common.files import RunError
-from conftest import ROOT
 from data import DataError
 
 SHAPE = (12, 13, 4)                 # (X, Y, Z); SSIM needs 11 pixels on a side
