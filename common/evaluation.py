@@ -16,8 +16,8 @@ fill(u, known, keys, watch) gets
     keys    (subject, slice number) of each slice; they fix the noise
     watch   a list for the steps of the sampler, or None
 
-and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are scored
-and drawn beside the result, for example the prior that a sampler started from.
+and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
+scored and drawn beside the result, for example the prior that a sampler started from.
 """
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,9 +33,9 @@ from common.table_pages import SHOWN, scores_csv
 from data import canonical_contrast
 
 TOLERANCE = 1e-3        # rounding may lead so far outside of [0,1]
-# The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart (Okabe
-# and Ito). 1 is necrosis (vermilion), 2 is oedema (yellow). Enhancing tumour (blue) is 4, and 3 in
-# BraTS from 2023 on.
+# The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart
+# (Okabe and Ito). 1 is necrosis (vermilion), 2 is oedema (yellow). Enhancing tumour (blue) is 4,
+# and 3 in BraTS from 2023 on.
 CLASS_COLOURS = {1: (213, 94, 0), 2: (240, 228, 66), 3: (0, 114, 178), 4: (0, 114, 178)}
 
 
@@ -58,16 +58,16 @@ class Trained:
     def fill(self, images, known, keys=None, extras=False):
         """Fill in the contrasts that are missing.
 
-        images   (B, C, H, W) in [0,1], numpy or torch, with H = W = .size. Channels are in the order
-                 of .contrasts. Missing contrasts may hold anything, also NaN
+        images   (B, C, H, W) in [0,1], numpy or torch, with H = W = .size. Channels are in the
+                 order of .contrasts. Missing contrasts may hold anything, also NaN
         known    (B, C) or (C,) bool, or the names of the known contrasts, such as ("t1", "t2")
         keys     one (subject, slice number) per slice. They fix the noise, so that a slice always
                  comes out the same. By default the slices are numbered
         extras   True: also return a dict of what the method made on the way, such as its prior
 
         Returns images of the same kind, float32. Known contrasts come back as they are.
-        ValueError for other shapes or names, for values outside of [0,1], and if nothing is known or
-        missing.
+        ValueError for other shapes or names, for values outside of [0,1], and if nothing is known
+        or missing.
         """
         u = self._checked_images(images)
         known = self._checked_known(known, len(u))
@@ -98,9 +98,9 @@ class Trained:
         C = len(self.contrasts)
         S = self.size
         if u.dim() != 4 or tuple(u.shape[1:]) != (C, S, S) or len(u) == 0:
-            raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs (B, {C}, {S}, {S}), "
-                             f"B slices of the contrasts {', '.join(self.contrasts)} "
-                             "(data.load_scans brings files to this size)")
+            raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs "
+                             f"(B, {C}, {S}, {S}), B slices of the contrasts "
+                             f"{', '.join(self.contrasts)} (data.load_scans brings files to this size)")
         return u.to(self.model.run.device)
 
     def _checked_known(self, known, B):
@@ -138,9 +138,9 @@ class Trained:
             low = float(values.min())
             high = float(values.max())
             if low < -TOLERANCE or high > 1 + TOLERANCE:
-                raise ValueError(f"fill: the known contrast {contrast} has values from {low:.4g} to "
-                                 f"{high:.4g}, outside [0,1]; divide a 0 to 255 image by 255, "
-                                 "or read a scan with data.load_scans")
+                raise ValueError(f"fill: the known contrast {contrast} has values from "
+                                 f"{low:.4g} to {high:.4g}, outside [0,1]; divide a 0 to 255 image "
+                                 "by 255, or read a scan with data.load_scans")
 
     @staticmethod
     def _like(images, tensor):
@@ -154,8 +154,8 @@ class Trained:
 def fill(model, u, known, keys, watch=None):
     """Call model.fill, after everything in u (B, C, H, W) that is not known (B, C) was set to zero.
 
-    watch: a list, or None. It gets (title, state, estimate of x0) at each evaluation of the network.
-    Both are images (B, C, H, W) in [-1,1].
+    watch: a list, or None. It gets (title, state, estimate of x0) at each evaluation of the
+    network. State and estimate are images (B, C, H, W) in [-1,1].
     """
     mask = known[:, :, None, None]                                          # (B, C, 1, 1)
     return model.fill(torch.where(mask, u, 0), known, keys, watch)
@@ -164,8 +164,8 @@ def fill(model, u, known, keys, watch=None):
 def missing_patterns(missing, contrasts):
     """The tasks that --missing asks for, as a list of pairs (known contrasts, missing contrasts).
 
-    missing: ("each",) leaves out one contrast at a time, and ("all",) leaves out every subset. Other
-    words are names of contrasts.
+    missing: ("each",) leaves out one contrast at a time, and ("all",) leaves out every subset.
+    Other words are names of contrasts.
     RunError if there is no such contrast, or if none would be known or missing.
     """
     if len(contrasts) < 2:
@@ -333,13 +333,14 @@ def report(run, tasks, train, protocol):
     drawn = []
     for task in tasks:
         methods = {**task.results, **metrics.baselines(train, task.sources, task.target)}
-        rows += metrics.score_table(task.name, methods, task.truth, task.subjects, slices=len(task.truth))
+        rows += metrics.score_table(task.name, methods, task.truth, task.subjects,
+                                    slices=len(task.truth))
         if task.segmenter:
             more, images, picture = segmented(task, methods)
             rows += more
             kept.update(images)
             drawn.append(picture)
-        middle = len(task.truth) // 2           # one slice per task stays with the numbers, for tables
+        middle = len(task.truth) // 2       # one slice per task stays with the numbers, for tables
         for method, images in task.results.items():
             kept[f"{task.name}|{method}"] = images[middle].astype(np.float16)
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)

@@ -168,8 +168,8 @@ def score_volume(truth, predicted, value_range=(0, 1), mask=None):
 
     PSNR is in dB, and inf if the volumes are identical. MAE is in units of the range. SSIM is NaN
     if no slice counts, and NMSE is NaN if the truth is zero everywhere.
-    ValueError if the shapes differ, if a voxel is not finite, if a slice has fewer than 11 pixels on
-    a side, or if the mask is empty.
+    ValueError if the shapes differ, if a voxel is not finite, if a slice has fewer than 11 pixels
+    on a side, or if the mask is empty.
     """
     low, high = value_range
     truth = (np.asarray(truth, np.float64) - low) / (high - low)
@@ -205,7 +205,7 @@ def score_files(truth_path, predicted_path, mask_path=None, value_range=None, sa
     value_range: (low, high) in the unit of the files. None stands for (0, 1), and the truth must
     then lie in [0,1].
     say: a function that gets a line about everything that is odd but no error.
-    RunError if the grids differ or if the range is missing. data.DataError if a file cannot be read.
+    RunError if the grids differ or if the range is missing. data.DataError if a file is unreadable.
     """
     truth = data.read_volume(truth_path)
     predicted = data.read_volume(predicted_path)

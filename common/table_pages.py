@@ -21,7 +21,7 @@ SCORES = ("psnr", "ssim", "mae", "nmse", "dice")        # columns of scores.csv
 
 
 def markdown(name, table, lines, contents, seed, free):
-    """The table as Markdown: PSNR ± std over subjects / SSIM ± std, the paper's numbers in brackets.
+    """The table as Markdown: PSNR ± std over subjects / SSIM ± std, the paper's in brackets.
 
     table     an entry of load_tables; lines: what `compare` made of it
     contents  the results.json of the row table["against"], one per seed
@@ -157,8 +157,8 @@ def difference(line):
 
 def as_csv(lines):
     """Every row, task and metric as CSV text, for programs."""
-    columns = ["row", "kind", "flags", "task", "metric", "mean", "std", "ci95_low", "ci95_high", "n",
-               "seeds", "paper", "paper_std", "difference", "pairs", "p", "p_holm"]
+    columns = ["row", "kind", "flags", "task", "metric", "mean", "std", "ci95_low", "ci95_high",
+               "n", "seeds", "paper", "paper_std", "difference", "pairs", "p", "p_holm"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="")
     writer.writeheader()

@@ -31,7 +31,8 @@ NEEDED = ("rows", "data", "phantom", "protocol", "config", "seed")
 def load_tables(script):
     """The tables of a script -> {name: table}.
 
-    A table is {"title", "against", "metric", "rows": {row: {field: value}}, "paper": {row: numbers}}.
+    A table is {"title", "against", "metric", "rows", "paper"}, with "rows"
+    {row: {field: value}} and "paper" {row: {task: {metric: number}}}.
     """
     content = json.loads((PAPER_TABLES / f"{script}.json").read_text(encoding="utf-8"))
     tables = {}
@@ -102,7 +103,10 @@ def reproduce(method, name, table, cfg, args, work):
 
 
 def plan(method, name, table, cfg, seeds):
-    """The runs that a table needs: a list of (row, config, {field: value} to train, number of seed).
+    """The runs that a table needs: a list of (row, config, trained, seed).
+
+    trained: {field: value}, what is trained otherwise. seed: 0 for the first, 1 for the next, ...
+
 
     The model as configured comes first for each seed, because others take over its stages.
     RunError if a row does not go with the config. It is raised before hours of work, not after.
@@ -113,7 +117,8 @@ def plan(method, name, table, cfg, seeds):
             try:
                 wanted = dataclasses.replace(cfg, **changes)
             except ValueError as error:
-                raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
+                raise RunError(f"{name}, row {row} ({flags(changes)}): {error}",
+                               status=2) from error
             trained = {}
             for field, value in changes.items():
                 if field not in method.sampling and getattr(cfg, field) != value:
@@ -141,7 +146,7 @@ def main(argv=None):
 
 
 def compare_runs(folders, out=None):
-    """Set finished runs of any scripts side by side, on the tasks and test subjects that they share.
+    """Set finished runs of any scripts side by side, on the tasks and subjects that they share.
 
     The first run is the reference. Prints a table like those of --reproduce.
     folders: paths of run folders. out: a folder that gets runs.md, .csv and .png, or None.
@@ -184,7 +189,8 @@ def _as_model(folder):
     """(label, results.json, images) of a run, with its own method renamed to "model"."""
     path = folder / "results.json"
     if not path.exists():
-        raise RunError(f"{path} does not exist; run the script with --evaluate --out {folder} first")
+        raise RunError(f"{path} does not exist; "
+                       f"run the script with --evaluate --out {folder} first")
     content, shown = read_results(path)
     ours = content["rows"][0]["method"]                     # the model's own rows come first
     for line in content["rows"]:
@@ -266,7 +272,10 @@ def read_results(path):
 
 
 def write(home, name, text, lines, images, method):
-    """Write NAME.md, NAME.csv and NAME.png into the folder `home`; see markdown, as_csv, picture."""
+    """Write NAME.md, NAME.csv and NAME.png into the folder `home`.
+
+    text: the Markdown. lines: see as_csv. images, method: see picture.
+    """
     home.mkdir(parents=True, exist_ok=True)
     table = as_csv(lines)
     replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
@@ -285,7 +294,7 @@ def say(text):
 
 
 def row_folder(out, trained, further):
-    """OUT for the model as configured; OUT/rows/... for one trained otherwise, or a further seed."""
+    """OUT for the model as configured; OUT/rows/... if trained otherwise, or for a further seed."""
     parts = [f"{k}={v}" for k, v in sorted(trained.items())]
     if further:
         parts.append(f"seed{further}")
