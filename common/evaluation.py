@@ -100,7 +100,8 @@ class Trained:
         if u.dim() != 4 or tuple(u.shape[1:]) != (C, S, S) or len(u) == 0:
             raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs "
                              f"(B, {C}, {S}, {S}), B slices of the contrasts "
-                             f"{', '.join(self.contrasts)} (data.load_scans brings files to this size)")
+                             f"{', '.join(self.contrasts)} "
+                             "(data.load_scans brings files to this size)")
         return u.to(self.model.run.device)
 
     def _checked_known(self, known, B):

@@ -107,7 +107,6 @@ def plan(method, name, table, cfg, seeds):
 
     trained: {field: value}, what is trained otherwise. seed: 0 for the first, 1 for the next, ...
 
-
     The model as configured comes first for each seed, because others take over its stages.
     RunError if a row does not go with the config. It is raised before hours of work, not after.
     """
