@@ -90,7 +90,7 @@ T = 1000                                                    # diffusion steps in
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms take the demo's."""
+    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms use the demo."""
     # data
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
@@ -136,7 +136,7 @@ class Config:
     def __post_init__(self):
         maps = check_sizes(self.size, self.base, self.mult, self.groups, self.head_dim)
         if not set(maps) & set(self.attention):
-            raise ValueError(f"--attention {self.attention}: no map has that size, they have {maps}")
+            raise ValueError(f"--attention {self.attention}: no map has that size, only {maps}")
         if self.context == "tokens" and self.mif != "trained":
             raise ValueError("--context tokens needs --mif trained, which makes the tokens")
         if self.M < self.S:
@@ -170,13 +170,8 @@ STAGES = {
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
-
-
-def patterns(cfg, contrasts):
-    """The tasks, as pairs (known contrasts, contrasts to make), from --missing."""
-    return missing_patterns(cfg.missing, contrasts)
-
+# A data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
+# missing_patterns turns --missing into tasks: pairs (known contrasts, missing contrasts).
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
@@ -223,7 +218,7 @@ class MutualInformationFusion(nn.Module):
 
 
 def make_unet(cfg, C, dim):
-    """Sec. 3.2: C noisy contrasts in, C noise estimates out; transformers see the context (B, L, dim).
+    """Sec. 3.2: C noisy contrasts in, C noise estimates out; attention to the context (B, L, dim).
 
     With L = 1 the softmax over a single token is 1.  Then z adds the same vector at every position
     of a map, as a bias would.
@@ -284,9 +279,7 @@ def anatomy_loss(z_all, z_sub, log_scale, subject):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def schedule(cfg):
-    """alpha_bar of every step, (T,)."""
-    return cosine_alpha_bar(T) if cfg.schedule == "cosine" else linear_alpha_bar(T)
+SCHEDULES = {"cosine": cosine_alpha_bar, "linear": linear_alpha_bar}       # alpha_bar of every step
 
 
 def diffusion_loss(unet, x0, t, eps, context, alpha_bar):
@@ -341,7 +334,7 @@ def warp(u, points):
 
 
 class Codebook(nn.Module):
-    """Sec. 3.3: which curve of which other contrast looks most like a target contrast, and its gain.
+    """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
     It is one table for the data set, from at most 2,000 training slices; the paper may mean a
     search for each image [D7].  Contrasts of a slice are compared by the cosine of their features.
@@ -462,7 +455,7 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
 
 
 def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
-    """Sec. 3.4, stage 2: noise to step t_2 and denoise, N - 2 times; then two descending steps.
+    """Sec. 3.4, stage 2, Eq. (5): noise to step t_2 and denoise, N - 2 times; then two steps down.
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
@@ -500,7 +493,8 @@ def prior_images(cfg, codebook, u, known, generators):
                 K = len(codebook.curves)
                 g = generators[b]
                 pick = int(torch.randint(len(sources) * K, (), generator=g, device=u.device))
-                src, curve = sources[pick // K], pick % K
+                src = sources[pick // K]
+                curve = pick % K
             gain = codebook.gain(tgt, src, curve)
             prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[curve])).clamp(0, 1)
     return prior
@@ -519,13 +513,13 @@ class Model:
     alpha_bar: torch.Tensor
 
     def eps_model(self, context, watch=None):
-        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list of (time, x_t, x0 estimate)."""
+        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list of (time, x_t, estimate)."""
         def eps_theta(x_t, t):
             with self.run.autocast():
                 eps = self.unet(x_t, t, context).float()                    # (B, C, H, W)
             if watch is not None:
                 x0 = x0_from_eps(x_t, self.alpha_bar[int(t[0])], eps).clamp(-1, 1)  # (B, C, H, W)
-                watch.append((f"t = {int(t[0])}", x_t.detach().cpu(), x0.detach().cpu()))  # before Eq. (4)
+                watch.append((f"t = {int(t[0])}", x_t.detach(), x0.detach()))  # before Eq. (4)
             return eps
         return eps_theta
 
@@ -551,8 +545,8 @@ class Model:
             start = 2 * prior - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
-        # The gradient step has about the same total length for every image size.  In a small image it
-        # is shared by fewer pixels, so each pixel would move further.  So we scale alpha [D3].
+        # The gradient step has about the same total length for every image size.  In a small image
+        # it is shared by fewer pixels, so each pixel would move further.  So we scale alpha [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
@@ -566,7 +560,7 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """All stages.  What is finished is loaded from the checkpoint; load_model finds it in run.stages.
+    """All stages.  What is finished is loaded; load_model finds it in run.stages.
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].  An
     extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
@@ -650,7 +644,7 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
     best = Best(unet)
     optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
     network = torch.compile(unet) if run.args.compile else unet             # the same weights
-    alpha_bar = schedule(cfg).to(run.device)                                # (T,)
+    alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)                   # (T,)
     context = []                                                        # z is frozen: computed once
     for f in features.split(4096):
         everything = torch.ones(f.shape[:2], dtype=torch.bool, device=run.device)  # (n', C)
@@ -683,11 +677,11 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
 
     Times and noise are always the same, so that values can be compared.
     """
-    rows = ds.rows("val")
+    rows = ds.rows("val", 32)
     if len(rows) == 0:
         run.say("no validation subjects: the last averaged weights are kept")
         return None
-    u = run.fetch(ds.images, data.evenly(rows, 32))                         # (V, C, H, W)
+    u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
     everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (V, C)
     context = condition(cfg, mif, encode(encoder, u), everything)           # (V, L, D)
     t = torch.linspace(0, T - 1, len(u), device=run.device).long()          # (V,)  all noise levels
@@ -710,7 +704,7 @@ def load_model(cfg, run, subjects):
     # The best weights, or without validation subjects the last averaged ones.
     unet = run.trained(make_unet(cfg, C, dim), "diffusion", "best", "ema")
     unet = torch.compile(unet) if run.args.compile else unet
-    alpha_bar = schedule(cfg).to(run.device)
+    alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)
     return Model(cfg, run, run.about["contrasts"], encoder, mif, codebooks, unet, alpha_bar)
 
 
@@ -719,7 +713,7 @@ def load_model(cfg, run, subjects):
 
 
 def draw_codebook(path, codebook, contrasts, u):
-    """codebook.png: the two best entries of every contrast, at work on a slice u (C, H, W) in [0,1]."""
+    """codebook.png: the two best entries of every contrast, at work on a slice u (C, H, W)."""
     H, W = u.shape[1:]
     images = []
     labels = []
@@ -734,7 +728,7 @@ def draw_codebook(path, codebook, contrasts, u):
             votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
             labels.append(f"{target} from {entry['source']}: {votes}, gain {entry['gain']:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
-                  note="prior = gain x curve(source), on a training slice; a training slice votes for "
+                  note="prior = gain x curve(source), on a training slice; such a slice votes for "
                        "the entry that is most like the truth; curve: output over input, 0 to 1")
 
 
@@ -765,9 +759,9 @@ def figure6(cfg, run, ds, model):
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
     images = [[*a, *b] for a, b in zip(truth, made)]
-    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: z saw it")
-    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to those "
-            f"of other subjects; written: {run.out / 'fig6.png'}")
+    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: seen")
+    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to "
+            f"those of other subjects; written: {run.out / 'fig6.png'}")
 
 
 def outline(cfg, ds):
@@ -786,7 +780,8 @@ def outline(cfg, ds):
 
 METHOD = script.Method(
     "APT", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=lambda cfg: cfg.contrasts or None,
-    patterns=patterns, train=train, load=load_model, outline=outline,
+    patterns=lambda cfg, contrasts: missing_patterns(cfg.missing, contrasts), train=train,
+    load=load_model, outline=outline, extensible=("steps",),
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
 # From Python: apt.load("runs/apt-brats").fill(images, known), and apt.main(["--data", ...]).

@@ -576,10 +576,10 @@ def train(cfg, run, ds):
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge": Eq. (9).  The generator with the lowest validation error is kept [D6].
+    """Stage "bridge": Eq. (9), which begins with Eq. (6).
 
-    In every step the discriminator is updated first.  Then generator and SR-Net are updated
-    together, against the new discriminator.
+    The generator with the lowest validation error is kept [D6].  In every step the discriminator is
+    updated first.  Then generator and SR-Net are updated together, against the new discriminator.
     """
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts = list(ds.contrasts)

@@ -70,6 +70,8 @@ def add_run_flags(parser, script, presets, tables):
     run.add_argument("--evaluate", action="store_true", help="score the test subjects once: results.json, a table, pictures")
     run.add_argument("--synthesize", action="store_true",
                      help="write missing contrasts as NIfTI volumes on the source's own grid")
+    run.add_argument("--export", type=Path, metavar="FOLDER",
+                     help="write what sampling needs of a trained model, and no more, to a new folder")
     run.add_argument("--reproduce", choices=[*tables, "list"], metavar="TABLE",
                      help=f"train and score every row of a table of the paper, beside its numbers: {', '.join(tables)}; list")
     run.add_argument("--seeds", type=int, default=1, help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")

@@ -46,6 +46,7 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
 def load_encoder(run):
     """The frozen CLIP of a run's checkpoint, on its device."""
     weights = run.stages["encoder"]["parts"]["clip"]
+    run.used.add(("encoder", "clip"))
     encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": weights})
     return encoder.freeze().to(run.device)
 
