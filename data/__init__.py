@@ -1,8 +1,9 @@
 """Scans on disk become slices for a network, and results become NIfTI volumes again.
 
-`open_dataset` turns a folder of scans into one array of slices that is split by person.
-`load_subject` reads one subject, `check` says what is wrong with a folder, and `write_volume` writes
-a volume on the grid of its source. Each name stands in the file that it is imported from here.
+`open_dataset` turns a folder of scans into one array of slices, split by person.
+`load_subject` reads one subject, and `check` says what is wrong with a folder. `write_volume`
+writes a volume on the grid of its source. The imports below say in which file each name stands.
+
 Decoded slices are kept under runs/cache/, never in the data folder. What is left out is counted and
 said. Everything that is wrong with the data raises DataError with a message of one line.
 """

@@ -57,7 +57,8 @@ def fingerprint_of(folder, subjects, contrasts, size):
 def cached_slices(cache, fingerprint, folder, subjects, contrasts, size, workers, say):
     """Open a cache, which is made first if it is missing or damaged -> (index, images, labels).
 
-    images: (n, C, S, S) float16, memory-mapped. labels: (n, S, S) uint8, or None.
+    images: (n, C, S, S) float16, memory-mapped.
+    labels: (n, S, S) uint8, or None.
     DataError if a subject cannot be read, or if the cache cannot be written.
     """
     home = cache / fingerprint
@@ -144,8 +145,8 @@ def _build_cache(home, key, subjects, contrasts, size, workers):
 def _growing_npy(path, kind, shape):
     """A .npy file of rows of this shape. It is yielded as a function that appends some rows.
 
-    The number of rows is in the header, but we know it only at the end. numpy leaves room in the
-    header for that, so we write the header twice in the same place.
+    The header holds the number of rows, which we know only at the end. For that, numpy leaves room
+    in the header. We therefore write the header twice, in the same place.
     """
     rows_written = 0
 

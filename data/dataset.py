@@ -38,8 +38,8 @@ class Rows:
 class Dataset:
     """The kept slices of all complete subjects.
 
-    n is the number of slices and C the number of contrasts. Row r of every field of length n belongs
-    to images[r].
+    n is the number of slices and C the number of contrasts. Row r of every field of length n
+    belongs to images[r].
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Dataset:
     size: int                       # height and width of a slice in pixels
     phantom: bool                   # True if the folder says that it is synthetic (phantom.json)
     fingerprint: str                # of the files and the settings
-    subjects: list                  # of layouts.Subject, all; only complete ones are in split and rows
+    subjects: list                  # of layouts.Subject, all; the split holds complete ones only
     incomplete: list                # those of them that lack contrasts, for later synthesis
     split: dict                     # {"train": [names], "val": [names], "test": [names]}
     images: np.ndarray              # (n, C, size, size) float16 in [0, 1], memory-mapped
@@ -117,7 +117,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     contrasts: The names of the channels in order, by default all that most subjects have.
     size: The height and width of a slice in pixels.
     split_file: A JSON file {"train": [...], "val": [...], "test": [...]} that replaces the random
-    split, which depends on seed, train_fraction and test_subjects (see make_split).
+        split, which depends on seed, train_fraction and test_subjects (see make_split).
     cache: The folder for decoded slices.
     workers: The number of threads that decode; 0 means up to 4.
     say: A function that gets every line for the user.

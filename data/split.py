@@ -1,4 +1,4 @@
-"""Which subject is for training, validation or test: a random split by person, or the user's own."""
+"""Which subject is for training, validation or test: at random by person, or as the user says."""
 
 import hashlib
 import json
@@ -13,8 +13,9 @@ def make_split(subjects, seed, train_fraction, test_subjects):
     """Split subjects at random by person -> {"train": [names], "val": [names], "test": [names]}.
 
     The split depends on the names and the seed only, not on the order of the files.
+
     train_fraction: Of n persons, round(train_fraction * n) are for training, but at least 1 and at
-    most n - 1.
+        most n - 1.
     test_subjects: Of the others, up to this number are for the test, and the rest for validation.
     DataError if a number makes no sense, or if there are fewer than 2 persons.
     """
@@ -44,7 +45,8 @@ def make_split(subjects, seed, train_fraction, test_subjects):
 def read_split(split_file, subjects, say):
     """Read and check a user's own split -> {"train": [names], "val": [names], "test": [names]}.
 
-    split_file: A JSON file of that form. subjects: All complete subjects; some may be left out.
+    split_file: A JSON file of that form.
+    subjects: All complete subjects; some may be left out.
     DataError if the file is no split, if train or test is empty, or if a name is unknown or listed
     twice. It is also raised if visits of one person are in two parts.
     """
@@ -70,8 +72,8 @@ def read_split(split_file, subjects, say):
         for name in names:
             first = part_of.setdefault(person[name], part)
             if first != part:
-                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and {part}; "
-                                "keep a person's visits together")
+                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and "
+                                f"{part}; keep a person's visits together")
     if len(listed) < len(person):
         say(f"  {len(person) - len(listed)} subjects are not in {split_file} and not used")
     return split

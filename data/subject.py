@@ -1,4 +1,4 @@
-"""All slices of one subject, on one grid: load_subject. What there is to synthesise: to_synthesize."""
+"""All slices of one subject, on one grid (load_subject), and what is to be synthesised."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.volumes import (
     write_volume,
 )
 
-KEEP = 1 / 3            # a slice is kept if its foreground is this share of the largest; see kept_slices
+KEEP = 1 / 3            # of the largest foreground of a slice in the volume; see kept_slices
 
 
 @dataclass
@@ -29,7 +29,7 @@ class SubjectSlices:
     """All axial slices of one subject, on the grid of one contrast, which we call the reference.
 
     Z is the number of slices, C the number of contrasts, S the size of a slice in pixels. The
-    reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
+    reference is the first contrast that was read, or the one that Subject.grid prefers.
     """
 
     images: np.ndarray              # (Z, C, S, S) in [0, 1]; float32, or float16 of .npy slices.
@@ -49,8 +49,8 @@ class SubjectSlices:
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
 
         contrast: If it is given, the unit follows the description in the header, and CT is written
-        in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no scan
-        nobody knows them.
+            in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no
+            scan nobody knows them.
         DataError if the file exists and `overwrite` is False, or if it cannot be written.
         """
         array = unfit(slices, self.reference.array.shape)
@@ -68,11 +68,12 @@ def load_subject(subject, contrasts, size, use=None):
 
     Every contrast is normalised on its own grid first. Its scale therefore does not depend on the
     grid of the reference. Outside of its own box a contrast is 0, which is air in CT.
+
     subject: A layouts.Subject.
     contrasts: The names of the channels, in order.
     size: The height and width of a slice in pixels.
     use: The contrasts whose files are opened, by default all. The others count as missing, and
-    cannot influence anything.
+        cannot influence anything.
     DataError, naming subject and contrast, if a file cannot be used or none is there.
     """
     if subject.in_slices:
@@ -114,9 +115,9 @@ def load_subject(subject, contrasts, size, use=None):
         planes = upright(resample_to(segmentation, reference, order=0, fill=0))     # (Z, H, W)
         lesion = _lesions(planes, reference, reference_mask)
         labels = fit_slices(planes, size, labels=True).astype(np.uint8)
-    frame = max(size, *reference.array.shape[:2]) ** 2          # source pixels that the picture covers
+    picture = max(size, *reference.array.shape[:2]) ** 2        # its area in pixels of the source
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
-                         areas[0] / frame, lesion, labels, reference, notes)
+                         areas[0] / picture, lesion, labels, reference, notes)
 
 
 def _read_normalised(subject, contrast):
@@ -181,6 +182,7 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say):
     A contrast is absent if the subject has no file of it, or if `asked` names it. A subject is left
     out if it lacks nothing or has no source. It is also left out, and this is said, if all its
     outputs exist already in folder/<subject>.
+
     say: A function that gets every line for the user.
     DataError if a source cannot be read.
     """
