@@ -62,7 +62,10 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D10] Small slices are padded to the image size (the paper resizes); larger ones are resampled.
   [D11] Normalisation, averaged weights, clipping and the optimiser of the fusion module are ours.
 
-NEEDS  all files of common/ but downstream.py's, and data/ (the test suite holds the exact list)
+NEEDS  data/ and these files of common/:
+  cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
+  files.py loop.py metrics.py pictures.py run.py schedules.py script.py tables.py tokenizer.py
+  unet.py
 """
 import functools
 import math

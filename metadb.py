@@ -64,7 +64,10 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D7]  Slices are padded, normalised per volume, and all are used (the paper: 100 per subject).
   [D8]  Rivals of Table 2 are switches of this script, without text; see data/results/metadb.md.
 
-NEEDS  all files of common/ and data/ (the test suite holds the exact list)
+NEEDS  data/ and these files of common/:
+  cli.py clip.py contrastive.py device.py discriminator.py downstream.py embeddings.py encoder.py
+  evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py script.py tables.py
+  tokenizer.py unet.py
 """
 import functools
 import math

@@ -443,3 +443,38 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
             parse(module.Config, module.PRESETS, tables, module.LIMITS, lambda folder: "paper", module.__doc__, words.split(), name)
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
         assert Path(ROOT / path).exists(), path
+
+
+def test_the_python_section_of_the_readme_runs(trained, tmp_path, monkeypatch):
+    """Its code, word for word, with a trained toy model, an array and two scans in the folder where it runs."""
+    import re
+    data_folder, out, _ = trained
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    assert len(code.splitlines()) <= 14
+    code = code.replace('"runs/apt-brats"', repr(str(out))).replace('"/path/to/this/repository"', repr(str(ROOT)))
+    subject = next(data_folder.glob("BraTS*"))
+    for contrast in ("t1", "t2"):
+        (tmp_path / f"{contrast}.nii.gz").write_bytes((subject / f"{subject.name}_{contrast}.nii.gz").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names = {"images": np.random.default_rng(0).random((2, 4, 32, 32), np.float32)}
+    exec(code, names)
+    made, source = nib.load(tmp_path / "flair.nii.gz"), nib.load(tmp_path / "t1.nii.gz")
+    assert made.shape == source.shape and np.allclose(made.affine, source.affine) and made.get_fdata().std() > 0
+    assert np.array_equal(names["filled"][:, names["model"].contrasts.index("t1")], names["scan"].images[:, names["model"].contrasts.index("t1")])
+
+
+@pytest.mark.parametrize("name", ["apt", "metadb"])
+def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
+    """They are copied into an empty folder, and the script shows its help there."""
+    import re
+    import shutil
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    listed = re.search(r"NEEDS  data/ and these files of common/:(.*?)\"\"\"", text, re.S)[1].split()
+    assert len(listed) > 10
+    (tmp_path / "common").mkdir()
+    for file in (f"{name}.py", *(f"common/{file}" for file in ("__init__.py", *listed))):
+        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: {n for n in names if n in ("brats", "ixi", "pelvis", "ixi-hidden", "pictures")})
+    done = subprocess.run([sys.executable, f"{name}.py", "--reproduce", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "table3" in done.stdout, done.stderr
