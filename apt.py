@@ -1,10 +1,8 @@
 """APT: missing MR contrasts from the known ones, with the same anatomy.
 
 Shin et al., "Anatomical Consistency and Adaptive Prior-informed Transformation for Multi-contrast
-MR Image Synthesis via Diffusion Model", CVPR 2025.
-https://openaccess.thecvf.com/CVPR2025 (see CITATION.cff for the full reference)
-
-This file is part of a collection of reference implementations; MIT licence, see LICENSE.
+MR Image Synthesis via Diffusion Model", CVPR 2025; link and full reference in CITATION.cff.
+Part of a collection of reference implementations; MIT licence, see LICENSE.
 
 THE IDEA.  One diffusion model learns all C contrasts of a slice together.  No channel is special.
 Missing contrasts are then filled in like holes in a picture, but the holes are whole channels.
@@ -79,8 +77,9 @@ from torch.nn import functional as F
 
 import data
 from common import clip, metrics, pictures, script
+from common.cli import load_presets
 from common.device import seed_of
-from common.encoder import load_encoder, train_encoder
+from common.encoder import encode, encode_slices, load_encoder, train_encoder
 from common.evaluation import missing_patterns
 from common.loop import EMA, Best
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
@@ -149,21 +148,10 @@ class Config:
 # Fields that may change without training again.  All others make another run.
 SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste",
             "sample_batch", "test_slices")
-PRESETS = {
-    "paper": {},
-    "demo": dict(
-        size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=24,
-        mult=(1, 1, 2, 4), blocks=1, attention=(16, 8), head_dim=24, groups=8, encoder_steps=150,
-        encoder_batch=24, encoder_lr=1e-3, mif_epochs=100, mif_batch=64, mif_lr=5e-4, steps=500,
-        batch=8, lr=5e-4, ema=0.99, N=10),
-}
-LIMITS = dict(
-    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
-    encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), mif_epochs=(0, 10 ** 9),
-    mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4),
-    w=(0, 1))
-# The stages of training, in order.  Each has the fields that matter to it and to later stages only.
-# A change of any other field trains all stages again.
+PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
+LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
+              N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+# The stages of training, each with the fields that matter only from there on; others change all.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -174,16 +162,14 @@ STAGES = {
 
 # ---- 2. Data -------------------------------------------------------------------------------------
 # A data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
-# missing_patterns turns --missing into tasks: pairs (known contrasts, missing contrasts).
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
 
 class MutualInformationFusion(nn.Module):
-    """Sec. 3.1, Fig. 1a: one transformer block over the contrasts of a slice, then one unit vector.
+    """Sec. 3.1, Fig. 1a: one transformer block over the contrasts of a slice, then a unit vector z.
 
     It takes any subset of contrasts, in any order, because there is no position code.
-    z is a unit vector behind a linear layer, and 1/tau is at most 100 [D2].
     """
 
     def __init__(self, dim):
@@ -233,21 +219,11 @@ def make_unet(cfg, C, dim):
 
 
 @torch.no_grad()
-def encode(encoder, u):
-    """One feature per contrast from the frozen encoder.  u: (B, C, H, W) in [0,1] -> (B, C, D).
-
-    The feature is one pooled vector; the "feature maps" of the text are these vectors [D1].
-    """
-    B, C = u.shape[:2]
-    one_by_one = u.flatten(0, 1).unsqueeze(1)                               # (B*C, 1, H, W)
-    return encoder.encode_image(one_by_one).pooled.float().unflatten(0, (B, C)) # (B, C, D)
-
-
-@torch.no_grad()
 def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
-    As in the paper, training uses z of all contrasts, and sampling uses z of the known ones.
+    f holds one pooled feature per contrast; the "feature maps" of the text are these [D1].  As in
+    the paper, training uses z of all contrasts, and sampling uses z of the known ones.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -332,8 +308,7 @@ def warp(u, points):
     position = u.clamp(0, 1) * (len(table) - 1)
     low = position.floor().long().clamp(max=len(table) - 2)
     bent = torch.lerp(table[low], table[low + 1], position - low)
-    increasing = points[1][0] < points[1][3]
-    return bent if increasing else bent * (u > FOREGROUND)
+    return bent if points[1][0] < points[1][3] else bent * (u > FOREGROUND)
 
 
 class Codebook(nn.Module):
@@ -389,17 +364,6 @@ class Codebook(nn.Module):
     def gain(self, tgt, src, curve):
         """sigma of Sec. 3.3: mean intensity of the target over that of the bent source."""
         return float(self.level[tgt] / self.warped[src, curve].clamp(min=1e-6))
-
-    def readable(self, contrasts):
-        """The table for people: {target: [{source, curve, votes, gain}, ...]}, best first."""
-        table = {}
-        for tgt, name in enumerate(contrasts):
-            table[name] = []
-            for src, curve in self.ranked(tgt, [c for c in range(len(contrasts)) if c != tgt]):
-                table[name].append({"source": contrasts[src], "curve": curve,
-                                    "votes": int(self.votes[tgt, src, curve]),
-                                    "gain": round(self.gain(tgt, src, curve), 4)})
-        return table
 
 
 # ---- 5. Sampler ----------------------------------------------------------------------------------
@@ -573,10 +537,7 @@ def train(cfg, run, ds):
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                             cfg.encoder_batch, cfg.encoder_lr)
-    features = []                                             # the encoder is frozen: computed once
-    for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
-        features.append(encode(encoder, run.fetch(slices, part)))
-    features = torch.cat(features)                                          # (n, C, D)
+    features = encode_slices(run, encoder, slices)                          # (n, C, D)  only once
     mif = train_mif(cfg, run, ds, features)
     make_codebooks(cfg, run, ds, slices, encoder)
     train_diffusion(cfg, run, ds, slices, encoder, mif, features)
@@ -595,19 +556,19 @@ def train_mif(cfg, run, ds, features):
     others = [p for p in mif.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=cfg.mif_lr, betas=(0.9, 0.98), eps=1e-6)
-    subject = np.unique(ds.subject[ds.rows("train")], return_inverse=True)[1]  # (n,)  ids
-    subject = torch.from_numpy(subject).to(run.device)
+    ids = np.unique(ds.subject[ds.rows("train")], return_inverse=True)[1]   # (n,)
+    subject = torch.from_numpy(ids).to(run.device)
     batch = min(cfg.mif_batch, n)
-    everything = torch.ones(batch, C, dtype=torch.bool, device=run.device)  # (B, C)
+    all_known = torch.ones(batch, C, dtype=torch.bool, device=run.device)   # (B, C)
     steps = math.ceil(n * cfg.mif_epochs / batch)
-    # run.steps continues where a checkpoint ended, shows progress, and saves.
+    # run.steps goes on where a checkpoint ended, shows progress, and saves.
     for step in run.steps("mif", steps, {"mif": mif, "optimiser": optimiser}, batch):
         pick = torch.from_numpy(run.order("mif", n, batch, step)).to(run.device)  # (B,)
         g = np.random.default_rng(seed_of(run.seed, "mif drop", step))
         drop = g.integers(C)                                               # the same for all slices
-        subset = everything.clone()                                         # (B, C)
+        subset = all_known.clone()                                          # (B, C)
         subset[:, drop] = False
-        z_all = mif(features[pick], everything)                             # (B, D)
+        z_all = mif(features[pick], all_known)                              # (B, D)
         z_sub = mif(features[pick], subset)                                 # (B, D)
         loss = anatomy_loss(z_all, z_sub, mif.log_scale, subject[pick])
         # run.update is zero_grad, backward, clipping of the gradient at norm 1, and optimiser.step.
@@ -628,18 +589,13 @@ def make_codebooks(cfg, run, ds, slices, encoder):
     for step in run.steps("codebook", len(parts), codebooks, 16):
         for codebook in codebooks.values():
             codebook.add(encoder, run.fetch(slices, parts[step]))
-    readable = {name: book.readable(ds.contrasts) for name, book in codebooks.items()}
-    run.write_json("codebook.json", readable)
     if run.rank == 0:
         u = torch.from_numpy(slices[len(slices) // 2].astype(np.float32))   # (C, H, W)
         draw_codebook(run.out / "codebook.png", codebooks[cfg.curves], ds.contrasts, u)
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
-    """Stage "diffusion": the joint model of all contrasts, by Eq. (2).
-
-    Averaged weights sample; those with the lowest validation loss are kept [D11].
-    """
+    """Stage "diffusion", Eq. (2).  Averaged weights with the lowest validation loss are kept [D11]."""
     torch.manual_seed(seed_of(run.seed, "diffusion"))
     unet = make_unet(cfg, len(ds.contrasts), features.shape[2])
     unet = unet.to(run.device, memory_format=torch.channels_last)
@@ -650,8 +606,8 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
     alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)                   # (T,)
     context = []                                                        # z is frozen: computed once
     for f in features.split(4096):
-        everything = torch.ones(f.shape[:2], dtype=torch.bool, device=run.device)  # (n', C)
-        context.append(condition(cfg, mif, f, everything))
+        all_known = torch.ones(f.shape[:2], dtype=torch.bool, device=run.device)  # (n', C)
+        context.append(condition(cfg, mif, f, all_known))
     context = torch.cat(context)                                            # (n, L, D)
     validate = validation(cfg, run, ds, encoder, mif, alpha_bar)
     mine = run.shard(cfg.batch)                                    # this process's share of a batch
@@ -685,8 +641,8 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
         run.say("no validation subjects: the last averaged weights are kept")
         return None
     u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
-    everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (V, C)
-    context = condition(cfg, mif, encode(encoder, u), everything)           # (V, L, D)
+    all_known = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (V, C)
+    context = condition(cfg, mif, encode(encoder, u), all_known)            # (V, L, D)
     t = torch.linspace(0, T - 1, len(u), device=run.device).long()          # (V,)  all noise levels
     eps = torch.randn(u.shape, generator=run.generator("validation"), device=run.device)
 
@@ -699,16 +655,16 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
 
 def load_model(cfg, run, subjects):
     """The trained networks of a run folder, from its checkpoint alone."""
-    C = len(run.about["contrasts"])
+    contrasts = run.about["contrasts"]
+    C = len(contrasts)
     dim = clip.SIZES[cfg.encoder]["embed"]
-    encoder = load_encoder(run)
     mif = run.trained(MutualInformationFusion(dim), "mif", "mif")
     codebooks = {name: run.trained(Codebook(C, name), "codebook", name).cpu() for name in CURVES}
     # The best weights, or without validation subjects the last averaged ones.
     unet = run.trained(make_unet(cfg, C, dim), "diffusion", "best", "ema")
     unet = torch.compile(unet) if run.args.compile else unet
     alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)
-    return Model(cfg, run, run.about["contrasts"], encoder, mif, codebooks, unet, alpha_bar)
+    return Model(cfg, run, contrasts, load_encoder(run), mif, codebooks, unet, alpha_bar)
 
 
 # ---- 7. Figures and tables -----------------------------------------------------------------------
@@ -720,16 +676,17 @@ def draw_codebook(path, codebook, contrasts, u):
     H, W = u.shape[1:]
     images = []
     labels = []
-    for target, entries in codebook.readable(contrasts).items():
-        for entry in entries[:2]:
-            source = u[contrasts.index(entry["source"])]                    # (H, W)
-            points = codebook.curves[entry["curve"]]
+    for tgt in range(len(contrasts)):
+        others = [c for c in range(len(contrasts)) if c != tgt]
+        for src, number in codebook.ranked(tgt, others)[:2]:
+            points = codebook.curves[number]
             curve = warp(torch.linspace(0, 1, W), points)                   # (W,)
             above = torch.linspace(1, 0, H)[:, None] > curve                # (H, W)
-            prior = (entry["gain"] * warp(source, points)).clamp(0, 1)      # (H, W)
-            images.append([source, (1 + above) / 2, prior, u[contrasts.index(target)]])
-            votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
-            labels.append(f"{target} from {entry['source']}: {votes}, gain {entry['gain']:.2f}")
+            gain = codebook.gain(tgt, src, number)
+            prior = (gain * warp(u[src], points)).clamp(0, 1)               # (H, W)
+            images.append([u[src], (1 + above) / 2, prior, u[tgt]])
+            votes = f"{codebook.votes[tgt, src, number]:.0f} of {codebook.votes[tgt].sum():.0f}"
+            labels.append(f"{contrasts[tgt]} from {contrasts[src]}: {votes} votes, gain {gain:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
                   note="prior = gain x curve(source), on a training slice; such a slice votes for "
                        "the entry that is most like the truth; curve: output over input, 0 to 1")
@@ -742,8 +699,8 @@ def figure6(cfg, run, ds, model):
     """
     rows = ds.spread("test", 1)[:6]
     u = run.fetch(ds.images, rows)                                          # (B, C, H, W)
-    everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (B, C)
-    context = condition(cfg, model.mif, encode(model.encoder, u), everything)  # (B, L, D)
+    all_known = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (B, C)
+    context = condition(cfg, model.mif, encode(model.encoder, u), all_known)  # (B, L, D)
     g = run.generator("figure 6")
     nothing = torch.zeros(len(u), 1, 1, 1, device=run.device)               # A
 
@@ -752,12 +709,9 @@ def figure6(cfg, run, ds, model):
 
     x0 = stage1(model.eps_model(context), u * 0, nothing, None, noise, model.alpha_bar,
                 time_grid(T, 50), alpha=0)                                  # (B, C, H, W)
-    if run.rank > 0:
-        return
     truth = u.cpu().numpy()
     made = ((x0 + 1) / 2).cpu().numpy()
-    # How close each made slice is to each true one: (truth, made), a mean over the contrasts.
-    table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])
+    table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])  # truth, made
     own = np.diag(table).mean()
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
@@ -769,11 +723,10 @@ def figure6(cfg, run, ds, model):
 
 def outline(cfg, ds):
     """For a dry run: the networks, and one slice through the U-Net."""
-    C = len(ds.contrasts)
     dim = clip.SIZES[cfg.encoder]["embed"]
-    unet = make_unet(cfg, C, dim)
-    x_t = torch.zeros(1, C, cfg.size, cfg.size)
+    x_t = torch.zeros(1, len(ds.contrasts), cfg.size, cfg.size)
     z = torch.zeros(1, 1, dim)
+    unet = make_unet(cfg, len(ds.contrasts), dim)
     lines = [f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(x_t.shape)}"]
     return script.Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
                           lambda: unet(x_t, torch.zeros(1), z), cfg.batch * cfg.steps, lines)

@@ -71,7 +71,6 @@ NEEDS  data/ and these files of common/:
 """
 import functools
 import math
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,9 +79,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import clip, downstream, script
+from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
-from common.encoder import Prompts, join_words, load_encoder, train_encoder
+from common.encoder import Prompts, Text, load_encoder, train_encoder
 from common.evaluation import all_directions, chosen_direction
 from common.loop import Best, cosine_rate
 from common.schedules import ddbm_bridge, syndiff_schedule
@@ -170,20 +170,10 @@ class Config:
 
 # Fields that may change without training again.  All others make another run.
 SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", "test_slices")
-PRESETS = {
-    "paper": {},
-    "demo": dict(
-        size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=16,
-        mult=(1, 2, 2, 4), blocks=1, attention=(8,), head_dim=16, groups=8, disc_base=16,
-        encoder_steps=150, encoder_batch=24, encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4,
-        lr_d=3e-4, segment_steps=600),
-}
-LIMITS = dict(
-    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), N=(1, 1000),
-    R=(1, 10), encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), lambda_adv=(0, 1e3),
-    lambda_sem=(0, 1e3), pool=(1, 64), eta=(0, 1), noise=(0, 255))
-# The stages of training, in order.  Each has the fields that matter to it and to later stages only.
-# A change of any other field trains all stages again.
+PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
+LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
+              eta=(0, 1), noise=(0, 255))
+# The stages of training, each with the fields that matter only from there on; others change all.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -212,21 +202,8 @@ def patterns(cfg, contrasts):
     return [((source,), tuple(made)) for source, made in targets.items()]
 
 
-# Embeddings E_src, E_tgt, E_mask (B, D).  For cross-attention also the words of both prompts
-# (B, 2L, K), of which some are padding.
-Text = namedtuple("Text", "e_src e_tgt e_mask words is_word")
-
-
-def tell(prompts, names, src, tgt):
-    """The Text of slices.  names of subjects; src, tgt: one channel number per slice."""
-    source = prompts.features(prompts.sentences(names, src))
-    target = prompts.features(prompts.sentences(names, tgt))
-    masked = prompts.features(prompts.sentences(names, tgt, ("modality",)))
-    words, is_word = join_words(source, target) if prompts.words else (None, None)
-    return Text(source.pooled, target.pooled, masked.pooled, words, is_word)
-
-
 def make_prompts(cfg, encoder, subjects, contrasts, device):
+    """The embeddings of prompts: prompts(names, src, tgt) is a Text, see common/encoder.py."""
     words = cfg.conditioning == "xattn"
     return Prompts(encoder, subjects, contrasts, cfg.fields, cfg.text_file, device, words)
 
@@ -545,7 +522,7 @@ class Model:
                                  "known contrasts; give one of them only")
             made[here, tgt] = True
             n = len(here)
-            text = tell(self.prompts, [names[b] for b in here], [src] * n, [tgt] * n)
+            text = self.prompts([names[b] for b in here], [src] * n, [tgt] * n)
             y = u[here, src, None]                                          # (B', 1, H, W)
             keys_here = [keys[b] for b in here]
             x0 = translate(self.run, self.generator, self.bridge, y, text, keys_here, watch)
@@ -591,7 +568,7 @@ def train_bridge(cfg, run, ds, encoder):
     prompts = make_prompts(cfg, encoder, ds.complete, contrasts, device)
     first = ds.complete[0].name                      # the prompts of one subject must be told apart
     prompts.report(run, first)
-    one = tell(prompts, [first], [0], [0])
+    one = prompts([first], [0], [0])
     dim = one.e_src.shape[1]
     word_dim = None if one.words is None else one.words.shape[2]
     run.about["text"] = {"dim": dim, "word_dim": word_dim}
@@ -633,7 +610,7 @@ def train_bridge(cfg, run, ds, encoder):
         x = 2 * run.fetch(slices, pick) - 1                                 # (B, C, H, W)
         y = x[each, src, None]                                              # (B, 1, H, W)
         x0 = x[each, tgt, None]                                             # (B, 1, H, W)
-        text = tell(prompts, subject[pick], src, tgt)
+        text = prompts(subject[pick], src, tgt)
         cosine_rate(optimiser, step, steps, cfg.lr)                         # falls to 1e-5 [D6]
 
         x_t = bridge.q_sample(t, x0, y, eps_t)                              # (B, 1, H, W)
@@ -666,7 +643,7 @@ def train_bridge(cfg, run, ds, encoder):
             loss = loss + cfg.lambda_sem * sem                              # Eq. (9)
             if cfg.sem_real:
                 # R_M learns from real images of both contrasts, so that it must read pictures [D4].
-                back = tell(prompts, subject[pick], tgt, src)               # whose target is y
+                back = prompts(subject[pick], tgt, src)                     # whose target is y
                 real = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
                 real = real + semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
                 loss = loss + cfg.lambda_sem * real / 2
@@ -696,7 +673,7 @@ def validation(cfg, run, ds, prompts, bridge):
     src, tgt = pairs[torch.arange(len(rows)) % len(pairs)].unbind(1)        # (V,) each
     u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
     each = torch.arange(len(rows))
-    text = tell(prompts, ds.subject[rows], src, tgt)
+    text = prompts(ds.subject[rows], src, tgt)
     keys = ds.keys(rows)
 
     def validate(G):

@@ -6,11 +6,25 @@ all scripts.  Values are resolved in this order: field default < preset < flag t
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import re
 import sys
 import typing
 from pathlib import Path
+
+# Fields that several scripts have: (lowest, highest).
+LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
+              encoder_batch=(2, 65536))
+
+
+def load_presets(script):
+    """{preset: {field: value}} of a script, from data/presets.json: "paper" changes nothing, "demo" is for phantoms."""
+    path = Path(__file__).parent.parent / "data" / "presets.json"
+    presets = {}
+    for name, values in json.loads(path.read_text(encoding="utf-8"))[script].items():
+        presets[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return presets
 
 
 def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, script=None):
@@ -47,8 +61,8 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     for name, value in chosen.items():                      # before Config is made: it computes with the values
         many = value if isinstance(value, tuple) else (value,)
         numbers = [n for n in many if isinstance(n, (int, float)) and not isinstance(n, bool)]
-        low, high = limits.get(name, (1e-12 if float in map(type, numbers) else 1, 10 ** 9))
-        if name in limits and not many or not all(math.isfinite(n) and low <= n <= high for n in numbers):
+        low, high = {**LIMITS, **limits}.get(name, (1e-12 if float in map(type, numbers) else 1, 10 ** 9))
+        if name in {**LIMITS, **limits} and not many or not all(math.isfinite(n) and low <= n <= high for n in numbers):
             parser.error(f"--{name.replace('_', '-')} {show(value)}: allowed are {low} to {high}")
     if preset_typed:                                        # all of its fields are then asked for
         args.typed = chosen

@@ -178,7 +178,8 @@ def work(method, cfg, args, figure=None):
         run.refuse_seen(ds)
         say_how_far(method, run)
         if figure:
-            figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
+            if run.rank == 0:
+                figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
         elif args.reproduce and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:

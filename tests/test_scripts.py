@@ -49,7 +49,7 @@ def trained(brats, tmp_path_factory):
 
 def test_train_and_evaluate_leave_what_they_promise(trained):
     _, out, text = trained
-    for name in ("config.json", "log.txt", "log.jsonl", "last.pt", "codebook.json", "results.json", "samples.png", "steps.png"):
+    for name in ("config.json", "log.txt", "log.jsonl", "last.pt", "codebook.png", "results.json", "samples.png", "steps.png"):
         assert (out / name).exists(), name
     results = json.loads((out / "results.json").read_text())
     assert results["phantom"] is True and results["config"]["steps"] == 6 and "subject" in results["protocol"]
