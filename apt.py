@@ -595,7 +595,7 @@ def make_codebooks(cfg, run, ds, slices, encoder):
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
-    """Stage "diffusion", Eq. (2).  Averaged weights with the lowest validation loss are kept [D11]."""
+    """Stage "diffusion", Eq. (2).  Averaged weights of the lowest validation loss are kept [D11]."""
     torch.manual_seed(seed_of(run.seed, "diffusion"))
     unet = make_unet(cfg, len(ds.contrasts), features.shape[2])
     unet = unet.to(run.device, memory_format=torch.channels_last)
