@@ -20,4 +20,5 @@ from data.volumes import Volume, read_volume, write_volume
 __all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Rows", "Scale", "Subject",
            "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
            "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_subject",
-           "make_phantom", "make_split", "open_dataset", "prompt", "read_volume", "to_synthesize", "write_volume"]
+           "make_phantom", "make_split", "open_dataset", "prompt", "read_volume", "to_synthesize",
+           "write_volume"]
