@@ -83,7 +83,8 @@ def _say_others(home, paths, say):
     others = [path.stat().st_size for path in set(home.glob("*.slices")) - set(paths)]
     if others:
         say(f"  {home} also holds {len(others)} subjects ({size_text(sum(others))}) of other data, "
-            "other settings or files that have changed since; it can be deleted when no run uses it")
+            "other settings or files that have changed since; "
+            "delete the folder when no run uses it, to free the space")
 
 
 def _join(paths, subjects, contrasts, size):

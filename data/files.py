@@ -35,9 +35,10 @@ def write_atomically(path):
     """Open a new binary file for writing; missing folders above it are made.
 
     The bytes go to a temporary name in the same folder. It contains a random number, so that two
-    processes, which may run on two machines, never write to the same temporary file. When the `with` block ends, the file gets
-    its own name by os.replace. A reader therefore sees the old file or the whole new file, never a
-    part. If the block raises an error, the temporary file is removed and the old file stays.
+    processes, which may run on two machines, never write to the same temporary file. When the
+    `with` block ends, the file gets its own name by os.replace. A reader therefore sees the old
+    file or the whole new file, never a part. If the block raises an error, the temporary file is
+    removed and the old file stays.
     OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def subject_key(subject, digests, contrasts, size):
 
 
 def fingerprint_of(keys):
-    """A hash of the data set, 20 hexadecimal digits. keys: subject_key of every subject, in order."""
+    """A hash of the data set, 20 hexadecimal digits. keys: Of its subjects, see subject_key."""
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:20]
 
 
