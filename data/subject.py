@@ -1,12 +1,16 @@
-"""All slices of one subject, on one grid (load_subject), and what is to be synthesised."""
+"""All slices of one subject, on one grid: load_subject, and load_scans for any files.
+
+What there is to synthesise: to_synthesize.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.files import DataError
+from data.files import DataError, is_nifti
 from data.intensities import CT_WINDOW, denormalise, find_background, foreground, normalise
+from data.layouts import CONTRASTS, Subject, canonical_contrast
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
@@ -21,7 +25,7 @@ from data.volumes import (
     write_volume,
 )
 
-KEEP = 1 / 3            # of the largest foreground of a slice in the volume; see kept_slices
+KEEP = 1 / 3            # a slice is kept if its foreground is this share of the largest; see kept_slices
 
 
 @dataclass
@@ -29,7 +33,7 @@ class SubjectSlices:
     """All axial slices of one subject, on the grid of one contrast, which we call the reference.
 
     Z is the number of slices, C the number of contrasts, S the size of a slice in pixels. The
-    reference is the first contrast that was read, or the one that Subject.grid prefers.
+    reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
     """
 
     images: np.ndarray              # (Z, C, S, S) in [0, 1]; float32, or float16 of .npy slices.
@@ -49,8 +53,8 @@ class SubjectSlices:
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
 
         contrast: If it is given, the unit follows the description in the header, and CT is written
-            in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no
-            scan nobody knows them.
+        in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no scan
+        nobody knows them.
         DataError if the file exists and `overwrite` is False, or if it cannot be written.
         """
         array = unfit(slices, self.reference.array.shape)
@@ -68,12 +72,11 @@ def load_subject(subject, contrasts, size, use=None):
 
     Every contrast is normalised on its own grid first. Its scale therefore does not depend on the
     grid of the reference. Outside of its own box a contrast is 0, which is air in CT.
-
     subject: A layouts.Subject.
     contrasts: The names of the channels, in order.
     size: The height and width of a slice in pixels.
     use: The contrasts whose files are opened, by default all. The others count as missing, and
-        cannot influence anything.
+    cannot influence anything.
     DataError, naming subject and contrast, if a file cannot be used or none is there.
     """
     if subject.in_slices:
@@ -115,9 +118,55 @@ def load_subject(subject, contrasts, size, use=None):
         planes = upright(resample_to(segmentation, reference, order=0, fill=0))     # (Z, H, W)
         lesion = _lesions(planes, reference, reference_mask)
         labels = fit_slices(planes, size, labels=True).astype(np.uint8)
-    picture = max(size, *reference.array.shape[:2]) ** 2        # its area in pixels of the source
+    frame = max(size, *reference.array.shape[:2]) ** 2          # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
-                         areas[0] / picture, lesion, labels, reference, notes)
+                         areas[0] / frame, lesion, labels, reference, notes)
+
+
+def load_scans(files, contrasts, size):
+    """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
+
+    files: {contrast: path of a NIfTI file}. A contrast of `contrasts` that is not in files is
+    missing: its slices are 0, and `present` is False for it.
+    contrasts: The names of the channels, in order. In both arguments other words for a contrast are
+    understood, such as t1gd for t1ce.
+    size: The height and width of a slice in pixels.
+    DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
+    `contrasts`, if there is no file, or if a file cannot be used.
+    """
+    channels = _canonical_names(contrasts)
+    paths = {}
+    for contrast, path in zip(_canonical_names(files), files.values()):
+        path = Path(path)
+        if contrast not in channels:
+            raise DataError(f"load_scans: {path} is {contrast}, which is not one of the contrasts "
+                            f"{', '.join(channels)}; leave it out")
+        if not path.is_file():
+            raise DataError(f"load_scans: {contrast} {path} does not exist or is no file; "
+                            "correct the path")
+        if not is_nifti(path):
+            raise DataError(f"load_scans: {contrast} {path} is neither .nii nor .nii.gz; "
+                            "convert it to NIfTI")
+        paths[contrast] = path
+    if not paths:
+        raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
+    name = next(iter(paths.values())).parent.name
+    return load_subject(Subject(name, name, paths), channels, size)
+
+
+def _canonical_names(names):
+    """The project's names of contrasts, in order. DataError if one is unknown or named twice."""
+    found = []
+    for name in names:
+        contrast = canonical_contrast(name)
+        if contrast not in CONTRASTS:
+            raise DataError(f"load_scans: {name} is no contrast; "
+                            f"the contrasts are {', '.join(CONTRASTS)}")
+        if contrast in found:
+            raise DataError(f"load_scans: {contrast} is named twice in {', '.join(names)}; "
+                            "name it once")
+        found.append(contrast)
+    return found
 
 
 def _read_normalised(subject, contrast):
@@ -182,7 +231,6 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say):
     A contrast is absent if the subject has no file of it, or if `asked` names it. A subject is left
     out if it lacks nothing or has no source. It is also left out, and this is said, if all its
     outputs exist already in folder/<subject>.
-
     say: A function that gets every line for the user.
     DataError if a source cannot be read.
     """

@@ -171,7 +171,7 @@ def test_metadb_segmenter(scans, tmp_path, monkeypatch, renew_golden):
     After so few steps it finds nothing; so a threshold stands in for it, and the scores show what is compared with what.
     """
     gold = Recorder(metadb, monkeypatch, tmp_path / "metadb_segmenter")
-    open_dataset = data.open_dataset                    # the segmenter's seed holds the fingerprint, and that the place of the files
+    open_dataset = data.open_dataset            # the segmenter's seed holds the fingerprint, which depends on how gzip compresses
 
     def with_fixed_name(*args, **settings):
         return dataclasses.replace(open_dataset(*args, **settings), fingerprint="golden")
