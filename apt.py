@@ -7,8 +7,8 @@ Part of a collection of reference implementations; MIT licence, see LICENSE.
 THE IDEA.  One diffusion model learns all C contrasts of a slice together.  No channel is special.
 Missing contrasts are then filled in like holes in a picture, but the holes are whole channels.
 Three things make that work well:
-  1. An anatomy vector z is trained to stay the same when one contrast is left out.  It steers the
-     attention layers of the U-Net.
+  1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
+     U-Net through cross-attention.
   2. Sampling does not start from noise.  It starts from a guess: another contrast, changed by an
      intensity curve.  A codebook says which contrast and which curve resemble the missing one most.
      It is computed once, from the training data.  This is stage 1.
@@ -17,7 +17,7 @@ Three things make that work well:
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
-  training slices --encoder--> likeness of contrast c and bent contrast c' --> codebook (C,C,K)
+  training slices --encoder--> likeness of contrast c and curve(contrast c') --> codebook (C,C,K)
   x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)
   y --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N more (stage 2) --> x0
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
@@ -40,7 +40,7 @@ SYMBOLS
   M, S, N          M, S, N              start step, intervals of stage 1, evaluations of stage 2
   alpha, w         alpha, w             step of Eq. (4), weight of Eq. (5)
   -                u, known             slice as stored, in [0,1]; known (B,C) bool
-  -                _src, _tgt           source and target contrast; _t always means time
+  -                src, tgt             source and target contrast; _t always means time
 
 COMMANDS
   python apt.py --data data/brats --train --evaluate       makes phantoms on first use; CPU, minutes
@@ -54,11 +54,11 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D4]  Known contrasts are pasted into x0_hat in stage 1; --paste both does so in stage 2 as well.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
   [D6]  The four numbers of a curve are x-coordinates of control points; --curves scalar: y.
-  [D7]  The codebook is one table for the data set, not a search for each test image.
+  [D7]  The codebook is one table for the data set; decreasing curves spare the background.
   [D8]  The "zero" prior is mid-grey; the "noise" prior is pure noise at step M.
   [D9]  Stage 1 takes S + 1 evaluations; N counts all evaluations of stage 2.
   [D10] Small slices are padded to the image size (the paper resizes); larger ones are resampled.
-  [D11] Normalisation, averaged weights, clipping and the optimiser of the fusion module are ours.
+  [D11] Where the paper is silent: intensities per volume, EMA, gradient clipping, AdamW for z.
 
 NEEDS  data/ and these files of common/:
   cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
@@ -97,7 +97,7 @@ class Config:
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
     train_fraction: float = 0.8                 # share of the subjects that train
-    test_subjects: int = 50                     # subjects that are scored; the others validate
+    test_subjects: int = 50                     # subjects that are scored; all others validate
     test_slices: int = 4                        # slices scored per test subject, evenly spread
     # networks
     encoder: Literal["base", "demo"] = "base"   # size of the image encoder (common/clip.py)
@@ -117,17 +117,17 @@ class Config:
     steps: int = 250_000                        # of the diffusion model
     batch: int = 16                             # slices per step, over all processes
     lr: float = 1e-4                            # learning rate of the diffusion model (Adam)
-    ema: float = 0.9999                         # decay of the averaged weights that sample
+    ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"            # noise (linear: released scripts)
     context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z, scaled, or one per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z: fused, mean feature, or nothing
     # method, in sampling
-    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: subsets
+    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: all sets
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"      # start image (Table 3)
     curves: Literal["points", "scalar"] = "points"              # reading of Eq. (3) [D6]
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5)
-    S: int = 20                                 # intervals of stage 1, of S + 1 evaluations
+    S: int = 20                                 # intervals of stage 1: S + 1 evaluations
     N: int = 50                                 # network evaluations of stage 2 (Table 4) [D9]
     alpha: float = 20.0                         # step of Eq. (4) at 256 x 256 [D3]
     w: float = 0.5                              # weight of Eq. (5)
@@ -145,13 +145,13 @@ class Config:
             raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
 
-# Fields that may change without training again.  All others make another run.
+# Fields that may change without training again.  All others need training in another --out.
 SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste",
             "sample_batch", "test_slices")
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# The stages of training, each with the fields that matter only from there on; others change all.
+# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -222,8 +222,8 @@ def make_unet(cfg, C, dim):
 def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
-    f holds one pooled feature per contrast; the "feature maps" of the text are these [D1].  As in
-    the paper, training uses z of all contrasts, and sampling uses z of the known ones.
+    f: one pooled feature per contrast (the paper speaks of feature maps) [D1].  As in the paper,
+    training uses z of all contrasts, and sampling uses z of the known ones.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -279,13 +279,13 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give the identity; y reversed gives its inversion.  Both are among "points".
+# Equal x and y give the identity, because then y(r) = x(r); y reversed gives its inversion.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
-    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),
-               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],
+    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
+               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # and both inverted
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the authors' release
@@ -319,7 +319,7 @@ class Codebook(nn.Module):
     votes        (C, C, K): [target, source, curve], the slices in which this pair was most alike
     similarity   (C, C, K): the sum of the cosines
     level        (C,): sum of the mean intensities of each contrast
-    warped       (C, K): the same of each contrast behind each curve
+    warped       (C, K): the same after each curve; only ratios of such sums are used
     """
 
     def __init__(self, C, curves):
@@ -350,10 +350,10 @@ class Codebook(nn.Module):
         self.warped += bent.mean((3, 4)).sum(0).cpu()
 
     def ranked(self, tgt, sources):
-        """All pairs (source, curve) for a target contrast, best first.  Contrasts are numbers.
+        """All pairs (source, curve) for a target contrast, best first, as numbers.
 
-        The pair with most votes is best.  Votes were counted with all contrasts present, so all
-        pairs may have none.  With equal votes, the larger similarity decides.
+        The pair with most votes is best.  Votes were counted with all contrasts present, so the
+        pairs of known sources may have none.  With equal votes, the larger similarity decides.
         """
         pairs = [(src, curve) for src in sources for curve in range(len(self.curves))]
 
@@ -379,7 +379,7 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha):
 
     x_t, y: (B, C, H, W); A: (B, C, 1, 1); t: int.  Returns x0_hat, (B, C, H, W).
     The gradient is taken at x_t, through the U-Net and the clamp, and subtracted from x0_hat, as
-    printed.  Missing contrasts move too, because they influence the estimate of the known ones.
+    printed.  Missing contrasts move too, because they change the estimate of the known ones.
 
     The paper prints a squared norm, but with the printed alpha that diverges.  As in the authors'
     release the norm is not squared; ours is one norm per sample [D3].  Steps with alpha_bar < 0.01
@@ -455,15 +455,15 @@ def prior_images(cfg, codebook, u, known, generators):
         targets = [c for c in range(len(row)) if not row[c]]
         for tgt in targets:
             if cfg.prior == "adaptive":
-                src, curve = codebook.ranked(tgt, sources)[0]
+                src, number = codebook.ranked(tgt, sources)[0]
             else:
                 K = len(codebook.curves)
                 g = generators[b]
                 pick = int(torch.randint(len(sources) * K, (), generator=g, device=u.device))
                 src = sources[pick // K]
-                curve = pick % K
-            gain = codebook.gain(tgt, src, curve)
-            prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[curve])).clamp(0, 1)
+                number = pick % K
+            gain = codebook.gain(tgt, src, number)
+            prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[number])).clamp(0, 1)
     return prior
 
 
@@ -491,7 +491,7 @@ class Model:
         return eps_theta
 
     def fill(self, u, known, keys, watch=None):
-        """Fill in the missing contrasts of a batch of slices, by both stages.
+        """Fill in the missing contrasts, by both stages.  common/evaluation.py calls this.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool.  keys: (subject, slice number) of each.  They
         fix the noise, so that a slice comes out the same in any batch.  watch: see eps_model.
@@ -512,8 +512,8 @@ class Model:
             start = 2 * prior - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
-        # The gradient step has about the same total length for every image size.  In a small image
-        # it is shared by fewer pixels, so each pixel would move further.  So we scale alpha [D3].
+        # The gradient of a norm has about the same length for every image size.  In a small image
+        # fewer pixels share it, so each pixel would move further.  So we scale alpha [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
@@ -574,7 +574,7 @@ def train_mif(cfg, run, ds, features):
         # run.update is zero_grad, backward, clipping of the gradient at norm 1, and optimiser.step.
         run.update(loss, optimiser)
         with torch.no_grad():
-            mif.log_scale.clamp_(max=math.log(100))               # above, it would have no gradient
+            mif.log_scale.clamp_(max=math.log(100))       # anatomy_loss clamps it, without gradient
         nearest = (z_sub @ z_all.T).argmax(1)                               # (B,)
         found = nearest == torch.arange(batch, device=run.device)           # (B,)
         run.log(loss=loss, retrieval=found.float().mean())
@@ -595,7 +595,7 @@ def make_codebooks(cfg, run, ds, slices, encoder):
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
-    """Stage "diffusion", Eq. (2).  Averaged weights of the lowest validation loss are kept [D11]."""
+    """Stage "diffusion", Eq. (2).  Averaged weights of lowest validation loss are kept [D11]."""
     torch.manual_seed(seed_of(run.seed, "diffusion"))
     unet = make_unet(cfg, len(ds.contrasts), features.shape[2])
     unet = unet.to(run.device, memory_format=torch.channels_last)
@@ -684,7 +684,7 @@ def draw_codebook(path, codebook, contrasts, u):
             above = torch.linspace(1, 0, H)[:, None] > curve                # (H, W)
             gain = codebook.gain(tgt, src, number)
             prior = (gain * warp(u[src], points)).clamp(0, 1)               # (H, W)
-            images.append([u[src], (1 + above) / 2, prior, u[tgt]])
+            images.append([u[src], (1 + above) / 2, prior, u[tgt]])         # grey below the curve
             votes = f"{codebook.votes[tgt, src, number]:.0f} of {codebook.votes[tgt].sum():.0f}"
             labels.append(f"{contrasts[tgt]} from {contrasts[src]}: {votes} votes, gain {gain:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
@@ -740,7 +740,7 @@ METHOD = script.Method(
     load=load_model, outline=outline, extensible=("steps",),
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
-# From Python: apt.load("runs/apt-brats").fill(images, known), and apt.main(["--data", ...]).
+# From Python: apt.load("runs/apt-brats") is a common.evaluation.Trained, with .fill(images, known).
 load = functools.partial(script.load, METHOD)
 main = functools.partial(script.main, METHOD, __doc__)
 

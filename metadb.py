@@ -2,8 +2,7 @@
 
 "MetaDB: a metadata-guided diffusion bridge for medical image translation", ICMR 2026.
 https://doi.org/10.1145/3805622.3810728
-
-This file is part of a collection of reference implementations; MIT licence, see LICENSE.
+Part of a collection of reference implementations; MIT licence, see LICENSE.
 
 THE IDEA.  A diffusion bridge does not start from noise.  Its states walk from the source image y
 (step N) to the target x0 (step 0).  A generator sees the state and y, and predicts x0.  The next
@@ -11,7 +10,7 @@ state is drawn from the exact Gaussian posterior.  What the two images are (pati
 contrast, echo times) is written as two prompts.  The prompts enter twice:
   1. TA-Norm: in the blocks of the U-Net, the source's look is taken away from the feature maps and
      the target's look is given to them.  Gains and shifts come from the embeddings of the prompts.
-  2. SR-Net: a small network gets the prediction, pooled to a few numbers, and the target's prompt
+  2. SR-Net: a small network gets the prediction, pooled to 170 numbers, and the target's prompt
      with its contrast masked.  It must find the embedding of the whole prompt.  So the prediction
      must show what the prompt says.
 A discriminator, which sees no text, judges pairs of neighbouring states.  It makes them sharp.
@@ -23,6 +22,7 @@ PROMPT, and the same with its contrast masked (data/prompts.py):
 PIPELINE (B slices, H x W pixels, D width of an embedding)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)
   x_t, y, x_r (B,1,H,W each), t, E_src, E_tgt --generator, R times--> x0_hat (B,1,H,W)
+  in training: x0_hat, E_mask --SR-Net--> E_rec (B,D);  x_{t-1}, x_t --discriminator--> logits
   x0_hat, x_t, y --posterior--> x_{t-1}    N steps from x_N down to x_0; N R passes for a sample
 Training has the stages "encoder" and "bridge".
 
@@ -47,7 +47,7 @@ SYMBOLS
   R_M, F_p            sr, f_p                 network of SR-Net, what it sees of the prediction
   lambda_1, lambda_2  lambda_adv, lambda_sem  weights of Eq. (9)
   -                   u                       slice as stored, in [0,1]
-  -                   _src, _tgt              source and target; _t always means time
+  -                   src, tgt                source and target; _t always means time
 
 COMMANDS
   python metadb.py --data data/ixi --train --evaluate      makes phantoms on first use; CPU, minutes
@@ -56,13 +56,13 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D1]  The text tower of a small CLIP, trained on the training subjects, replaces BiomedCLIP.
-  [D2]  x_N is exactly y; --bridge soft adds the noise that the paper's constants come from.
-  [D3]  TA-Norm has a floor of 0.1 under its gains, and a map of its own for each prompt.
+  [D2]  x_N is exactly y; --bridge soft adds noise, as SelfRDB, whose constants the paper uses.
+  [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
   [D5]  Real pairs are drawn jointly; the discriminator's loss has an R1 penalty; losses are means.
-  [D6]  Training takes R passes too; learning rates fall; the weights of the best validation stay.
-  [D7]  Slices are padded, normalised per volume, and all are used (the paper: 100 per subject).
-  [D8]  Rivals of Table 2 are switches of this script, without text; see data/results/metadb.md.
+  [D6]  Training takes R passes, as sampling; learning rates fall; the best validation weights stay.
+  [D7]  Slices are padded, normalised per volume, and all are trained on (the paper: 100 a subject).
+  [D8]  Rivals of Table 2 are switches of this script, without text: see --reproduce list.
 
 NEEDS  data/ and these files of common/:
   cli.py clip.py contrastive.py device.py discriminator.py downstream.py embeddings.py encoder.py
@@ -128,7 +128,7 @@ class Config:
     lr: float = 1.6e-4                          # peak learning rate of generator and SR-Net (Adam)
     lr_d: float = 1e-4                          # peak learning rate of the discriminator (Adam)
     # method, in training
-    bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"    # noise along the bridge [D2]
+    bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"    # noise along the bridge [D2] [D8]
     N: int = 10                                 # steps of the bridge
     R: int = 2                                  # passes per step, each sees the result before it
     conditioning: Literal["ta", "xattn", "none"] = "ta"         # how prompts enter (Table 4)
@@ -141,9 +141,9 @@ class Config:
     pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to 1x1, 2x2, ... squares [D4]
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
-    only: tuple[str, ...] = ()                  # one direction, source,target, of several
-    eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 none (DBIM)
-    noise: float = 0.0                          # sigma, of 255, on test sources (Fig. 5)
+    only: tuple[str, ...] = ()                  # of several directions only source,target
+    eta: float = 1.0                            # new noise of the posterior: 1 Markov, 0 least
+    noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -168,12 +168,12 @@ class Config:
                              "name two different contrasts")
 
 
-# Fields that may change without training again.  All others make another run.
+# Fields that may change without training again.  All others need training in another --out.
 SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", "test_slices")
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# The stages of training, each with the fields that matter only from there on; others change all.
+# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -249,8 +249,8 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has a map of its own.  With one map (share), rows of Table 5 whose two prompts are
-    equal would do nothing at all.  Both maps start equal, so TANorm starts as the identity.
+    Each prompt has a map of its own.  With one map (share) and two equal prompts, as in rows of
+    Table 5, strip and inject would cancel.  With both prompts TANorm starts as the identity.
     """
 
     def __init__(self, channels, dim, prompts, share):
@@ -291,10 +291,7 @@ class CrossAttention(nn.Module):
 
 
 class Generator(nn.Module):
-    """Eq. (2): x0_hat from the state, the source and its own previous estimate.
-
-    dim: D, width of an embedding; word_dim: K, width of a word (for cross-attention).
-    """
+    """Eq. (2): x0_hat from the state, the source and its own previous estimate.  word_dim: K."""
 
     def __init__(self, cfg, dim, word_dim):
         super().__init__()
@@ -331,7 +328,8 @@ class Generator(nn.Module):
 class SRNet(nn.Module):
     """Sec. 3.2.2: the embedding of the whole prompt from the masked one and the picture.
 
-    No skip connection leads from E_mask to the output, because the cosine would begin at almost 1.
+    No skip connection leads from E_mask to the output.  E_mask and E_tgt are almost equal, so the
+    cosine would begin at almost 1.
     """
 
     def __init__(self, dim, pool):
@@ -369,7 +367,8 @@ class Bridge:
     Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  Its noise is r_t = x_t - a_t x0 - m_t y.  Then
         x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps
     keeps Eq. (1) true at t - 1 whenever c_t^2 delta_t^2 + v_t = delta_{t-1}^2.
-    eta = 1 takes v_t of the Markov chain, where c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
+    eta = 1 takes v_t of the Markov chain that has these marginals.  It multiplies x_{t-1} by
+    a_t / a_{t-1} and adds noise, which gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
     eta = 0 adds no new noise.  Exception: if delta_N = 0, step N still adds noise, because x_N
     contains none to keep.
     """
@@ -414,15 +413,14 @@ def bridge_tables(name, N):
 
     hard, our default: no noise at either end, because the text says "x_T = y".  The constants
     (N = 10, betas from 0.1 to 3.0) come from SelfRDB, where x_N is y with noise of 1.08: soft [D2].
-    Both use the betas of SelfRDB: sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to
-    sqrt(3 / N).  The first half is used twice, rising and then falling; for N = 10 the largest beta
-    is 0.167.  s2 and sbar2 are the sums of betas up to t and from t on, beta_t in both.
-    The sum of all is kept at its value for N = 10, so that the noise does not depend on N.
+    Both use the betas of SelfRDB, see mirrored_betas.  s2 and sbar2 are the sums of betas up to t
+    and from t on; beta_t is in both.  The sum of all is kept at its value for N = 10, so that the
+    noise does not depend on N.
     """
     if name in RIVALS:
         return RIVALS[name](N)
     total = mirrored_betas(10).sum()
-    if N == 1:                                                # no beta is left: straight to the end
+    if N == 1:                                              # the half is empty: straight to the end
         m = torch.tensor([0.0, 1.0], dtype=torch.float64)
         s2 = total * m
         sbar2 = total * (1 - m)
@@ -436,7 +434,11 @@ def bridge_tables(name, N):
 
 
 def mirrored_betas(N):
-    """The betas of SelfRDB, (N+1,).  N = 4: 0, b1, b2, b1, 0."""
+    """The betas of SelfRDB, (N+1,): the first half of a grid, and the same backwards.
+
+    sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to sqrt(3 / N), of which the first
+    half is used; up to N = 30 they rise.  N = 4: 0, b1, b2, b1, 0.  N = 10: the largest is 0.167.
+    """
     roots = torch.linspace(math.sqrt(0.1), math.sqrt(3 / N), N + 1, dtype=torch.float64)
     first = torch.cat([torch.zeros(1, dtype=torch.float64), roots ** 2])[:N // 2 + 1]
     return torch.cat([first, first.flip(0)[1 - N % 2:]])
@@ -469,7 +471,7 @@ def sample(generate, bridge, y, text, noise, watch=None):
     """
     N = len(bridge.a) - 1
     t = torch.full((len(y),), N, device=y.device)                           # (B,)
-    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())               # (B, 1, H, W)  a_N = 0
+    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())              # x0 is unknown; a_N is 0
     for step in range(N, 0, -1):
         t = torch.full((len(y),), step, device=y.device)                    # (B,)
         x0_hat = generate(x_t, t, y, text)                                  # (B, 1, H, W)
@@ -506,8 +508,8 @@ class Model:
     def fill(self, u, known, keys, watch=None):
         """Make every contrast that is missing and can be made from a known one.
 
-        u: (B, C, H, W) in [0,1]; known: (B, C) bool.  Returns u with the made contrasts in place,
-        and no extras.
+        common/evaluation.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
+        see translate.  Returns u with the made contrasts in place, and {}: no further images.
         ValueError if a contrast could be made from two of the known ones.
         """
         names = [name for name, _ in keys]
@@ -539,7 +541,7 @@ def train(cfg, run, ds):
 
     Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
     has seen no prompts but those of the training subjects, with all four fields (Table 5 leaves
-    some out).  A field of a prompt is masked now and then.
+    some out).  Fields are masked now and then, so that it learns what [MASK] and None mean.
     """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     meta = {subject.name: subject.meta for subject in ds.subjects}
@@ -566,7 +568,7 @@ def train_bridge(cfg, run, ds, encoder):
     slices = ds.part("train")
     device = run.device
     prompts = make_prompts(cfg, encoder, ds.complete, contrasts, device)
-    first = ds.complete[0].name                      # the prompts of one subject must be told apart
+    first = ds.complete[0].name                            # can the encoder tell its prompts apart?
     prompts.report(run, first)
     one = prompts([first], [0], [0])
     dim = one.e_src.shape[1]
@@ -628,7 +630,7 @@ def train_bridge(cfg, run, ds, encoder):
                 real = D(real_prev, x_t, t).float()                         # (B, 1, H/8, W/8)
                 fake = D(fake_prev.detach(), x_t, t).float()                # (B, 1, H/8, W/8)
             loss_d = discriminator_loss(real, fake)
-            if step % 10 == 0:
+            if step % 10 == 0:                                           # R1 is slow, so not always
                 loss_d = loss_d + r1_penalty(D, real_prev, x_t, t)          # in fp32
             # run.update is zero_grad, backward, clipping (here none), and optimiser.step.
             run.update(loss_d, optimiser_d, max_norm=math.inf)
@@ -644,11 +646,11 @@ def train_bridge(cfg, run, ds, encoder):
             if cfg.sem_real:
                 # R_M learns from real images of both contrasts, so that it must read pictures [D4].
                 back = prompts(subject[pick], tgt, src)                     # whose target is y
-                real = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
-                real = real + semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
-                loss = loss + cfg.lambda_sem * real / 2
-            # If the target contrast is always the same, SR-Net can ignore the image [D4].  sem_gain
-            # is L_sem with the source image minus L_sem with the prediction: near 0, it is ignored.
+                of_x0 = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
+                of_y = semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
+                loss = loss + cfg.lambda_sem * (of_x0 + of_y) / 2
+            # If the target contrast is always the same (the default), SR-Net can ignore the image
+            # [D4].  sem_gain is L_sem with another image, y, less L_sem: near 0, it is ignored.
             with torch.no_grad():
                 other = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(y)))
             run.log(sem=sem, sem_gain=other - sem)
@@ -661,10 +663,7 @@ def train_bridge(cfg, run, ds, encoder):
 
 
 def validation(cfg, run, ds, prompts, bridge):
-    """A function G -> mean squared error of at most 16 sampled validation slices; None without.
-
-    The noise is always the same, so that values can be compared.
-    """
+    """A function G -> mean squared error of 16 sampled validation slices, with fixed noise."""
     rows = ds.rows("val", 16)
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")
@@ -740,7 +739,7 @@ METHOD = script.Method(
     patterns=patterns, train=train, load=load_model, outline=outline, disturb=spoil,
     segmenters=segmenters, choice="--only source,target")
 
-# From Python: metadb.load("runs/metadb-ixi").fill(images, known), and metadb.main(["--data", ...]).
+# From Python: metadb.load("runs/metadb-ixi") is a common.evaluation.Trained: .fill(images, known).
 load = functools.partial(script.load, METHOD)
 main = functools.partial(script.main, METHOD, __doc__)
 
