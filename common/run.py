@@ -233,7 +233,7 @@ class Run(Loop):
                     values.append(entry[name])
         series = {name: points for name, points in series.items() if len(points[0]) > 1}
         if series:
-            pictures.curves(self.out / "training.png", series, "step", "mean since the line before",
+            pictures.curves(self.out / "training.png", series, "step", "mean of the steps since the point before",
                             f"{self.script}: {stage}")
 
     def skip(self, stage):

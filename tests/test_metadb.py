@@ -507,7 +507,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     ixi, undisturbed, _ = trained
     out = tmp_path / "killed"
     words = [sys.executable, "-c", toys.EAGER.format(script="metadb"), "--data", str(ixi), "--out", str(out), *TINY, "--train"]
-    for step in (1, 4):
+    for step in (2,):
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time() + 60
         while time.time() < end and process.poll() is None:
@@ -521,6 +521,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.slow
 def test_torchrun_equals_one_process(trained, tmp_path):
     ixi, alone, _ = trained
     out = tmp_path / "two"

@@ -271,11 +271,11 @@ def test_synthesis_writes_volumes_on_the_sources_grid(trained, tmp_path, monkeyp
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
-    """Killed once in each stage, by watching the log; the weights of every stage equal those of the undisturbed run."""
+    """Killed in two stages, by watching the checkpoint; the weights of every stage equal those of the undisturbed run."""
     data, undisturbed, _ = trained
     out = tmp_path / "killed"
     command = [sys.executable, "-c", toys.EAGER.format(script="apt"), "--data", data, "--out", out, *TINY, "--train"]
-    for stage, step in (("encoder", 2), ("mif", 1), ("diffusion", 1), ("diffusion", 4)):
+    for stage, step in (("mif", 1), ("diffusion", 3)):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time() + 60
         while time.time() < end and process.poll() is None:
@@ -292,6 +292,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.slow
 def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path):
     data, plain, _ = trained
     out = tmp_path / "odd"
