@@ -62,8 +62,8 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  data/ and these files of common/:
   cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
-  files.py loop.py metrics.py pictures.py run.py schedules.py script.py tables.py tokenizer.py
-  unet.py
+  files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py script.py
+  table_pages.py tables.py tokenizer.py unet.py
 """
 import functools
 import math

@@ -8,22 +8,31 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import typing
 from pathlib import Path
 
+from common.files import RunError
+from data.files import DataError
+
 # Fields that several scripts have: (lowest, highest).
-LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), encoder_steps=(0, 10 ** 9),
-              encoder_batch=(2, 65536))
+LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
+              encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536))
 
 
 def load_presets(script):
-    """{preset: {field: value}} of a script, from data/presets.json: "paper" changes nothing, "demo" is for phantoms."""
+    """{preset: {field: value}} of a script, from data/presets.json.
+
+    "paper" changes nothing; "demo" holds sizes for phantoms.
+    """
     path = Path(__file__).parent.parent / "data" / "presets.json"
     presets = {}
     for name, values in json.loads(path.read_text(encoding="utf-8"))[script].items():
-        presets[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        presets[name] = {}
+        for field, value in values.items():
+            presets[name][field] = tuple(value) if isinstance(value, list) else value
     return presets
 
 
@@ -141,3 +150,24 @@ def list_of(item):
 
 def show(value):
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+
+
+def as_command(main):
+    """Run main() of a small command. What the user can mend becomes one line and its exit status.
+
+    The status is that of the error, 1 for a file that cannot be written, and 130 after Ctrl-C.
+    The scripts of the papers use common.script.guarded, which also knows several processes.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")            # a name must not end the command on an old console
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                 # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (RunError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 1)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,13 +1,23 @@
-"""What a trained model is asked for: to fill missing contrasts of arrays, of test subjects, and of whole volumes.
+"""What a trained model is asked for: to fill missing contrasts of arrays, subjects and volumes.
 
 Trained      the model as Python sees it: numpy or torch in, the same out
 evaluate     every test subject once, scored beside the standing baselines; pictures
 synthesize   missing contrasts as NIfTI volumes
 
-Each of them calls the model's `fill` and nothing else, so that what is scored is what is used.
-fill(u, known, keys): u (B, C, H, W) in [0,1], zero where missing; known (B, C) bool; keys (subject, slice) of each,
-which fix the noise.  It returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}, that are
-scored and drawn beside the result (for example the prior that a sampler started from).
+    python -m common.evaluation --truth FOLDER --predicted FOLDER
+
+scores volumes that anybody made; see common/score_volumes.py.
+
+Everything here calls the model's `fill` and nothing else. What is scored is therefore what is used.
+fill(u, known, keys, watch) gets
+
+    u       (B, C, H, W) in [0,1], zero where a contrast is missing
+    known   (B, C) bool
+    keys    (subject, slice number) of each slice; they fix the noise
+    watch   a list for the steps of the sampler, or None
+
+and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are scored
+and drawn beside the result, for example the prior that a sampler started from.
 """
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,22 +26,28 @@ import numpy as np
 import torch
 
 import data
-from common import downstream, metrics, pictures
-from common.files import RunError
+from common import downstream, metrics, pictures, score_volumes
+from common.cli import as_command
+from common.files import RunError, replace
+from common.table_pages import SHOWN, scores_csv
 from data import canonical_contrast
 
-SHOWN = 0.3                                     # error at which an error map is white
-TOLERANCE = 1e-3                                # so far outside [0,1] may rounding lead
-# Colours of label maps, as in Fig. 6 of MetaDB, but such that colour-blind readers can tell them apart
-# (Okabe and Ito): 1 necrosis vermilion, 2 oedema yellow, 4 (3 in BraTS from 2023 on) enhancing tumour blue.
+TOLERANCE = 1e-3        # rounding may lead so far outside of [0,1]
+# The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart (Okabe
+# and Ito). 1 is necrosis (vermilion), 2 is oedema (yellow). Enhancing tumour (blue) is 4, and 3 in
+# BraTS from 2023 on.
 CLASS_COLOURS = {1: (213, 94, 0), 2: (240, 228, 66), 3: (0, 114, 178), 4: (0, 114, 178)}
 
 
-# ---- from Python -----------------------------------------------------------------------------------------------------
+# ---- from Python ---------------------------------------------------------------------------------
 
 
 class Trained:
-    """A trained model.  contrasts: their names in the order of the channels; size: height and width of a slice."""
+    """A trained model, for use from Python.
+
+    contrasts   names in the order of the channels
+    size        height and width of a slice in pixels
+    """
 
     def __init__(self, model, cfg):
         self.model = model
@@ -42,15 +58,16 @@ class Trained:
     def fill(self, images, known, keys=None, extras=False):
         """Fill in the contrasts that are missing.
 
-        images   (B, C, H, W) in [0,1], numpy or torch, channels in the order of .contrasts, H = W = .size; what stands
-                 in missing contrasts does not matter (NaN is fine)
+        images   (B, C, H, W) in [0,1], numpy or torch, with H = W = .size. Channels are in the order
+                 of .contrasts. Missing contrasts may hold anything, also NaN
         known    (B, C) or (C,) bool, or the names of the known contrasts, such as ("t1", "t2")
-        keys     one (subject, slice number) per slice; they fix the noise, so that a slice always comes out the same.
-                 By default the slices are numbered
-        extras   True: returns also a dict of what the method made on the way, such as its prior
+        keys     one (subject, slice number) per slice. They fix the noise, so that a slice always
+                 comes out the same. By default the slices are numbered
+        extras   True: also return a dict of what the method made on the way, such as its prior
 
-        Returns images of the same kind, float32; known contrasts come back as they are.
-        Raises ValueError for other shapes, names, values outside [0,1], or if nothing is known or missing.
+        Returns images of the same kind, float32. Known contrasts come back as they are.
+        ValueError for other shapes or names, for values outside of [0,1], and if nothing is known or
+        missing.
         """
         u = self._checked_images(images)
         known = self._checked_known(known, len(u))
@@ -58,7 +75,8 @@ class Trained:
         if keys is None:
             keys = [("array", number) for number in range(len(u))]
         if len(keys) != len(u):
-            raise ValueError(f"fill: {len(keys)} keys for {len(u)} slices; give one (subject, slice) for each")
+            raise ValueError(f"fill: {len(keys)} keys for {len(u)} slices; "
+                             "give one (subject, slice) for each")
         made = []
         notes = []
         for start in range(0, len(u), self.config.sample_batch):
@@ -69,7 +87,10 @@ class Trained:
         filled = self._like(images, torch.cat(made))
         if not extras:
             return filled
-        return filled, {name: self._like(images, torch.cat([found[name] for found in notes])) for name in notes[0]}
+        more = {}
+        for name in notes[0]:
+            more[name] = self._like(images, torch.cat([found[name] for found in notes]))
+        return filled, more
 
     def _checked_images(self, images):
         """(B, C, H, W) float32 on the model's device."""
@@ -77,8 +98,9 @@ class Trained:
         C = len(self.contrasts)
         S = self.size
         if u.dim() != 4 or tuple(u.shape[1:]) != (C, S, S) or len(u) == 0:
-            raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs (B, {C}, {S}, {S}), B slices of "
-                             f"the contrasts {', '.join(self.contrasts)} (data.load_scans brings files to this size)")
+            raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs (B, {C}, {S}, {S}), "
+                             f"B slices of the contrasts {', '.join(self.contrasts)} "
+                             "(data.load_scans brings files to this size)")
         return u.to(self.model.run.device)
 
     def _checked_known(self, known, B):
@@ -93,33 +115,36 @@ class Trained:
             known = [contrast in names for contrast in self.contrasts]
         known = torch.as_tensor(known)
         if known.dtype != torch.bool or tuple(known.shape) not in ((C,), (B, C)):
-            raise ValueError(f"fill: known is {tuple(known.shape)} of {known.dtype}; give bool of shape (B, C) = "
-                             f"{(B, C)} or (C,), or names of {', '.join(self.contrasts)}")
+            raise ValueError(f"fill: known is {tuple(known.shape)} of {known.dtype}; give bool of "
+                             f"shape (B, C) = {(B, C)} or (C,), or names of "
+                             f"{', '.join(self.contrasts)}")
         known = known.expand(B, C).to(self.model.run.device)
         for b, row in enumerate(known.tolist()):
             if all(row) or not any(row):
-                raise ValueError(f"fill: slice {b} has {'all' if all(row) else 'no'} contrasts known; "
+                count = "all" if all(row) else "no"
+                raise ValueError(f"fill: slice {b} has {count} contrasts known; "
                                  "at least one must be known and one missing")
         return known
 
     def _check_values(self, u, known):
-        """Known contrasts must be finite and in [0,1]."""
+        """ValueError if a known contrast has values that are not finite, or outside of [0,1]."""
         for c, contrast in enumerate(self.contrasts):
             values = u[:, c][known[:, c]]
             if values.numel() == 0:
                 continue
             if not torch.isfinite(values).all():
-                raise ValueError(f"fill: the known contrast {contrast} has values that are not finite; "
-                                 "replace them (background is 0)")
+                raise ValueError(f"fill: the known contrast {contrast} has values that are not "
+                                 "finite; replace them (background is 0)")
             low = float(values.min())
             high = float(values.max())
             if low < -TOLERANCE or high > 1 + TOLERANCE:
-                raise ValueError(f"fill: the known contrast {contrast} has values from {low:.4g} to {high:.4g}, "
-                                 "outside [0,1]; divide a 0 to 255 image by 255, or use data.normalise on a scan")
+                raise ValueError(f"fill: the known contrast {contrast} has values from {low:.4g} to "
+                                 f"{high:.4g}, outside [0,1]; divide a 0 to 255 image by 255, "
+                                 "or read a scan with data.load_scans")
 
     @staticmethod
     def _like(images, tensor):
-        """As numpy or on the device of a tensor, whatever the images were."""
+        """The result as numpy if the images were numpy, and otherwise on their device."""
         if torch.is_tensor(images):
             return tensor.to(images.device)
         return tensor.cpu().numpy()
@@ -127,22 +152,25 @@ class Trained:
 
 @torch.no_grad()
 def fill(model, u, known, keys, watch=None):
-    """model.fill, after everything in u (B, C, H, W) that is not known (B, C) was set to zero.
+    """Call model.fill, after everything in u (B, C, H, W) that is not known (B, C) was set to zero.
 
-    watch: a list that gets (title, state, estimate of x0) at each evaluation of the network, images (B, C, H, W) in [-1,1].
+    watch: a list, or None. It gets (title, state, estimate of x0) at each evaluation of the network.
+    Both are images (B, C, H, W) in [-1,1].
     """
-    mask = known[:, :, None, None]                                                      # (B, C, 1, 1)
+    mask = known[:, :, None, None]                                          # (B, C, 1, 1)
     return model.fill(torch.where(mask, u, 0), known, keys, watch)
 
 
 def missing_patterns(missing, contrasts):
-    """The tasks that --missing asks for, as pairs (known contrasts, missing contrasts).
+    """The tasks that --missing asks for, as a list of pairs (known contrasts, missing contrasts).
 
-    missing: ("each",) leaves out one contrast at a time, ("all",) every subset; otherwise names of contrasts.
+    missing: ("each",) leaves out one contrast at a time, and ("all",) leaves out every subset. Other
+    words are names of contrasts.
     RunError if there is no such contrast, or if none would be known or missing.
     """
     if len(contrasts) < 2:
-        raise RunError(f"the data give one contrast, {contrasts[0]}; two or more are needed, see --contrasts", status=2)
+        raise RunError(f"the data give one contrast, {contrasts[0]}; two or more are needed, "
+                       "see --contrasts", status=2)
     subsets = []
     if missing == ("each",):
         subsets = [(c,) for c in contrasts]
@@ -152,14 +180,21 @@ def missing_patterns(missing, contrasts):
     else:
         unknown = [c for c in missing if c not in contrasts]
         if unknown or not missing or len(set(missing)) >= len(contrasts):
-            raise RunError(f"--missing {','.join(missing)}: name some, but not all, of {', '.join(contrasts)}; "
-                           "or each; or all", status=2)
+            raise RunError(f"--missing {','.join(missing)}: name some, but not all, of "
+                           f"{', '.join(contrasts)}; or each; or all", status=2)
         subsets = [tuple(c for c in contrasts if c in missing)]
-    return [(tuple(c for c in contrasts if c not in subset), subset) for subset in subsets]
+    patterns = []
+    for subset in subsets:
+        rest = tuple(c for c in contrasts if c not in subset)
+        patterns.append((rest, subset))
+    return patterns
 
 
 def all_directions(source, target, contrasts):
-    """Every pair of different contrasts (a source, a target), as channel numbers.  source, target: names."""
+    """Every pair (a source, a target) of different contrasts, as channel numbers.
+
+    source, target: names of contrasts, which must be in `contrasts`.
+    """
     pairs = []
     for one in source:
         for other in target:
@@ -171,7 +206,10 @@ def all_directions(source, target, contrasts):
 
 
 def chosen_direction(pairs, only, contrasts):
-    """Of such pairs the one that `only` names, (source, target); all if it is empty.  RunError if there is no such."""
+    """Of such pairs the one that `only` names, as a list; all pairs if `only` is empty.
+
+    only: the names (source, target). RunError if there is no such pair.
+    """
     if not only:
         return pairs
     wanted = tuple(canonical_contrast(c) for c in only)
@@ -182,17 +220,22 @@ def chosen_direction(pairs, only, contrasts):
     raise RunError(f"--only {','.join(only)}: this model knows {there}", status=2)
 
 
-# ---- test subjects ---------------------------------------------------------------------------------------------------
+# ---- test subjects -------------------------------------------------------------------------------
 
 
 @dataclass
 class Task:
-    """n synthesised slices of one kind.  All images are (n, H, W) in [0,1].
+    """n synthesised slices of one kind. All images are (n, H, W) in [0,1].
 
-    sources: {contrast: images} that were known.  target: the contrast.  results: {method: images}, the model's first.
-    subjects: (n,) names.
-    segmenter, labels: of the target contrast (common/downstream.py), and the true label maps (n, H, W); or None.
+    sources     {contrast: images} that were known
+    target      the contrast that was made
+    truth       its true images
+    results     {method: images}, the model's first
+    subjects    (n,) names
+    segmenter   of the target contrast (common/downstream.py), or None
+    labels      the true label maps (n, H, W), or None
     """
+
     sources: dict
     target: str
     truth: np.ndarray
@@ -207,60 +250,81 @@ class Task:
 
 
 def evaluate(method, cfg, run, ds, model):
-    """Every test subject once, every pattern of known contrasts.  Writes results.json, results.npz and pictures.
+    """Score every test subject once, for every pattern of known contrasts.
 
-    method: a script.Method.  Each process works on whole subjects; the first one scores all.
+    Writes results.json, results.npz, scores.csv and pictures into the run folder.
+    method: a script.Method. cfg: its config. ds: a data.Dataset. model: see the top of this file.
+    Each process works on whole subjects. The first process scores all of them.
     """
     contrasts = list(ds.contrasts)
     rows = ds.spread("test", cfg.test_slices)
     patterns = method.patterns(cfg, contrasts)
-    missing = {contrast for _, absent in patterns for contrast in absent}
+    missing = set()
+    for _, absent in patterns:
+        missing |= set(absent)
     segmenters = method.segmenters(cfg, run, ds, missing) if method.segmenters else {}
-    mine = set(ds.split["test"][run.rank::run.world])
-    todo = []
-    for p in range(len(patterns)):
-        todo += [(p, int(r)) for r in rows if ds.subject[r] in mine]
-    done = []                                                                   # ((pattern, row), {name: (C, H, W)})
-    for part in run.batches("sampling", todo, cfg.sample_batch):
-        known = [[c in patterns[p][0] for c in contrasts] for p, _ in part]
-        known = torch.tensor(known, device=run.device)                          # (B, C)
-        chosen = np.array([r for _, r in part])
-        keys = ds.keys(chosen)
-        u = run.fetch(ds.images, chosen)                                        # (B, C, H, W)
-        if method.disturb:
-            u = method.disturb(cfg, run, u, keys)
-        made, extras = fill(model, u, known, keys)
-        images = {name: x.cpu().numpy() for name, x in {method.name: made, **extras}.items()}
-        for b, key in enumerate(part):
-            done.append((key, {name: x[b] for name, x in images.items()}))
-    done = dict(run.gather(done))
+    done = fill_test(method, cfg, run, ds, model, rows, patterns)
     if run.rank > 0:
         return
 
-    truth = np.asarray(ds.images[rows], dtype=np.float32)                       # (n, C, H, W)
+    truth = np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
     given = truth
     if method.disturb:
-        given = method.disturb(cfg, run, torch.from_numpy(truth).to(run.device), ds.keys(rows)).cpu().numpy()
+        whole = torch.from_numpy(truth).to(run.device)
+        given = method.disturb(cfg, run, whole, ds.keys(rows)).cpu().numpy()
     tasks = []
     for p, (sources, absent) in enumerate(patterns):
+        known = {name: given[:, contrasts.index(name)] for name in sources}
         for target in absent:
             c = contrasts.index(target)
-            names = done[p, int(rows[0])]
-            results = {name: np.stack([done[p, int(r)][name][c] for r in rows]) for name in names}
-            known = {name: given[:, contrasts.index(name)] for name in sources}
+            results = {}
+            for name in done[p, int(rows[0])]:
+                results[name] = np.stack([done[p, int(r)][name][c] for r in rows])
             labels = ds.labels[rows] if target in segmenters else None
-            tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows], segmenters.get(target), labels))
-    some = ds.images[ds.rows("train", 2000)].astype(np.float32)    # (m, C, H, W)
+            tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows],
+                              segmenters.get(target), labels))
+    some = ds.images[ds.rows("train", 2000)].astype(np.float32)             # (m, C, H, W)
     learned = {name: some[:, c] for c, name in enumerate(contrasts)}
     report(run, tasks, learned, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
                                 "unit: subject, the mean of its slices")
     draw_steps(run, ds, model, patterns[:2], rows[len(rows) // 2])
 
 
-def report(run, tasks, train, protocol):
-    """Score every task beside the standing baselines: results.json, results.npz, samples.png, and a table on the screen.
+def fill_test(method, cfg, run, ds, model, rows, patterns):
+    """Fill these rows of the data set for every pattern -> {(pattern, row): {name: (C, H, W)}}.
 
-    train: {contrast: (m, H, W)}, slices of training subjects for the baselines.  protocol: what a value is, in words.
+    The names are the method's and those of its extras. The processes share the work, and each of
+    them gets the results of all.
+    """
+    contrasts = list(ds.contrasts)
+    mine = set(ds.split["test"][run.rank::run.world])
+    todo = []
+    for p in range(len(patterns)):
+        todo += [(p, int(r)) for r in rows if ds.subject[r] in mine]
+    done = []
+    for part in run.batches("sampling", todo, cfg.sample_batch):
+        known = []
+        for p, _ in part:
+            known.append([c in patterns[p][0] for c in contrasts])
+        known = torch.tensor(known, device=run.device)                      # (B, C)
+        chosen = np.array([r for _, r in part])
+        keys = ds.keys(chosen)
+        u = run.fetch(ds.images, chosen)                                    # (B, C, H, W)
+        if method.disturb:
+            u = method.disturb(cfg, run, u, keys)
+        made, extras = fill(model, u, known, keys)
+        images = {name: x.cpu().numpy() for name, x in {method.name: made, **extras}.items()}
+        for b, key in enumerate(part):
+            done.append((key, {name: x[b] for name, x in images.items()}))
+    return dict(run.gather(done))
+
+
+def report(run, tasks, train, protocol):
+    """Score every task beside the standing baselines, and print a table.
+
+    Writes results.json, results.npz, scores.csv, samples.png and, with labels, segmentation.png.
+    tasks: a list of Task. train: {contrast: (m, H, W)}, slices of training subjects, from which the
+    baselines are learned. protocol: in words, what a value is.
     """
     rows = []
     kept = {}
@@ -273,35 +337,47 @@ def report(run, tasks, train, protocol):
             rows += more
             kept.update(images)
             drawn.append(picture)
-        middle = len(task.truth) // 2                       # one slice per task stays with the numbers, for the tables
+        middle = len(task.truth) // 2           # one slice per task stays with the numbers, for tables
         for method, images in task.results.items():
             kept[f"{task.name}|{method}"] = images[middle].astype(np.float16)
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
     run.say("\n" + metrics.markdown_table(rows) + "\n")
     run.results(rows, kept, protocol)
+    table = scores_csv(rows)
+    replace(run.out / "scores.csv",
+            lambda tmp: tmp.write_text(table, encoding="utf-8", newline=""))
     draw_samples(run.out / "samples.png", tasks)
     if drawn:
         pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn],
                       list(drawn[0][1]), [label for label, _ in drawn])
-    run.say(f"written: {run.out / 'results.json'}, {run.out / 'samples.png'}")
+    run.say(f"written: {run.out / 'results.json'}, {run.out / 'scores.csv'}, "
+            f"{run.out / 'samples.png'}")
 
 
 def segmented(task, methods):
-    """What a segmenter finds on the results: (rows of Dice, images to keep, (label, {title: picture}))."""
+    """What a segmenter finds on the results of a task.
+
+    methods: {method: images (n, H, W)}.
+    Returns (rows of Dice, images to keep, (label, {title: picture})).
+    """
     maps = {}
     for method, images in {**methods, "real slices": task.truth}.items():
         if method != "mean-of-train":
             maps[method] = downstream.segment(task.segmenter, images)
     rows = []
     for method, found in maps.items():
-        rows += downstream.dice_rows(task.name, method, task.labels, found, task.subjects, task.segmenter.classes)
+        rows += downstream.dice_rows(task.name, method, task.labels, found, task.subjects,
+                                     task.segmenter.classes)
     name = next(iter(task.results))
-    both = {"truth": (task.truth, task.labels), "on the real slice": (task.truth, maps["real slices"]),
+    both = {"truth": (task.truth, task.labels),
+            "on the real slice": (task.truth, maps["real slices"]),
             f"on {name}": (task.results[name], maps[name])}
     i = int((task.labels > 0).sum((1, 2)).argmax())         # the slice that shows most
-    shown = {title: pictures.overlay(images[i], labels[i], CLASS_COLOURS)
-             for title, (images, labels) in both.items()}
-    kept = {f"{task.name}|{name}|drawn": shown[f"on {name}"], f"{task.name}|truth|drawn": shown["truth"]}
+    shown = {}
+    for title, (images, labels) in both.items():
+        shown[title] = pictures.overlay(images[i], labels[i], CLASS_COLOURS)
+    kept = {f"{task.name}|{name}|drawn": shown[f"on {name}"],
+            f"{task.name}|truth|drawn": shown["truth"]}
     return rows, kept, (f"{task.name}, {task.subjects[i]}", shown)
 
 
@@ -325,52 +401,62 @@ def draw_samples(path, tasks):
     note = f"error: |truth - {name}|, white from {SHOWN} on"
     if not same:
         first = tasks[0]
-        note += f"; sources of {first.target}: {', '.join(first.sources)}, and likewise for the others"
+        note += (f"; sources of {first.target}: {', '.join(first.sources)}, "
+                 "and likewise for the others")
     pictures.grid(path, rows, [*titles, *others, name, "truth", "error"], labels, note=note)
 
 
 def draw_steps(run, ds, model, patterns, r):
-    """steps.png: what the network is given and what it makes of it, on the way to slice r, for each pattern."""
+    """Draw steps.png: on the way to slice r, what the network is given and what it makes of it.
+
+    patterns: pairs (known contrasts, missing contrasts); each gets two rows of pictures.
+    """
     contrasts = list(ds.contrasts)
-    u = run.fetch(ds.images, [r])                                               # (1, C, H, W)
+    u = run.fetch(ds.images, [r])                                           # (1, C, H, W)
     rows = []
     labels = []
     for sources, absent in patterns:
         c = contrasts.index(absent[0])
-        known = torch.tensor([[name in sources for name in contrasts]], device=run.device)      # (1, C)
-        watched = []                                                            # (title, state, estimate of x0)
+        known = [[name in sources for name in contrasts]]
+        known = torch.tensor(known, device=run.device)                      # (1, C)
+        watched = []                                        # (title, state, estimate of x0)
         made, _ = fill(model, u, known, ds.keys([r]), watched)
         shown = [watched[i] for i in data.evenly(np.arange(len(watched)), 7)]
-        channel = c if shown[0][1].shape[1] == len(contrasts) else 0            # of the states: all contrasts, or one
+        # The states hold all contrasts, or only the one that is made.
+        channel = c if shown[0][1].shape[1] == len(contrasts) else 0
         ends = [made[0, c].cpu(), u[0, c].cpu()]
         rows.append([(state[0, channel].cpu() + 1) / 2 for _, state, _ in shown] + ends)
-        rows.append([(estimate[0, channel].cpu() + 1) / 2 for _, _, estimate in shown] + ends)
+        estimates = [(estimate[0, channel].cpu() + 1) / 2 for _, _, estimate in shown]
+        rows.append(estimates + ends)
         labels += [f"{absent[0]}: x_t", "estimate of x0"]
     titles = [title for title, _, _ in shown]
     pictures.grid(run.out / "steps.png", rows, [*titles, "result", "truth"], labels,
-                  note=f"{len(shown)} of the {len(watched)} evaluations of the network, with their times; x_t is what it "
-                       "is given, below is what it makes of it")
+                  note=f"{len(shown)} of the {len(watched)} evaluations of the network, with their "
+                       "times; x_t is what it is given, below is what it makes of it")
 
 
-# ---- volumes ---------------------------------------------------------------------------------------------------------
+# ---- volumes -------------------------------------------------------------------------------------
 
 
 def synthesize(method, cfg, run, model, subjects, asked):
     """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid.
 
-    CT is written in HU, other contrasts in normalised units.  subjects: layouts.Subject.  asked: contrasts to make
-    although a subject has them.
+    CT is written in HU, other contrasts in normalised units.
+    subjects: a list of data.Subject. asked: contrasts to make although a subject has them.
+    data.DataError if a source cannot be read, or a volume cannot be written.
     """
     contrasts = list(model.contrasts)
     mine = subjects[run.rank::run.world]
-    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, run.out / "synthetic", run.say)
+    home = run.out / "synthetic"
+    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say)
     for subject, sources, absent, volume, paths in todo:
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
-        out = volume.images.copy()                                                      # (Z, C, H, W)
-        filled = np.flatnonzero(volume.images.any((1, 2, 3)))                           # elsewhere all is background
+        out = volume.images.copy()                                          # (Z, C, H, W)
+        filled = np.flatnonzero(volume.images.any((1, 2, 3)))               # other slices are empty
         for part in run.batches(f"synthesis of {subject.name}", filled, cfg.sample_batch):
             keys = [(subject.name, int(z)) for z in part]
-            made, _ = fill(model, run.fetch(volume.images, part), known.expand(len(part), -1), keys)
+            u = run.fetch(volume.images, part)                              # (B, C, H, W)
+            made, _ = fill(model, u, known.expand(len(part), -1), keys)
             out[part] = made.cpu().numpy()
         absent = [c for c in absent if not paths[c].exists()]
         for c in absent:
@@ -384,4 +470,17 @@ def synthesize(method, cfg, run, model, subjects, asked):
             rows.append([out[z, contrasts.index(c)] for c in shown])
         titles = [c if c in sources else f"{c} (synthetic)" for c in shown]
         pictures.grid(folder / "panel.png", rows, titles, [f"slice {z}" for z in some])
-        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} to {folder}")
+        run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} "
+                f"to {folder}")
+
+
+# ---- volumes that somebody else made -------------------------------------------------------------
+
+
+def main(argv=None):
+    """Score NIfTI volumes of two folders. Flags and errors: see common/score_volumes.py."""
+    score_volumes.main(argv)
+
+
+if __name__ == "__main__":
+    as_command(main)

@@ -1,15 +1,16 @@
 """The tables of a paper: every row is trained and scored, and set beside the printed numbers.
 
-A row of a table is nothing but a command with other flags in a run folder of its own, so that it can be repeated by hand.
-What it left behind (results.json) is used again instead of running it twice.
+    python -m common.tables RUN RUN ... [--out FOLDER]      compares runs that are finished
 
-Rows are data: data/paper_tables/<script>.json.  In a table's entry "flags" holds {row: {field: value}}, "against" the row
-that the others are compared with, "rows" the numbers that the paper prints.
+A row of a table is a command with other flags, in a run folder of its own. It can therefore be
+repeated by hand. If a row has left its results.json behind, that is used instead of a new run.
+
+Rows are data and stand in data/paper_tables/<script>.json. In the entry of a table, "flags" holds
+{row: {field: value}}. "against" is the row that the others are compared with, and "rows" are the
+numbers that the paper prints.
 """
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import os
 from pathlib import Path
@@ -17,30 +18,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import metrics, pictures
-from common.cli import flags
-from common.evaluation import SHOWN
+from common import metrics
+from common.cli import as_command, flags
 from common.files import RunError, read_checkpoint, replace
+from common.table_pages import as_csv, markdown, picture
+
+PAPER_TABLES = Path(__file__).parent.parent / "data" / "paper_tables"
+# What a results.json must say, so that a table can be made of it.
+NEEDED = ("rows", "data", "phantom", "protocol", "config", "seed")
 
 
 def load_tables(script):
-    """{name: {"title", "against", "metric", "rows": {row: {field: value}}, "paper": {row: numbers}}} of a script."""
-    path = Path(__file__).parent.parent / "data" / "paper_tables" / f"{script}.json"
+    """The tables of a script -> {name: table}.
+
+    A table is {"title", "against", "metric", "rows": {row: {field: value}}, "paper": {row: numbers}}.
+    """
+    content = json.loads((PAPER_TABLES / f"{script}.json").read_text(encoding="utf-8"))
     tables = {}
-    for name, table in json.loads(path.read_text(encoding="utf-8"))["tables"].items():
+    for name, table in content["tables"].items():
         rows = {}
         for row, changes in table["flags"].items():
             rows[row] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-        tables[name] = {"title": table["title"], "against": table["against"], "metric": table.get("metric", "psnr"),
-                        "rows": rows, "paper": table.get("rows", {})}
+        tables[name] = {"title": table["title"], "against": table["against"],
+                        "metric": table.get("metric", "psnr"), "rows": rows,
+                        "paper": table.get("rows", {})}
     return tables
 
 
-# ---- the commands ----------------------------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------
 
 
 def list_tables(tables, figures):
-    """What --reproduce can do, as text.  figures: {name: (title, function)}."""
+    """What --reproduce can do, as text. figures: {name: (title, function)}."""
     lines = []
     for name, table in tables.items():
         lines.append(f"{name:10} {table['title']}")
@@ -52,104 +61,216 @@ def list_tables(tables, figures):
 
 
 def reproduce(method, name, table, cfg, args, work):
-    """Train and score every row of a table for every seed; writes OUT/tables/NAME.md, .csv and .png.
+    """Train and score every row of a table, for every seed. Writes OUT/tables/NAME.md, .csv, .png.
 
-    method  a script.Method.  Its `sampling` fields need no training.  Of its `stages` a row that trains otherwise takes
-            over from the first model what does not differ
+    method  a script.Method. Its `sampling` fields need no training. A row that trains otherwise
+            takes over from the first model those of the `stages` that do not differ
     table   an entry of load_tables
-    work    work(cfg, args) -> path.  It trains and evaluates in one run folder, or finds that this was done, and returns
-            the results.json (None in all processes but the first)
+    work    work(cfg, args) -> path. It trains and evaluates in one run folder, or finds that this
+            was done. It returns the results.json, and None in all processes but the first
+
+    RunError if a row does not go with the flags that were typed, or if results cannot be read.
     """
     seed = args.seed
-    jobs = []
-    for further in range(args.seeds):
-        for row, changes in table["rows"].items():
-            try:
-                wanted = dataclasses.replace(cfg, **changes)
-            except ValueError as error:                     # before hours of work, not after
-                raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
-            trained = {k: v for k, v in changes.items() if k not in method.sampling and getattr(cfg, k) != v}
-            jobs.append((row, wanted, trained, further))
-    jobs.sort(key=lambda job: (job[3], bool(job[2])))       # the model as configured first: others take over its stages
     found = {}
+    jobs = plan(method, name, table, cfg, args.seeds)
     for number, (row, wanted, trained, further) in enumerate(jobs, 1):
         folder = row_folder(args.out, trained, further)
         here = argparse.Namespace(**{**vars(args), "out": folder, "seed": seed + further})
         say(f"\n{name}, run {number} of {len(jobs)}: {row}, seed {here.seed}, in {folder}")
-        if not any(folder.glob("results*.json")):           # the model first, so that config.json holds its own flags
-            take_over(row_folder(args.out, {}, further), folder, unaffected(method.stages, trained))
+        if not any(folder.glob("results*.json")):
+            # The model is trained first, so that config.json holds its own flags.
+            first_model = row_folder(args.out, {}, further)
+            take_over(first_model, folder, unaffected(method.stages, trained))
             only_train = argparse.Namespace(**{**vars(here), "evaluate": False})
             work(dataclasses.replace(cfg, **trained), only_train)
         path = work(wanted, here)
-        if path:                                            # read now: the next row may give the file another name
+        if path:
+            # The file is read now, because the next row may give it another name.
             found.setdefault(row, []).append(read_results(path))
     if not found:
         return
-    found = {row: found[row] for row in table["rows"]}
-    contents = {row: [content for content, _ in seeds] for row, seeds in found.items()}
+    contents = {}
+    images = {}
+    for row in table["rows"]:
+        contents[row] = [content for content, _ in found[row]]
+        images[row] = found[row][0][1]
     lines = compare(table, contents, table["paper"], method.name)
     text = markdown(name, table, lines, contents[table["against"]], seed, method.sampling)
     say(f"\n{text}")
-    images = {row: seeds[0][1] for row, seeds in found.items()}
     write(args.out / "tables", name, text, lines, images, method.name)
 
 
-def compare_runs(folders, out=None):
-    """Finished runs of any scripts side by side, on the test subjects that they share; the first is the reference.
+def plan(method, name, table, cfg, seeds):
+    """The runs that a table needs: a list of (row, config, {field: value} to train, number of seed).
 
-    Prints a table like those of --reproduce; out: a folder that gets runs.md, .csv and .png.
-    RunError if a folder has no results or if no task or no subject is common to all.
+    The model as configured comes first for each seed, because others take over its stages.
+    RunError if a row does not go with the config. It is raised before hours of work, not after.
     """
-    rows = {}
+    jobs = []
+    for further in range(seeds):
+        for row, changes in table["rows"].items():
+            try:
+                wanted = dataclasses.replace(cfg, **changes)
+            except ValueError as error:
+                raise RunError(f"{name}, row {row} ({flags(changes)}): {error}", status=2) from error
+            trained = {}
+            for field, value in changes.items():
+                if field not in method.sampling and getattr(cfg, field) != value:
+                    trained[field] = value
+            jobs.append((row, wanted, trained, further))
+    jobs.sort(key=lambda job: (job[3], bool(job[2])))
+    return jobs
+
+
+def main(argv=None):
+    """Compare finished runs. argv: the words of the command line, by default those of sys.argv.
+
+    RunError as compare_runs, SystemExit for wrong usage.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tables", allow_abbrev=False,
+        description="Compare finished runs of any scripts on the test subjects that they share. "
+                    "The first run is the reference.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder with a results.json")
+    parser.add_argument("--out", type=Path, help="folder that gets runs.md, runs.csv and runs.png")
+    args = parser.parse_args(argv)
+    if len(args.runs) < 2:
+        parser.error("two or more run folders are needed; the first is the reference")
+    compare_runs(args.runs, args.out)
+
+
+def compare_runs(folders, out=None):
+    """Set finished runs of any scripts side by side, on the tasks and test subjects that they share.
+
+    The first run is the reference. Prints a table like those of --reproduce.
+    folders: paths of run folders. out: a folder that gets runs.md, .csv and .png, or None.
+    RunError if a folder has no results, if one is named twice, or if the runs share no task and no
+    subject.
+    """
+    contents = {}
     images = {}
+    places = set()
     for folder in map(Path, folders):
-        path = folder / "results.json"
-        if not path.exists():
-            raise RunError(f"{path} does not exist; run the script with --evaluate --out {folder} first")
-        content, shown = read_results(path)
-        ours = content["rows"][0]["method"]                 # the model's own rows come first
-        for line in content["rows"]:
-            line["method"] = "model" if line["method"] == ours else line["method"]
-        label = f"{folder.name} ({ours})" if folder.name not in rows else f"{folder} ({ours})"
-        rows[label] = [content]
-        images[label] = {key.replace(f"|{ours}", "|model"): image for key, image in shown.items()}
-    common = set.intersection(*({(r["task"], s) for r in contents[0]["rows"] if r["method"] == "model"
-                                 for s in r["values"]} for contents in rows.values()))
+        if folder.resolve() in places:
+            raise RunError(f"{folder} is named twice; name every run once", status=2)
+        places.add(folder.resolve())
+        label, content, shown = _as_model(folder)
+        if label in contents:
+            label = f"{folder}, {label}"
+        contents[label] = content
+        images[label] = shown
+    common = _common_values(contents.values())
     if not common:
-        raise RunError("these runs share no task and test subject; evaluate them on the same data and --split")
-    for contents in rows.values():
-        kept = []
-        for line in contents[0]["rows"]:
-            values = {s: v for s, v in line["values"].items() if (line["task"], s) in common}
-            if values:
-                kept.append({**line, "values": values})
-        contents[0]["rows"] = kept
-    reference = next(iter(rows))
-    table = {"title": "finished runs on the test subjects that they share", "against": reference, "metric": "psnr",
-             "rows": {row: {} for row in rows}}
-    lines = compare(table, rows, {}, "model")
-    text = markdown("runs", table, lines, rows[reference], rows[reference][0]["seed"], ())
+        raise RunError("these runs share no task and test subject; "
+                       "evaluate them on the same data and --split")
+    for content in contents.values():
+        content["rows"] = _restricted(content["rows"], common)
+    reference = next(iter(contents))
+    table = {"title": "finished runs on the test subjects that they share", "against": reference,
+             "metric": "psnr", "rows": {row: {} for row in contents}}
+    single = {row: [content] for row, content in contents.items()}
+    lines = compare(table, single, {}, "model")
+    text = markdown("runs", table, lines, single[reference], None, ())
+    for notice in _differences(contents):
+        text += f"\n{notice}\n"
     say(text)
     if out:
-        write(Path(out), "runs", text, lines, images, "model")
+        tasks = {task for task, _ in common}
+        write(Path(out), "runs", text, lines, _same_slices(images, tasks), "model")
+
+
+def _as_model(folder):
+    """(label, results.json, images) of a run, with its own method renamed to "model"."""
+    path = folder / "results.json"
+    if not path.exists():
+        raise RunError(f"{path} does not exist; run the script with --evaluate --out {folder} first")
+    content, shown = read_results(path)
+    ours = content["rows"][0]["method"]                     # the model's own rows come first
+    for line in content["rows"]:
+        if line["method"] == ours:
+            line["method"] = "model"
+    images = {}
+    for key, image in shown.items():
+        task, method, *drawn = key.split("|")
+        images["|".join([task, "model" if method == ours else method, *drawn])] = image
+    return f"{folder.resolve().name} ({ours})", content, images
+
+
+def _common_values(contents):
+    """The pairs (task, subject) that the models of all runs have a value for, as a set."""
+    common = None
+    for content in contents:
+        here = set()
+        for line in content["rows"]:
+            if line["method"] == "model":
+                here |= {(line["task"], subject) for subject in line["values"]}
+        common = here if common is None else common & here
+    return common
+
+
+def _restricted(rows, common):
+    """The rows of a results.json with the values of these (task, subject) only."""
+    kept = []
+    for line in rows:
+        values = {s: value for s, value in line["values"].items() if (line["task"], s) in common}
+        if values:
+            kept.append({**line, "values": values})
+    return kept
+
+
+def _differences(contents):
+    """Sentences about what makes runs less comparable: other data, or another way to score."""
+    labels = list(contents)
+    first = contents[labels[0]]
+    found = []
+    for label in labels[1:]:
+        content = contents[label]
+        if content.get("fingerprint") != first.get("fingerprint"):
+            found.append(f"Notice: {label} was evaluated on other data than {labels[0]} "
+                         f"({content['data']} and {first['data']}); "
+                         "equal names may then be different subjects.")
+        if content["protocol"] != first["protocol"]:
+            found.append(f"Notice: {label} was scored in another way: {content['protocol']}.")
+    return found
+
+
+def _same_slices(images, tasks):
+    """The images of these tasks that show the slice of the first run; see `picture`."""
+    reference = next(iter(images.values()))
+    kept = {}
+    for label, shown in images.items():
+        kept[label] = {}
+        for key, image in shown.items():
+            task = key.split("|")[0]
+            truth = f"{task}|truth"
+            if task in tasks and np.array_equal(shown.get(truth), reference.get(truth)):
+                kept[label][key] = image
+    return kept
 
 
 def read_results(path):
-    """(results.json, {key: image} of results.npz), results that Run.results wrote.  RunError if they cannot be read."""
+    """Read results that Run.results wrote -> (content of results.json, {key: image} of the .npz).
+
+    RunError if one of the two files is missing, damaged, or not of this project.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not content["rows"] or not all(key in content for key in NEEDED):
+            raise ValueError("it lacks entries")
         with np.load(path.with_suffix(".npz")) as images:
             return content, dict(images)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise RunError(f"{path} or its .npz cannot be read ({type(error).__name__}); "
                        "delete both and evaluate again") from error
 
 
 def write(home, name, text, lines, images, method):
-    """NAME.md, NAME.csv and NAME.png in the folder `home`."""
+    """Write NAME.md, NAME.csv and NAME.png into the folder `home`; see markdown, as_csv, picture."""
     home.mkdir(parents=True, exist_ok=True)
+    table = as_csv(lines)
     replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
-    replace(home / f"{name}.csv", lambda tmp: tmp.write_text(as_csv(lines), encoding="utf-8", newline=""))
+    replace(home / f"{name}.csv", lambda tmp: tmp.write_text(table, encoding="utf-8", newline=""))
     picture(home / f"{name}.png", images, method)
     say(f"written: {home / name}.md, .csv, .png")
 
@@ -160,24 +281,42 @@ def say(text):
         print(text, flush=True)
 
 
-# ---- rows that share stages ------------------------------------------------------------------------------------------
+# ---- rows that share stages ----------------------------------------------------------------------
 
 
 def row_folder(out, trained, further):
-    """OUT for the model as configured; OUT/rows/... for one trained otherwise, or with a further seed."""
-    parts = [f"{k}={v}" for k, v in sorted(trained.items())] + ([f"seed{further}"] if further else [])
+    """OUT for the model as configured; OUT/rows/... for one trained otherwise, or a further seed."""
+    parts = [f"{k}={v}" for k, v in sorted(trained.items())]
+    if further:
+        parts.append(f"seed{further}")
     return out / "rows" / "+".join(parts) if parts else out
 
 
 def unaffected(stages, trained):
-    """The leading stages to which the fields in `trained` do not matter."""
-    first = [next((i for i, fields in enumerate(stages.values()) if field in fields), 0) for field in trained]
-    return list(stages)[:min(first, default=0)]
+    """The leading stages to which the fields in `trained` do not matter, as a list.
+
+    stages: {stage: fields that matter to it and to later stages only}. A field that no stage names
+    matters to all of them.
+    """
+    count = 0 if not trained else len(stages)
+    for field in trained:
+        first = 0
+        for i, fields in enumerate(stages.values()):
+            if field in fields:
+                first = i
+                break
+        count = min(count, first)
+    return list(stages)[:count]
 
 
 def take_over(source, folder, stages):
-    """Start a run folder with finished stages of another one's checkpoint, if that has them and this one has nothing."""
-    if not stages or (folder / "last.pt").exists() or not (source / "last.pt").exists() or int(os.environ.get("RANK", 0)) > 0:
+    """Start a run folder with finished stages of the checkpoint of another one.
+
+    Nothing happens if the folder has a checkpoint already, or if the source lacks a stage.
+    """
+    if not stages or int(os.environ.get("RANK", 0)) > 0:
+        return
+    if (folder / "last.pt").exists() or not (source / "last.pt").exists():
         return
     content = read_checkpoint(source / "last.pt")
     if all(content["stages"].get(stage, {}).get("finished") for stage in stages):
@@ -186,48 +325,89 @@ def take_over(source, folder, stages):
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def compare(table, found, paper, method):
-    """One dict per row, task and metric, with the mean over all tasks as a task of its own ("mean").
+    """One dict per row, task and metric. The mean over all tasks is a task of its own, "mean".
 
-    found: {row: [content of results.json, one per seed]}.  A subject's value is its mean over the seeds.  difference, p and
-    p_holm, over `pairs` subjects: against the row table["against"]; Holm over the comparisons within one task and metric.
+    table   an entry of load_tables
+    found   {row: [content of results.json, one per seed]}
+    paper   {row: {task: {metric: number}}}, what is printed
+    method  the name of the model in the results
+
+    A subject's value is its mean over the seeds. "difference", "p" and "p_holm" compare a row with
+    the row table["against"], over "pairs" subjects. Holm's correction covers the comparisons within
+    one task and metric.
     """
     reference = table["against"]
-    scores = {(row, "ours"): subject_values(contents, method) for row, contents in found.items()}
-    others = dict.fromkeys(r["method"] for r in found[reference][0]["rows"] if r["method"] != method)
-    scores.update({(other, "baseline"): subject_values(found[reference], other) for other in others})
-    lines = []
-    known = {key for values in scores.values() for key in values}
-    for row in (row for row in paper if row not in table["rows"]):
-        lines += [{"row": row, "kind": "paper only", "task": task, "metric": metric, "paper": value}
-                  for task, cells in paper[row].items() for metric, value in cells.items() if (task, metric) in known]
+    scores = {}
+    for row, contents in found.items():
+        scores[row, "ours"] = subject_values(contents, method)
+    for line in found[reference][0]["rows"]:
+        other = line["method"]
+        if other != method and (other, "baseline") not in scores:
+            scores[other, "baseline"] = subject_values(found[reference], other)
+    known = set()
+    for values in scores.values():
+        known |= set(values)
+    lines = _paper_only(table, paper, known)
     for (row, kind), values in scores.items():
         for (task, metric), by_seed in values.items():
             merged = over_seeds(by_seed)
-            line = {"row": row, "kind": kind, "task": task, "metric": metric, **metrics.summary(merged),
+            printed = paper.get(row, {}).get(task, {})
+            line = {"row": row, "kind": kind, "task": task, "metric": metric,
+                    **metrics.summary(merged),
                     "seeds": [float(np.mean(list(v.values()))) for v in by_seed if v],
-                    "flags": flags(table["rows"].get(row, {})), "paper": paper.get(row, {}).get(task, {}).get(metric)}
-            if (row, kind) != (reference, "ours") and (task, metric) in scores[reference, "ours"]:
-                test = metrics.wilcoxon(merged, over_seeds(scores[reference, "ours"][task, metric]))
+                    "flags": flags(table["rows"].get(row, {})),
+                    "paper": printed.get(metric), "paper_std": printed.get(f"{metric}_std")}
+            theirs = scores[reference, "ours"].get((task, metric))
+            if (row, kind) != (reference, "ours") and theirs is not None:
+                test = metrics.wilcoxon(merged, over_seeds(theirs))
                 line.update(p=test["p"], difference=test["difference"], pairs=test["n"])
             lines.append(line)
-    for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in lines):
-        tested = [line for line in lines if (line["task"], line["metric"]) == (task, metric) and "p" in line]
-        for line, corrected in zip(tested, metrics.holm([line["p"] for line in tested])):
-            line["p_holm"] = corrected
+    _correct(lines)
     return lines
 
 
+def _paper_only(table, paper, known):
+    """Lines of the paper's rows that we have no flags for. known: our (task, metric)."""
+    lines = []
+    for row, tasks in paper.items():
+        if row in table["rows"]:
+            continue
+        for task, printed in tasks.items():
+            for metric, value in printed.items():
+                if (task, metric) in known:
+                    lines.append({"row": row, "kind": "paper only", "task": task, "metric": metric,
+                                  "paper": value, "paper_std": printed.get(f"{metric}_std")})
+    return lines
+
+
+def _correct(lines):
+    """Give every line that has a p its "p_holm", over the lines of the same task and metric."""
+    groups = {}
+    for line in lines:
+        if "p" in line:
+            groups.setdefault((line["task"], line["metric"]), []).append(line)
+    for tested in groups.values():
+        corrected = metrics.holm([line["p"] for line in tested])
+        for line, p in zip(tested, corrected):
+            line["p_holm"] = p
+
+
 def subject_values(contents, method):
-    """{(task, metric): [{subject: value}, one per seed]}, with task "mean": each subject's mean over its tasks."""
+    """Values of a method -> {(task, metric): [{subject: value}, one per seed]}.
+
+    The task "mean" holds each subject's mean over its tasks. Rows of a variant do not count.
+    """
     values = {}
     for content in contents:
-        rows = [r for r in content["rows"] if r["method"] == method and not r.get("variant")]
-        for metric in dict.fromkeys(r["metric"] for r in rows):
-            tasks = {r["task"]: r["values"] for r in rows if r["metric"] == metric}
+        by_metric = {}
+        for row in content["rows"]:
+            if row["method"] == method and not row.get("variant"):
+                by_metric.setdefault(row["metric"], {})[row["task"]] = row["values"]
+        for metric, tasks in by_metric.items():
             tasks["mean"] = over_seeds(list(tasks.values()))
             for task, by_subject in tasks.items():
                 values.setdefault((task, metric), []).append(by_subject)
@@ -236,100 +416,12 @@ def subject_values(contents, method):
 
 def over_seeds(values):
     """[{subject: value}] -> {subject: mean}, of the subjects that are in all."""
-    return {s: float(np.mean([v[s] for v in values])) for s in values[0] if all(s in v for v in values)}
+    means = {}
+    for subject in values[0]:
+        if all(subject in by_subject for by_subject in values):
+            means[subject] = float(np.mean([by_subject[subject] for by_subject in values]))
+    return means
 
 
-def markdown(name, table, lines, contents, seed, free):
-    """The table for people: PSNR ± std over subjects / SSIM, and the paper's numbers in brackets.
-
-    contents: of the results.json of the row table["against"], one per seed.
-    """
-    ours, metric = [line for line in lines if line["kind"] != "paper only"], table.get("metric", "psnr")
-    content, n, seeds = contents[0], max(line["n"] for line in ours), len(contents)
-    tested = sum("p" in line for line in ours if (line["task"], line["metric"]) == ("mean", metric))
-    least = 2 * tested / 2 ** n                             # Wilcoxon's smallest p without ties, corrected
-    floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})" if n >= metrics.FEWEST and least > 1e-3 else ""
-    dice = " / Dice, mean of the classes" if any(line["metric"] == "dice" for line in ours) else ""
-    tasks = [t for t in dict.fromkeys(line["task"] for line in ours) if t != "mean"]
-    cells = {(line["row"], line["task"], line["metric"]): line for line in lines}
-    text = [f"## {name}: {table['title']}", "",
-            f"Data: {Path(content['data']).resolve().name}{', digital phantoms' if content['phantom'] else ''}; {n} test "
-            f"subjects; {seeds} training seed{'s' if seeds > 1 else ''} (from {seed}), a subject's value is its mean over "
-            f"them.  {content['protocol']}.  Beside a row's flags: {flags({k: content['config'][k] for k in free})}.", "",
-            f"PSNR in dB ± std over subjects / SSIM{dice}; in brackets what the paper prints, for its own data.  Mean: over "
-            f"the tasks, with a 95 % bootstrap interval over subjects{', and the mean of each seed' if seeds > 1 else ''}.  "
-            f"Difference of that mean to \"{table['against']}\", with Wilcoxon's paired p over subjects, Holm-corrected for "
-            f"the {tested} comparisons of this column{floor}."]
-    rows = {line["row"]: line for line in lines}            # the last line of each; its kind and flags are the row's
-    body = [["row", "flags", *tasks, f"mean {dict(psnr='PSNR', dice='Dice')[metric]}", "difference"]]
-    for row, line in rows.items():
-        mean = cells.get((row, "mean", metric), {})
-        body.append([row, f"`{line['flags']}`" if line.get("flags") else "", *(cell(cells, row, task) for task in tasks),
-                     average(mean), difference(mean)])
-    if len(tasks) > 6:                                      # too wide to read: one line per task
-        body = [list(line) for line in zip(*body)]
-    body.insert(1, ["---"] * len(body[0]))
-    return "\n".join([*text, "", *("| " + " | ".join(row) + " |" for row in body), ""])
-
-
-def cell(cells, row, task):
-    """One task of one row."""
-    psnr, ssim, dice = (cells.get((row, task, metric), {}) for metric in ("psnr", "ssim", "dice"))
-    parts = []
-    if psnr.get("n"):
-        spread = f" ± {psnr['std']:.2f}" if psnr["n"] > 1 else ""
-        parts.append(f"{psnr['mean']:.2f}{spread} / {ssim['mean']:.3f}")
-    if dice.get("n"):
-        parts.append(f"/ {dice['mean']:.3f}")
-    if psnr.get("paper"):
-        parts.append(f"({psnr['paper']:.2f} / {ssim['paper']:.3f})")
-    return " ".join(parts)
-
-
-def average(line):
-    if not line.get("n"):
-        return ""
-    digits = 2 if line["metric"] == "psnr" else 3
-    low_high = " [{:.{d}f}, {:.{d}f}]".format(*line["ci95"], d=digits) if line["ci95"] else ""
-    seeds = "; " + ", ".join(f"{s:.{digits}f}" for s in line["seeds"]) if len(line["seeds"]) > 1 else ""
-    return f"{line['mean']:.{digits}f}{low_high}{seeds}"
-
-
-def difference(line):
-    if line.get("difference") is None:
-        return ""
-    p = f"n = {line['pairs']}, too few to test" if line["p"] is None else f"p = {line['p_holm']:.2g}"
-    return (f"{line['difference']:+.2f} dB, " if line["metric"] == "psnr" else f"{line['difference']:+.3f}, ") + p
-
-
-def as_csv(lines):
-    """Every row, task and metric, for programs."""
-    columns = ["row", "kind", "flags", "task", "metric", "mean", "std", "ci95_low", "ci95_high", "n", "seeds", "paper",
-               "difference", "pairs", "p", "p_holm"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="")
-    writer.writeheader()
-    for line in lines:
-        low, high = line.get("ci95") or ("", "")
-        seeds = " ".join(f"{s:.4f}" for s in line.get("seeds", []))
-        writer.writerow({**line, "ci95_low": low, "ci95_high": high, "seeds": seeds})
-    return text.getvalue()
-
-
-def picture(path, found, method):
-    """The same slice in every row of the table: result above its error map, and what a segmenter drew on one of the slices.
-
-    found: {row: {"task|method": image, "task|method|drawn": image in colour}}
-    """
-    sheet, labels = [], []
-    for key, truth in [(k, image) for k, image in next(iter(found.values())).items() if k.endswith("|truth")][:6]:
-        task = key.removesuffix("|truth")
-        results = [images.get(f"{task}|{method}", np.full_like(truth, np.nan)) for images in found.values()]
-        sheet += [[truth, *results], [np.ones_like(truth), *(pictures.error_map(truth, image, SHOWN) for image in results)]]
-        labels += [task, "error"]
-        if f"{key}|drawn" in next(iter(found.values())):
-            nothing = np.full((*truth.shape, 3), np.nan)
-            sheet.append([next(iter(found.values()))[f"{key}|drawn"],
-                          *(images.get(f"{task}|{method}|drawn", nothing) for images in found.values())])
-            labels.append("segmented, another slice")
-    pictures.grid(path, sheet, ["truth", *found], labels, note=f"error: |truth - result|, white from {SHOWN} on")
+if __name__ == "__main__":
+    as_command(main)

@@ -32,7 +32,7 @@ def content(offsets, seed=0):
 
 
 TABLE = {"title": "a title", "against": "full", "rows": {"full": {}, "worse": {"M": 10, "stage2": False}, "other": {"prior": "zero"}}}
-PAPER = {"Theirs": {"a->b": {"psnr": 21.5, "psnr_std": 1.0, "ssim": 0.9}, "c->d": {"psnr": 1.0}}, "full": {"a->b": {"psnr": 25.25, "ssim": 0.912}}}
+PAPER = {"Theirs": {"a->b": {"psnr": 21.5, "psnr_std": 1.0, "ssim": 0.9, "ssim_std": 0.02}, "c->d": {"psnr": 1.0}}, "full": {"a->b": {"psnr": 25.25, "ssim": 0.912}}}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
     cells = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("| ")}
     full = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("full", "a->b", "psnr"))
     assert f"{full['mean']:.2f} ± {full['std']:.2f} / " in cells["full"] and "(25.25 / 0.912)" in cells["full"]
-    assert "(21.50 / 0.900)" in cells["Theirs"] and "`--M 10 --no-stage2`" in cells["worse"] and "15.00 ± 0.00 / 0.500" in cells["copy"]
+    assert "(21.50 ± 1.00 / 0.900 ± 0.020)" in cells["Theirs"] and "`--M 10 --no-stage2`" in cells["worse"] and "15.00 ± 0.00 / 0.500 ± 0.000" in cells["copy"]
     assert "8 test subjects; 2 training seeds" in text and "digital phantoms" in text and "3 comparisons" in text and "flags: --M 400." in text
     assert "cannot fall below 0.023" in text                                                # 3 x 2 / 2^8
     worse = next(x for x in lines if (x["row"], x["task"], x["metric"]) == ("worse", "mean", "psnr"))
@@ -88,6 +88,8 @@ def test_markdown_and_csv_show_ours_theirs_and_the_test(found):
     assert len(read) == len(lines)
     row = next(r for r in read if (r["row"], r["task"], r["metric"]) == ("full", "a->b", "psnr"))
     assert float(row["mean"]) == full["mean"] and float(row["ci95_low"]) == full["ci95"][0] and float(row["paper"]) == 25.25
+    theirs = next(r for r in read if (r["row"], r["metric"]) == ("Theirs", "ssim"))
+    assert (theirs["paper"], theirs["paper_std"]) == ("0.9", "0.02") and row["paper_std"] == ""
     assert [float(s) for s in row["seeds"].split()] == pytest.approx(full["seeds"], abs=1e-4)
 
 
@@ -127,6 +129,89 @@ def test_only_stages_before_the_first_difference_are_taken_over():
     assert tables.unaffected(stages, {"mif": "zero", "mif_epochs": 0}) == ["encoder"]
     assert tables.unaffected(stages, {"size": 3}) == tables.unaffected(stages, {"steps": 1, "size": 3}) == []
     assert tables.unaffected(stages, {}) == []                                             # another seed: nothing can be shared
+
+
+# ---- finished runs side by side ------------------------------------------------------------------
+
+
+def a_run(folder, method, tasks, subjects=tuple(SUBJECTS), **changes):
+    """A run folder with the results of a method and of a baseline; the truth of every picture is the same."""
+    folder.mkdir(parents=True)
+    rows = []
+    for task, offset in tasks.items():
+        psnr = {s: 20 + offset + NOISE[SUBJECTS.index(s)] * (1 + offset) for s in subjects}
+        for name, values in ((method, psnr), ("copy", dict.fromkeys(subjects, 15.0))):
+            rows.append(metrics.row(task, name, "psnr", values))
+            rows.append(metrics.row(task, name, "ssim", {s: v / 200 for s, v in values.items()}))
+    said = {"rows": rows, "protocol": "2 slices", "phantom": True, "data": "data/x", "config": {"M": 400}, "seed": 3,
+            "fingerprint": "f", **changes}
+    (folder / "results.json").write_text(json.dumps(said), encoding="utf-8")
+    images = {}
+    for task in tasks:
+        images[f"{task}|{method}"] = np.full((16, 16), 0.5, np.float16)
+        images[f"{task}|truth"] = np.full((16, 16), changes.get("seed", 3) / 8, np.float16)
+    np.savez(folder / "results.npz", **images)
+    return folder
+
+
+def compared(capsys, *words):
+    """What `python -m common.tables` would print: (exit status, output, errors)."""
+    status = 0
+    try:
+        cli.as_command(lambda: tables.main([str(word) for word in words]))
+    except SystemExit as end:
+        status = end.code
+    seen = capsys.readouterr()
+    return status, seen.out, seen.err
+
+
+def test_runs_of_different_scripts_are_compared_on_what_they_share(tmp_path, capsys):
+    one = a_run(tmp_path / "one", "APT", {"a->b": 0.0, "b->a": 0.5})
+    two = a_run(tmp_path / "two", "MetaDB", {"a->b": 1.0, "c->a": 0.5}, SUBJECTS[1:])
+    status, out, err = compared(capsys, one, two, "--out", tmp_path / "tables")
+    assert status == 0 and err == ""
+    here = NOISE[1:]
+    gap = (1 + here).mean()
+    p = stats.wilcoxon(1 + here).pvalue
+    copied = stats.wilcoxon(-5 - here).pvalue
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert table[0] == "| row | a->b | mean PSNR | difference |" and len(table) == 5
+    assert table[2].startswith(f"| one (APT) | {20 + here.mean():.2f} ± {here.std():.2f} / {(20 + here).mean() / 200:.3f} ± ")
+    assert table[3].startswith(f"| two (MetaDB) | {21 + 2 * here.mean():.2f} ± {2 * here.std():.2f} / ")
+    assert table[3].endswith(f"| {gap:+.2f} dB, p = {metrics.holm([p, copied])[0]:.2g} |")
+    assert table[4].startswith("| copy | 15.00 ± 0.00 / 0.075 ± 0.000 | ")
+    text = (tmp_path / "tables" / "runs.md").read_text(encoding="utf-8")
+    assert text in out and {p.name for p in (tmp_path / "tables").iterdir()} == {"runs.md", "runs.csv", "runs.png"}
+    assert text.startswith("## runs: finished runs on the test subjects that they share\n\nData: x, digital phantoms; 7 test subjects.  2 slices.\n")
+    assert 'Difference of that mean to "one (APT)"' in text
+    for word in ("None", "nan", "flags", "paper", "seed", "Notice"):
+        assert word not in text, word
+
+
+def test_runs_of_equal_folder_names_stay_apart_and_other_data_are_said(tmp_path, capsys):
+    one = a_run(tmp_path / "a" / "run", "APT", {"a->b": 0.0})
+    two = a_run(tmp_path / "b" / "run", "APT", {"a->b": 1.0}, fingerprint="g", data="data/y", protocol="3 slices", seed=4)
+    status, out, _ = compared(capsys, one, two, "--out", tmp_path / "out")
+    assert status == 0 and "| run (APT) | " in out and f"| {two}, run (APT) | " in out
+    assert "was evaluated on other data than run (APT) (data/y and data/x)" in out and "was scored in another way: 3 slices." in out
+    shown = tables._same_slices({"one": {"a|truth": np.zeros(2), "a|model": 1, "b|truth": 2}, "two": {"a|truth": np.ones(2), "a|model": 2}}, {"a"})
+    assert list(shown["one"]) == ["a|truth", "a|model"] and shown["two"] == {}            # another slice is not drawn beside it
+
+
+def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path, capsys):
+    one = a_run(tmp_path / "one", "APT", {"a->b": 0.0})
+    other = a_run(tmp_path / "other", "APT", {"b->a": 0.0})
+    broken = a_run(tmp_path / "broken", "APT", {"a->b": 0.0})
+    (broken / "results.npz").unlink()
+    empty = a_run(tmp_path / "empty", "APT", {})
+    for words, status, message in [
+            ([one, tmp_path / "none"], 1, "does not exist; run the script with --evaluate --out"),
+            ([one, other], 1, "share no task and test subject"), ([one, broken], 1, "cannot be read (FileNotFoundError)"),
+            ([one, empty], 1, "cannot be read (ValueError)"), ([one, one], 2, "is named twice"),
+            ([one], 2, "two or more run folders are needed"), ([], 2, "RUN")]:
+        found, out, err = compared(capsys, *words)
+        assert found == status and message in err and out == ""
+        assert err.count("\n") == 1 or "usage:" in err
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""How numbers are shown: as Markdown for people, as CSV for programs, and as a picture.
+
+A line is what common.tables.compare makes: a dict of one row, task and metric. Its entries are the
+columns of the CSV file of a table.
+"""
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from common import metrics, pictures
+from common.cli import flags
+
+WIDEST = 6                  # with more tasks than this, a table has one line per task
+SHOWN = 0.3                 # error at which an error map is white
+SCORES = ("psnr", "ssim", "mae", "nmse", "dice")        # columns of scores.csv
+
+
+# ---- for people ----------------------------------------------------------------------------------
+
+
+def markdown(name, table, lines, contents, seed, free):
+    """The table as Markdown: PSNR ± std over subjects / SSIM ± std, the paper's numbers in brackets.
+
+    table     an entry of load_tables; lines: what `compare` made of it
+    contents  the results.json of the row table["against"], one per seed
+    seed      the first seed, or None if the rows are runs with seeds of their own
+    free      names of the config's fields that are stated for all rows
+    """
+    metric = table.get("metric", "psnr")
+    ours = [line for line in lines if line["kind"] != "paper only"]
+    tasks = [task for task in dict.fromkeys(line["task"] for line in ours) if task != "mean"]
+    cells = {(line["row"], line["task"], line["metric"]): line for line in lines}
+    rows = {line["row"]: line for line in lines}    # the last line of each has the row's flags
+    with_flags = any(line.get("flags") for line in rows.values())
+    head = ["row", "flags"] if with_flags else ["row"]
+    means = {"psnr": "PSNR", "ssim": "SSIM", "dice": "Dice"}
+    body = [[*head, *tasks, f"mean {means[metric]}", "difference"]]
+    for row, line in rows.items():
+        entry = [row]
+        if with_flags:
+            entry.append(f"`{line['flags']}`" if line.get("flags") else "")
+        entry += [cell(cells, row, task) for task in tasks]
+        mean = cells.get((row, "mean", metric), {})
+        body.append([*entry, average(mean), difference(mean)])
+    if len(tasks) > WIDEST:
+        body = [list(line) for line in zip(*body)]
+    body.insert(1, ["---"] * len(body[0]))
+    text = [f"## {name}: {table['title']}", "", _facts(ours, contents, seed, free), "",
+            _legend(table, lines, ours, contents, metric), ""]
+    text += ["| " + " | ".join(row) + " |" for row in body]
+    return "\n".join([*text, ""])
+
+
+def _facts(ours, contents, seed, free):
+    """The first paragraph of a table: on which data, how many subjects and seeds, which flags."""
+    content = contents[0]
+    n = max(line["n"] for line in ours)
+    phantoms = ", digital phantoms" if content["phantom"] else ""
+    text = f"Data: {Path(content['data']).resolve().name}{phantoms}; {n} test subjects"
+    if seed is not None and len(contents) > 1:
+        text += (f"; {len(contents)} training seeds (from {seed}), a subject's value is its mean "
+                 "over them")
+    elif seed is not None:
+        text += f"; 1 training seed ({seed})"
+    text += f".  {content['protocol']}."
+    if free:
+        stated = flags({field: content["config"][field] for field in free})
+        text += f"  Beside a row's flags: {stated}."
+    return text
+
+
+def _legend(table, lines, ours, contents, metric):
+    """The second paragraph of a table: what stands in its cells, and how rows were tested."""
+    n = max(line["n"] for line in ours)
+    tested = 0
+    for line in ours:
+        if (line["task"], line["metric"]) == ("mean", metric) and "p" in line:
+            tested += 1
+    least = 2 * tested / 2 ** n                 # Wilcoxon's smallest p without ties, corrected
+    floor = ""
+    if n >= metrics.FEWEST and least > 1e-3:
+        floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})"
+    has_dice = any(line["metric"] == "dice" for line in ours)
+    dice = " / Dice, mean of the classes" if has_dice else ""
+    printed = any(line.get("paper") for line in lines)
+    brackets = "; in brackets what the paper prints, for its own data" if printed else ""
+    each_seed = ", and the mean of each seed" if len(contents) > 1 else ""
+    return (f"PSNR in dB ± std over subjects / SSIM ± std{dice}{brackets}.  Mean: over the tasks, "
+            f"with a 95 % bootstrap interval over subjects{each_seed}.  Difference of that mean to "
+            f"\"{table['against']}\", with Wilcoxon's paired p over subjects, Holm-corrected for "
+            f"the {tested} comparisons of this column{floor}.")
+
+
+def cell(cells, row, task):
+    """The text of one task of one row. cells: {(row, task, metric): line}."""
+    psnr = cells.get((row, task, "psnr"), {})
+    ssim = cells.get((row, task, "ssim"), {})
+    dice = cells.get((row, task, "dice"), {})
+    parts = []
+    if psnr.get("n"):
+        parts.append(f"{_ours(psnr, 2)} / {_ours(ssim, 3)}")
+    if dice.get("n"):
+        parts.append(f"/ {dice['mean']:.3f}")
+    if psnr.get("paper"):
+        theirs = _spread(psnr["paper"], psnr["paper_std"], 2)
+        parts.append(f"({theirs} / {_spread(ssim.get('paper'), ssim.get('paper_std'), 3)})")
+    return " ".join(parts)
+
+
+def _ours(line, digits):
+    """Mean ± std of a line; one subject has no std."""
+    std = line.get("std") if line.get("n", 0) > 1 else None
+    return _spread(line.get("mean"), std, digits)
+
+
+def _spread(mean, std, digits):
+    """A number with its std, if there is one."""
+    if mean is None:
+        return "–"
+    if std is None:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def average(line):
+    """The text of a row's mean over the tasks, with its interval and the means of the seeds."""
+    if not line.get("n"):
+        return ""
+    digits = 2 if line["metric"] == "psnr" else 3
+    text = f"{line['mean']:.{digits}f}"
+    if line["ci95"]:
+        low, high = line["ci95"]
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    if len(line["seeds"]) > 1:
+        text += "; " + ", ".join(f"{seed:.{digits}f}" for seed in line["seeds"])
+    return text
+
+
+def difference(line):
+    """The text of a row's difference to the reference, with its p."""
+    if line.get("difference") is None:
+        return ""
+    if line["p"] is None:
+        p = f"n = {line['pairs']}, too few to test"
+    else:
+        p = f"p = {line['p_holm']:.2g}"
+    if line["metric"] == "psnr":
+        return f"{line['difference']:+.2f} dB, {p}"
+    return f"{line['difference']:+.3f}, {p}"
+
+
+# ---- for programs, and the picture ---------------------------------------------------------------
+
+
+def as_csv(lines):
+    """Every row, task and metric as CSV text, for programs."""
+    columns = ["row", "kind", "flags", "task", "metric", "mean", "std", "ci95_low", "ci95_high", "n",
+               "seeds", "paper", "paper_std", "difference", "pairs", "p", "p_holm"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="")
+    writer.writeheader()
+    for line in lines:
+        low, high = line.get("ci95") or ("", "")
+        seeds = " ".join(f"{seed:.4f}" for seed in line.get("seeds", []))
+        writer.writerow({**line, "ci95_low": low, "ci95_high": high, "seeds": seeds})
+    return text.getvalue()
+
+
+def scores_csv(rows):
+    """The numbers of every subject as CSV text, for spreadsheets.
+
+    rows: those of results.json. A line is one subject, task and method. A value that is infinite or
+    undefined leaves its cell empty; so does a Dice where nothing was segmented.
+    """
+    lines = {}
+    for row in rows:
+        if row["metric"] in SCORES:
+            for subject, value in row["values"].items():
+                line = lines.setdefault((row["task"], row["method"], subject), {})
+                line[row["metric"]] = value
+    columns = [name for name in SCORES if any(name in line for line in lines.values())]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["subject", "task", "method", *columns], restval="")
+    writer.writeheader()
+    for (task, method, subject), line in lines.items():
+        writer.writerow({"subject": subject, "task": task, "method": method, **line})
+    return text.getvalue()
+
+
+def picture(path, found, method):
+    """Draw the same slice in every row of the table, each result above its error map.
+
+    If a segmenter judged the results, what it drew on another slice stands below.
+    found: {row: {"task|method": image (H, W), "task|method|drawn": image in colour (H, W, 3)}}
+    """
+    reference = next(iter(found.values()))
+    truths = [key for key in reference if key.endswith("|truth")]
+    sheet = []
+    labels = []
+    for key in truths[:6]:
+        task = key.removesuffix("|truth")
+        truth = reference[key]
+        blank = np.full_like(truth, np.nan)
+        results = [images.get(f"{task}|{method}", blank) for images in found.values()]
+        errors = [pictures.error_map(truth, image, SHOWN) for image in results]
+        sheet.append([truth, *results])
+        sheet.append([np.ones_like(truth), *errors])
+        labels += [task, "error"]
+        if f"{key}|drawn" in reference:
+            nothing = np.full((*truth.shape, 3), np.nan)
+            drawn = [images.get(f"{task}|{method}|drawn", nothing) for images in found.values()]
+            sheet.append([reference[f"{key}|drawn"], *drawn])
+            labels.append("segmented, another slice")
+    pictures.grid(path, sheet, ["truth", *found], labels,
+                  note=f"error: |truth - result|, white from {SHOWN} on")

@@ -1,0 +1,230 @@
+"""common/evaluation.py: a trained model from Python, the tasks of an evaluation, and the numbers of every subject."""
+import csv
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import evaluation, metrics, table_pages
+from common.evaluation import Trained, all_directions, chosen_direction, missing_patterns
+from common.files import RunError
+
+CONTRASTS = ("flair", "t1", "t2")
+SIZE = 4
+
+
+class FakeModel:
+    """Fills every missing contrast with the mean of the known ones, plus a hundredth of the slice number."""
+
+    contrasts = list(CONTRASTS)
+    run = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self):
+        self.calls = []                 # (u, known, keys) of each call
+
+    def fill(self, u, known, keys, watch=None):
+        self.calls.append((u, known, list(keys)))
+        mask = known[:, :, None, None]
+        mean = u.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        number = torch.tensor([float(z) for _, z in keys])[:, None, None, None]
+        made = (mean + 0.01 * number).expand_as(u)
+        return torch.where(mask, u, made), {"prior": mean.expand_as(u)}
+
+
+@pytest.fixture
+def trained():
+    return Trained(FakeModel(), SimpleNamespace(size=SIZE, sample_batch=2))
+
+
+def slices(B=3, seed=0):
+    """(B, C, H, W) in [0,1] with t2 missing: NaN stands there."""
+    images = np.random.default_rng(seed).uniform(0, 0.9, (B, 3, SIZE, SIZE)).astype(np.float32)
+    images[:, 2] = np.nan
+    return images
+
+
+def expected(images):
+    """What FakeModel makes of t2 with the default keys."""
+    number = np.arange(len(images))[:, None, None]
+    return images[:, :2].mean(1) + 0.01 * number
+
+
+# ---- Trained -------------------------------------------------------------------------------------
+
+
+def test_numpy_in_gives_numpy_out_and_the_known_contrasts_as_they_were(trained):
+    images = slices()
+    filled = trained.fill(images, ("flair", "t1"))
+    assert isinstance(filled, np.ndarray) and filled.dtype == np.float32 and np.isfinite(filled).all()
+    assert np.array_equal(filled[:, :2], images[:, :2])
+    assert filled[:, 2] == pytest.approx(expected(images), abs=1e-6)
+    assert np.isnan(images[:, 2]).all()                         # what was given is not changed
+    assert (trained.contrasts, trained.size) == (CONTRASTS, SIZE)
+
+
+def test_torch_in_gives_torch_out_without_a_graph(trained):
+    images = torch.from_numpy(slices()).requires_grad_()
+    filled = trained.fill(images, ("flair", "t1"))
+    assert torch.is_tensor(filled) and filled.device == images.device and not filled.requires_grad
+    assert filled[:, 2].numpy() == pytest.approx(expected(slices()), abs=1e-6)
+
+
+def test_float64_becomes_float32(trained):
+    for images in (slices().astype(np.float64), torch.from_numpy(slices()).double()):
+        filled = trained.fill(images, ("flair", "t1"))
+        assert filled.dtype in (np.float32, torch.float32)
+        assert np.asarray(filled[:, 2]) == pytest.approx(expected(slices()), abs=1e-6)
+
+
+@pytest.mark.parametrize("known", [
+    np.array([True, True, False]), torch.tensor([True, True, False]), [True, True, False],
+    np.tile([True, True, False], (3, 1)), torch.tensor([[True, True, False]] * 3), ("flair", "t1"), ["t1", "flair"],
+    np.array(["flair", "t1"]),
+])
+def test_known_may_be_given_in_every_form(trained, known):
+    assert np.array_equal(trained.fill(slices(), known), trained.fill(slices(), ("flair", "t1")))
+
+
+def test_one_name_and_other_patterns_for_each_slice(trained):
+    images = np.nan_to_num(slices(), nan=0.5)
+    assert trained.fill(images, "t1")[0, 0] == pytest.approx(images[0, 1])
+    known = np.array([[True, False, False], [False, True, True], [True, True, False]])
+    filled = trained.fill(images, known)
+    assert filled[0, 2] == pytest.approx(images[0, 0]) and np.array_equal(filled[1, 1:], images[1, 1:])
+    assert filled[1, 0] == pytest.approx(images[1, 1:].mean(0) + 0.01, abs=1e-6)
+
+
+def test_slices_go_to_the_model_in_batches_with_zeros_where_nothing_is_known(trained):
+    trained.fill(slices(5), ("flair", "t1"))
+    assert [len(u) for u, _, _ in trained.model.calls] == [2, 2, 1]
+    for u, known, _ in trained.model.calls:
+        assert not u[:, 2].any() and known.dtype == torch.bool and known.tolist() == [[True, True, False]] * len(u)
+    keys = [key for _, _, some in trained.model.calls for key in some]
+    assert len(set(keys)) == 5 and [z for _, z in keys] == [0, 1, 2, 3, 4]        # each slice has noise of its own
+
+
+def test_a_slice_with_the_same_key_comes_out_the_same_in_another_batch(trained):
+    keys = [("s1", 7), ("s1", 8), ("s2", 3)]
+    whole = trained.fill(slices(), ("flair", "t1"), keys)
+    assert np.array_equal(trained.fill(slices()[2:], ("flair", "t1"), keys[2:])[0], whole[2])
+    assert [some for _, _, some in trained.model.calls[:2]] == [keys[:2], keys[2:]]
+
+
+def test_extras_come_beside_the_result_and_in_its_kind(trained):
+    images = slices()
+    filled, extras = trained.fill(images, ("flair", "t1"), extras=True)
+    assert list(extras) == ["prior"] and isinstance(extras["prior"], np.ndarray) and extras["prior"].shape == images.shape
+    assert extras["prior"][:, 0] == pytest.approx(images[:, :2].mean(1), abs=1e-6)
+    assert np.array_equal(filled, trained.fill(images, ("flair", "t1")))
+    assert torch.is_tensor(trained.fill(torch.from_numpy(images), ("flair", "t1"), extras=True)[1]["prior"])
+
+
+def test_rounding_outside_of_the_range_is_allowed(trained):
+    images = slices()
+    images[0, 0, 0, 0] = 1.0005
+    images[0, 1, 0, 0] = -0.0005
+    assert np.isfinite(trained.fill(images, ("flair", "t1"))).all()
+
+
+def changed(where, value):
+    images = slices()
+    images[where] = value
+    return images
+
+
+@pytest.mark.parametrize("images, known, keys, message", [
+    (np.zeros((3, SIZE, SIZE)), ("t1",), None, r"images are \(3, 4, 4\); this model needs \(B, 3, 4, 4\)"),
+    (np.zeros((2, 3, 8, 8)), ("t1",), None, r"images are \(2, 3, 8, 8\).*flair, t1, t2.*brings files to this size"),
+    (np.zeros((2, 2, SIZE, SIZE)), ("t1",), None, r"images are \(2, 2, 4, 4\)"),
+    (np.zeros((0, 3, SIZE, SIZE)), ("t1",), None, r"images are \(0, 3, 4, 4\)"),
+    (slices() * 255, ("flair", "t1"), None, "the known contrast flair has values from .* outside .0,1.; divide a 0 to 255"),
+    (changed((0, 1), -0.5), ("flair", "t1"), None, "the known contrast t1 has values from -0.5 to"),
+    (changed((1, 0, 2, 2), np.nan), ("flair", "t1"), None, "the known contrast flair has values that are not finite"),
+    (changed((1, 1, 2, 2), np.inf), ("flair", "t1"), None, "the known contrast t1 has values that are not finite"),
+    (slices(), ("flair", "pd"), None, "known names pd; this model knows flair, t1, t2"),
+    (slices(), CONTRASTS, None, "slice 0 has all contrasts known"),
+    (slices(), np.array([[True, False, False], [False] * 3, [True, False, False]]), None, "slice 1 has no contrasts known"),
+    (slices(), np.zeros(3, bool), None, "slice 0 has no contrasts known"),
+    (slices(), np.array([1.0, 1.0, 0.0]), None, r"known is \(3,\) of torch.float64; give bool of shape"),
+    (slices(), np.array([True, False]), None, r"known is \(2,\) of torch.bool; give bool of shape \(B, C\) = \(3, 3\)"),
+    (slices(), ("flair", "t1"), [("s", 0)], "1 keys for 3 slices"),
+    (slices(), ("flair", "t1"), [], "0 keys for 3 slices"),
+])
+def test_what_does_not_fit_is_refused_in_one_line_before_the_model_is_called(trained, images, known, keys, message):
+    with pytest.raises(ValueError, match=f"^fill: .*{message}") as caught:
+        trained.fill(images, known, keys)
+    assert "\n" not in str(caught.value) and trained.model.calls == []
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+
+def test_each_contrast_may_be_missing_or_every_subset_or_those_that_are_named():
+    assert missing_patterns(("each",), ["a", "b"]) == [(("b",), ("a",)), (("a",), ("b",))]
+    assert missing_patterns(("all",), ["a", "b", "c"]) == [
+        (("b", "c"), ("a",)), (("a", "c"), ("b",)), (("a", "b"), ("c",)),
+        (("c",), ("a", "b")), (("b",), ("a", "c")), (("a",), ("b", "c"))]
+    assert missing_patterns(("c", "a"), ["a", "b", "c"]) == [(("b",), ("a", "c"))]        # in the order of the channels
+
+
+@pytest.mark.parametrize("missing, contrasts", [
+    (("d",), "abc"), (("a", "d"), "abc"), (("a", "b", "c"), "abc"), ((), "abc"), (("each",), "a")])
+def test_tasks_that_leave_nothing_to_do_are_refused(missing, contrasts):
+    with pytest.raises(RunError, match="name some, but not all, of a, b, c|the data give one contrast, a") as caught:
+        missing_patterns(missing, list(contrasts))
+    assert caught.value.status == 2
+
+
+def test_directions_are_pairs_of_different_contrasts():
+    contrasts = ["t1", "t2", "pd"]
+    assert all_directions(("t1", "t2"), ("t2", "pd"), contrasts) == [(0, 1), (0, 2), (1, 2)]
+    assert all_directions(("T1w",), ("t1", "PD"), contrasts) == [(0, 2)]                  # other words for a contrast
+    pairs = [(0, 1), (1, 2)]
+    assert chosen_direction(pairs, (), contrasts) == pairs
+    assert chosen_direction(pairs, ("T2", "pd"), contrasts) == [(1, 2)]
+    with pytest.raises(RunError, match="--only pd,t2: this model knows t1,t2, t2,pd") as caught:
+        chosen_direction(pairs, ("pd", "t2"), contrasts)
+    assert caught.value.status == 2
+
+
+# ---- the numbers of every subject ----------------------------------------------------------------
+
+
+def read(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_line_of_the_csv_is_one_subject_task_and_method():
+    rows = [metrics.row("a->b", "M", "psnr", {"s1": 20.5, "s2": np.inf}), metrics.row("a->b", "M", "ssim", {"s1": 0.5, "s2": 1}),
+            metrics.row("a->b", "M", "dice", {"s2": 0.75}), metrics.row("a->b", "M", "dice 1", {"s2": 0.25}),
+            metrics.row("b->a", "copy", "psnr", {"s1": 15.0})]
+    assert read(table_pages.scores_csv(rows)) == [
+        {"subject": "s1", "task": "a->b", "method": "M", "psnr": "20.5", "ssim": "0.5", "dice": ""},
+        {"subject": "s2", "task": "a->b", "method": "M", "psnr": "", "ssim": "1.0", "dice": "0.75"},
+        {"subject": "s1", "task": "b->a", "method": "copy", "psnr": "15.0", "ssim": "", "dice": ""}]
+
+
+def test_a_report_leaves_the_same_numbers_in_json_and_csv(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 1, (4, 2, 16, 16)).astype(np.float32)
+    made = np.clip(images[:, 1] + 0.1, 0, 1)
+    task = evaluation.Task({"t1": images[:, 0]}, "t2", images[:, 1], {"M": made}, np.array(["s1", "s1", "s2", "s2"]))
+    said = []
+
+    def keep(rows, images, protocol):
+        (tmp_path / "results.json").write_text(json.dumps({"rows": rows, "protocol": protocol}))
+    run = SimpleNamespace(out=tmp_path, say=said.append, results=keep)
+    (tmp_path / "scores.csv").write_text("of an earlier evaluation")
+    evaluation.report(run, [task], {"t1": images[:, 0], "t2": images[:, 1]}, "words")
+    lines = {(line["subject"], line["method"]): line for line in read((tmp_path / "scores.csv").read_text(encoding="utf-8"))}
+    assert len(lines) == 2 * 4                          # two subjects; the method and three baselines
+    for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
+        for subject, value in row["values"].items():
+            line = lines[subject, row["method"]]
+            assert line["task"] == "t1->t2" and float(line[row["metric"]]) == value
+    by_hand = metrics.psnr(images[:2, 1], made[:2], 1).mean()
+    assert float(lines["s1", "M"]["psnr"]) == pytest.approx(by_hand)
+    assert (tmp_path / "samples.png").exists() and any("scores.csv" in line for line in said)
