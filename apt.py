@@ -12,8 +12,8 @@ Three things make that work well:
   2. Sampling does not start from noise.  It starts from a guess: another contrast, changed by an
      intensity curve.  A codebook says which contrast and which curve resemble the missing one most.
      It is computed once, from the training data.  This is stage 1.
-  3. The result is refined.  It gets a little noise and is denoised, many times, and each result is
-     averaged with the one before.  This is stage 2.
+  3. The result is refined.  It gets a little noise and is denoised, many times.  All but the last
+     two results are averaged with the one before.  This is stage 2.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
@@ -23,7 +23,7 @@ PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L cont
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
-  Eq. (1)  L_anatomy   = -log e(z_sub) / (e(z_sub) + sum_i e(z_sub_i)),  e(z) = exp(z_all.z / tau)
+  Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(z_all.z / tau), all slices i
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
   Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||
@@ -31,7 +31,7 @@ EQUATIONS
 
 SYMBOLS
   paper            code                 meaning
-  x_0, x_t, eps    x0, x_t, eps         slice, noisy slice, noise; (B,C,H,W) in [-1,1]
+  x_0, x_t, eps    x0, x_t, eps         slice in [-1,1], noisy slice, noise; (B,C,H,W)
   alpha-bar_t      alpha_bar[t]         how much of the slice is left at step t
   y, A             y, A                 known contrasts; A (B,C,1,1) is 1 where a contrast is known
   z_all, z_sub     z_all, z_sub         anatomy vector of all contrasts, and of all but one
@@ -48,17 +48,17 @@ COMMANDS
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  A small CLIP, trained on the training subjects, replaces the frozen BiomedCLIP encoder.
-  [D2]  Eq. (1) is used in both directions, and slices of one subject are not negatives.
-  [D3]  Eq. (4) uses the norm, not its square; alpha is scaled with the image size.
-  [D4]  Known contrasts are pasted into x0_hat in stage 1; --paste both does so in stage 2 as well.
+  [D1]  A small CLIP of ours replaces BiomedCLIP; a pooled feature stands for its feature maps.
+  [D2]  Eq. (1) is used in both directions; slices of one subject are not negatives; |z| = 1.
+  [D3]  Eq. (4): norm of a sample, not squared; alpha scaled; no step where alpha_bar < 0.01.
+  [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  The four numbers of a curve are x-coordinates of control points; --curves scalar: y.
-  [D7]  The codebook is one table for the data set; decreasing curves spare the background.
+  [D6]  Curves: the printed numbers are x of control points (--curves scalar: y); see warp.
+  [D7]  The codebook is one table, from cosines between the contrasts of a slice.
   [D8]  The "zero" prior is mid-grey; the "noise" prior is pure noise at step M.
-  [D9]  Stage 1 takes S + 1 evaluations; N counts all evaluations of stage 2.
+  [D9]  Stage 1 takes S + 1 evaluations; N counts all of stage 2, and Eq. (5) skips its last two.
   [D10] Small slices are padded to the image size (the paper resizes); larger ones are resampled.
-  [D11] Where the paper is silent: intensities per volume, EMA, gradient clipping, AdamW for z.
+  [D11] Where the paper is silent: clamp, gradient clipping, losses as means, EMA, the weights kept.
 
 NEEDS  data/ and these files of common/:
   cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
@@ -161,7 +161,7 @@ STAGES = {
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# A data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
+# A data.Dataset gives slices (B, C, H, W) in [0,1], normalised per volume and padded [D10].
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class MutualInformationFusion(nn.Module):
         """Returns z: (B, D), of length 1.  Contrasts that are not known have no influence."""
         mask = known.unsqueeze(2)                                           # (B, C, 1)
         mean = (self.tokens(f, known) * mask).sum(1) / mask.sum(1)          # (B, D)
-        return F.normalize(self.out(mean), dim=1)                           # (B, D)
+        return F.normalize(self.out(mean), dim=1)                           # (B, D)  [D2]
 
 
 def make_unet(cfg, C, dim):
@@ -223,7 +223,7 @@ def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
     f: one pooled feature per contrast (the paper speaks of feature maps) [D1].  As in the paper,
-    training uses z of all contrasts, and sampling uses z of the known ones.
+    training uses z of all contrasts; as released, sampling uses z of the known ones.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -262,7 +262,7 @@ SCHEDULES = {"cosine": cosine_alpha_bar, "linear": linear_alpha_bar}       # alp
 
 
 def diffusion_loss(unet, x0, t, eps, context, alpha_bar):
-    """Eq. (2), as a mean over pixels.
+    """Eq. (2), as a mean over pixels [D11].
 
     x0, eps: (B, C, H, W), x0 in [-1,1]; t: (B,), one time for all contrasts; context: (B, L, D).
     """
@@ -302,7 +302,7 @@ def curve_table(points, n=4097):
 def warp(u, points):
     """Phi(B, x) of Sec. 3.3: an image u in [0,1] (any shape) through an intensity curve.
 
-    A decreasing curve would turn the background bright, so it acts on the foreground only [D7].
+    A decreasing curve would turn the background bright, so it acts on the foreground only [D6].
     """
     table = (curve_table(points).to(u.device) + 1) / 2                      # (n,)
     position = u.clamp(0, 1) * (len(table) - 1)
@@ -314,8 +314,8 @@ def warp(u, points):
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table for the data set, from at most 2,000 training slices; the paper may mean a
-    search for each image [D7].  Contrasts of a slice are compared by the cosine of their features.
+    It is one table from at most 2,000 training slices, as released.  The contrasts of a slice are
+    compared by the cosine of their features; the paper: attention maps of all image pairs [D7].
     votes        (C, C, K): [target, source, curve], the slices in which this pair was most alike
     similarity   (C, C, K): the sum of the cosines
     level        (C,): sum of the mean intensities of each contrast
@@ -370,7 +370,7 @@ class Codebook(nn.Module):
 
 
 def time_grid(M, S):
-    """t_j = j M / S for j = 0..S.  Stage 1 walks it down from t_S = M.  Stage 2 stays at t_2."""
+    """t_j = j M / S for j = 0..S: stage 1 walks all of it down [D9].  Stage 2 stays at t_2."""
     return [min(round(j * M / S), T - 1) for j in range(S + 1)]
 
 
@@ -378,15 +378,15 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha):
     """Eq. (4): predict x0 from x_t, then take one gradient step towards the known contrasts.
 
     x_t, y: (B, C, H, W); A: (B, C, 1, 1); t: int.  Returns x0_hat, (B, C, H, W).
-    The gradient is taken at x_t, through the U-Net and the clamp, and subtracted from x0_hat, as
-    printed.  Missing contrasts move too, because they change the estimate of the known ones.
+    The gradient is taken at x_t, through the U-Net and our clamp [D11], and subtracted from x0_hat,
+    as printed.  Missing contrasts move too, because they change the estimate of the known ones.
 
     The paper prints a squared norm, but with the printed alpha that diverges.  As in the authors'
     release the norm is not squared; ours is one norm per sample [D3].  Steps with alpha_bar < 0.01
     are not guided: there 1 / sqrt(alpha_bar) makes the gradient explode.  M = 400 never gets there.
     """
     a = alpha_bar[t]
-    guide = alpha > 0 and bool(a >= 0.01)
+    guide = alpha > 0 and bool(a >= 0.01)                                   # [D3]
     with torch.set_grad_enabled(guide):
         x_t = x_t.detach().requires_grad_(guide)
         eps = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))  # (B, C, H, W)
@@ -426,7 +426,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
-    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided.
+    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided [D4].
     """
     for _ in range(N - 2):
         x_t = q_sample(x0, alpha_bar[grid[2]], noise())                     # (B, C, H, W)
@@ -434,7 +434,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
         x0 = (1 - w) * x0 + w * estimate                                    # Eq. (5)
         if paste:
             x0 = A * y + (1 - A) * x0                                       # (B, C, H, W)
-    for t in (grid[1], grid[0]):
+    for t in (grid[1], grid[0]):                                            # without Eq. (5) [D9]
         x_t = q_sample(x0, alpha_bar[t], noise())                           # (B, C, H, W)
         x0 = guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha)           # (B, C, H, W)
         if paste:
@@ -546,8 +546,8 @@ def train(cfg, run, ds):
 def train_mif(cfg, run, ds, features):
     """Stage "mif": the fusion module, on features (n, C, D) of the frozen encoder, by Eq. (1).
 
-    Every process works on the whole batch.  AdamW and its weight decay are ours [D11].  The decay
-    acts on matrices only; on norms, biases and the temperature it would act against the loss.
+    Every process of torchrun works on the whole batch.  Rate, betas, eps and 0.2 are the release's;
+    that the decay is decoupled (AdamW) and acts on matrices only is ours.
     """
     n, C, dim = features.shape
     torch.manual_seed(seed_of(run.seed, "mif"))
@@ -695,7 +695,7 @@ def draw_codebook(path, codebook, contrasts, u):
 def figure6(cfg, run, ds, model):
     """Fig. 6: slices from noise with z alone.  Nothing is known; no prior, guidance or stage 2.
 
-    M = 1000, S = 50.  The noise is the same in every row: rows differ by z only.  Writes fig6.png.
+    M = 1000, S = 50 (ours).  The noise is the same in every row: rows differ by z only.
     """
     rows = ds.spread("test", 1)[:6]
     u = run.fetch(ds.images, rows)                                          # (B, C, H, W)

@@ -16,8 +16,8 @@ contrast, echo times) is written as two prompts.  The prompts enter twice:
 A discriminator, which sees no text, judges pairs of neighbouring states.  It makes them sharp.
 
 PROMPT, and the same with its contrast masked (data/prompts.py):
-  Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T2-weighted MRI of the brain, TE 100 ms
-  Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TE [MASK] ms
+  Age: 35; Gender: F; Scanner: GE 3T; Description: T2-weighted MRI of the brain, TR 90 ms, TE 9 ms
+  Age: 35; Gender: F; Scanner: GE 3T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
 
 PIPELINE (B slices, H x W pixels, D width of an embedding)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)
@@ -39,7 +39,7 @@ EQUATIONS
 
 SYMBOLS
   paper               code                    meaning
-  x_0, y, x_t         x0, y, x_t              target, source, state; (B,1,H,W) in [-1,1]
+  x_0, y, x_t         x0, y, x_t              target and source in [-1,1], state; (B,1,H,W)
   x_0 (estimate)      x0_hat, x_r             prediction, and that of the pass before
   m_t, delta_t        bridge.m, bridge.delta  tables over the steps 0..N
   E_s, E_t, E_mask    e_src, e_tgt, e_mask    embeddings of the two prompts and of the masked one
@@ -56,13 +56,13 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D1]  The text tower of a small CLIP, trained on the training subjects, replaces BiomedCLIP.
-  [D2]  x_N is exactly y; --bridge soft adds noise, as SelfRDB, whose constants the paper uses.
+  [D2]  Betas are SelfRDB's (the paper: linear); x_N is exactly y (--bridge soft: with noise).
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
-  [D5]  Real pairs are drawn jointly; the discriminator's loss has an R1 penalty; losses are means.
-  [D6]  Training takes R passes, as sampling; learning rates fall; the best validation weights stay.
+  [D5]  Losses are means over images in [-1,1]; real pairs are joint; D has an R1 penalty.
+  [D6]  R passes in training, as in sampling; learning rates fall; the best validation weights stay.
   [D7]  Slices are padded, normalised per volume, and all are trained on (the paper: 100 a subject).
-  [D8]  Rivals of Table 2 are switches of this script, without text: see --reproduce list.
+  [D8]  Rivals of Tables 2 and 4 are switches of this script, without text: see --reproduce list.
 
 NEEDS  data/ and these files of common/:
   cli.py clip.py contrastive.py device.py discriminator.py downstream.py embeddings.py encoder.py
@@ -106,7 +106,7 @@ class Config:
     # data
     source: tuple[str, ...] = ("t1",)           # contrasts to start from
     target: tuple[str, ...] = ("t2",)           # contrasts to make; several: all pairs
-    size: int = 256                             # height and width of a slice in pixels
+    size: int = 256                             # height and width of a slice in pixels [D7]
     train_fraction: float = 0.625               # share of the subjects that train (IXI: 25 of 40)
     test_subjects: int = 10                     # subjects that are scored; the others validate
     test_slices: int = 100                      # slices scored per test subject, evenly spread
@@ -130,7 +130,7 @@ class Config:
     # method, in training
     bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"    # noise along the bridge [D2] [D8]
     N: int = 10                                 # steps of the bridge
-    R: int = 2                                  # passes per step, each sees the result before it
+    R: int = 2                                  # passes per step, each sees the one before [D6]
     conditioning: Literal["ta", "xattn", "none"] = "ta"         # how prompts enter (Table 4)
     prompts: Literal["both", "source", "target"] = "both"       # which TA-Norm reads (Table 6)
     share: bool = False                         # one map for both prompts [D3]
@@ -143,7 +143,7 @@ class Config:
     # method, in sampling
     only: tuple[str, ...] = ()                  # of several directions only source,target
     eta: float = 1.0                            # new noise of the posterior: 1 Markov, 0 least
-    noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5)
+    noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5, below)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -271,7 +271,7 @@ class TANorm(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Table 4's rival: every position looks at the words of both prompts.  word_dim: K."""
+    """Table 4's rival, on maps up to 32 pixels: positions see the words of both prompts [D8]."""
 
     def __init__(self, channels, head_dim, word_dim, groups):
         super().__init__()
@@ -319,7 +319,7 @@ class Generator(nn.Module):
         """
         time = 1000 * t / self.N                                            # (B,)
         x_r = torch.zeros_like(y)                                           # (B, 1, H, W)
-        for _ in range(self.R):
+        for _ in range(self.R):                                             # [D6]
             seen = torch.cat([x_t, y, x_r], dim=1)                          # (B, 3, H, W)
             x_r = torch.tanh(self.unet(seen, time, text).float())           # (B, 1, H, W)
         return x_r
@@ -405,7 +405,7 @@ class Bridge:
         return mean + self.at(self.v, t, x0).sqrt() * eps
 
 
-RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of Table 2
+RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of Table 2 [D8]
 
 
 def bridge_tables(name, N):
@@ -471,7 +471,7 @@ def sample(generate, bridge, y, text, noise, watch=None):
     """
     N = len(bridge.a) - 1
     t = torch.full((len(y),), N, device=y.device)                           # (B,)
-    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())              # x0 is unknown; a_N is 0
+    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())               # a_N is 0 (ddpm: .007)
     for step in range(N, 0, -1):
         t = torch.full((len(y),), step, device=y.device)                    # (B,)
         x0_hat = generate(x_t, t, y, text)                                  # (B, 1, H, W)
@@ -618,19 +618,19 @@ def train_bridge(cfg, run, ds, encoder):
         x_t = bridge.q_sample(t, x0, y, eps_t)                              # (B, 1, H, W)
         with run.autocast():
             x0_hat = network(x_t, t, y, text)                               # (B, 1, H, W)
-        rec = F.l1_loss(x0_hat, x0)                                         # Eq. (6)
+        rec = F.l1_loss(x0_hat, x0)                                         # Eq. (6) [D5]
         loss = rec
         if D:
             # Real pairs are drawn jointly: x_{t-1} comes from the same x_t and the true x0 [D5].
             fake_prev = bridge.posterior(t, x_t, x0_hat, y, eps_fake)       # (B, 1, H, W)
             real_prev = bridge.posterior(t, x_t, x0, y, eps_real)           # (B, 1, H, W)
-            cosine_rate(optimiser_d, step, steps, cfg.lr_d)
+            cosine_rate(optimiser_d, step, steps, cfg.lr_d)                 # [D6]
             D.requires_grad_(True)                                         # first the discriminator
             with run.autocast():
                 real = D(real_prev, x_t, t).float()                         # (B, 1, H/8, W/8)
                 fake = D(fake_prev.detach(), x_t, t).float()                # (B, 1, H/8, W/8)
             loss_d = discriminator_loss(real, fake)
-            if step % 10 == 0:                                           # R1 is slow, so not always
+            if step % 10 == 0:                                              # not always: slow [D5]
                 loss_d = loss_d + r1_penalty(D, real_prev, x_t, t)          # in fp32
             # run.update is zero_grad, backward, clipping (here none), and optimiser.step.
             run.update(loss_d, optimiser_d, max_norm=math.inf)
