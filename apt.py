@@ -1,31 +1,29 @@
 """APT: missing MR contrasts from the known ones, with the same anatomy.
 
 Shin et al., "Anatomical Consistency and Adaptive Prior-informed Transformation for Multi-contrast
-MR Image Synthesis via Diffusion Model", CVPR 2025.
-https://openaccess.thecvf.com/CVPR2025 (see CITATION.cff for the full reference)
-
-This file is part of a collection of reference implementations; MIT licence, see LICENSE.
+MR Image Synthesis via Diffusion Model", CVPR 2025; link and full reference in CITATION.cff.
+Part of a collection of reference implementations; MIT licence, see LICENSE.
 
 THE IDEA.  One diffusion model learns all C contrasts of a slice together.  No channel is special.
 Missing contrasts are then filled in like holes in a picture, but the holes are whole channels.
 Three things make that work well:
-  1. An anatomy vector z is trained to stay the same when one contrast is left out.  It steers the
-     attention layers of the U-Net.
+  1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
+     U-Net through cross-attention.
   2. Sampling does not start from noise.  It starts from a guess: another contrast, changed by an
      intensity curve.  A codebook says which contrast and which curve resemble the missing one most.
      It is computed once, from the training data.  This is stage 1.
-  3. The result is refined.  It gets a little noise and is denoised, many times, and each result is
-     averaged with the one before.  This is stage 2.
+  3. The result is refined.  It gets a little noise and is denoised, many times.  All but the last
+     two results are averaged with the one before.  This is stage 2.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
-  training slices --encoder--> likeness of contrast c and bent contrast c' --> codebook (C,C,K)
+  training slices --encoder--> likeness of contrast c and curve(contrast c') --> codebook (C,C,K)
   x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)
   y --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N more (stage 2) --> x0
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
-  Eq. (1)  L_anatomy   = -log e(z_sub) / (e(z_sub) + sum_i e(z_sub_i)),  e(z) = exp(z_all.z / tau)
+  Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(z_all.z / tau), all slices i
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
   Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||
@@ -33,7 +31,7 @@ EQUATIONS
 
 SYMBOLS
   paper            code                 meaning
-  x_0, x_t, eps    x0, x_t, eps         slice, noisy slice, noise; (B,C,H,W) in [-1,1]
+  x_0, x_t, eps    x0, x_t, eps         slice in [-1,1], noisy slice, noise; (B,C,H,W)
   alpha-bar_t      alpha_bar[t]         how much of the slice is left at step t
   y, A             y, A                 known contrasts; A (B,C,1,1) is 1 where a contrast is known
   z_all, z_sub     z_all, z_sub         anatomy vector of all contrasts, and of all but one
@@ -42,7 +40,7 @@ SYMBOLS
   M, S, N          M, S, N              start step, intervals of stage 1, evaluations of stage 2
   alpha, w         alpha, w             step of Eq. (4), weight of Eq. (5)
   -                u, known             slice as stored, in [0,1]; known (B,C) bool
-  -                _src, _tgt           source and target contrast; _t always means time
+  -                src, tgt             source and target contrast; _t always means time
 
 COMMANDS
   python apt.py --data data/brats --train --evaluate       makes phantoms on first use; CPU, minutes
@@ -50,19 +48,22 @@ COMMANDS
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  A small CLIP, trained on the training subjects, replaces the frozen BiomedCLIP encoder.
-  [D2]  Eq. (1) is used in both directions, and slices of one subject are not negatives.
-  [D3]  Eq. (4) uses the norm, not its square; alpha is scaled with the image size.
-  [D4]  Known contrasts are pasted into x0_hat in stage 1; --paste both does so in stage 2 as well.
+  [D1]  A small CLIP of ours replaces BiomedCLIP; a pooled feature stands for its feature maps.
+  [D2]  Eq. (1) is used in both directions; slices of one subject are not negatives; |z| = 1.
+  [D3]  Eq. (4): norm of a sample, not squared; alpha scaled; no step where alpha_bar < 0.01.
+  [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  The four numbers of a curve are x-coordinates of control points; --curves scalar: y.
-  [D7]  The codebook is one table for the data set, not a search for each test image.
+  [D6]  Curves: the printed numbers are x of control points (--curves scalar: y); see warp.
+  [D7]  The codebook is one table, from cosines between the contrasts of a slice.
   [D8]  The "zero" prior is mid-grey; the "noise" prior is pure noise at step M.
-  [D9]  Stage 1 takes S + 1 evaluations; N counts all evaluations of stage 2.
+  [D9]  Stage 1 takes S + 1 evaluations; N counts all of stage 2, and Eq. (5) skips its last two.
   [D10] Small slices are padded to the image size (the paper resizes); larger ones are resampled.
-  [D11] Normalisation, averaged weights, clipping and the optimiser of the fusion module are ours.
+  [D11] Where the paper is silent: clamp, gradient clipping, losses as means, EMA, the weights kept.
 
-NEEDS  all files of common/ but downstream.py's, and data/ (the test suite holds the exact list)
+NEEDS  data/ and these files of common/:
+  cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
+  files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py script.py
+  table_pages.py tables.py tokenizer.py unet.py
 """
 import functools
 import math
@@ -76,8 +77,9 @@ from torch.nn import functional as F
 
 import data
 from common import clip, metrics, pictures, script
+from common.cli import load_presets
 from common.device import seed_of
-from common.encoder import load_encoder, train_encoder
+from common.encoder import encode, encode_slices, load_encoder, train_encoder
 from common.evaluation import missing_patterns
 from common.loop import EMA, Best
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
@@ -90,12 +92,12 @@ T = 1000                                                    # diffusion steps in
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms take the demo's."""
+    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms use the demo."""
     # data
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
     train_fraction: float = 0.8                 # share of the subjects that train
-    test_subjects: int = 50                     # subjects that are scored; the others validate
+    test_subjects: int = 50                     # subjects that are scored; all others validate
     test_slices: int = 4                        # slices scored per test subject, evenly spread
     # networks
     encoder: Literal["base", "demo"] = "base"   # size of the image encoder (common/clip.py)
@@ -115,17 +117,17 @@ class Config:
     steps: int = 250_000                        # of the diffusion model
     batch: int = 16                             # slices per step, over all processes
     lr: float = 1e-4                            # learning rate of the diffusion model (Adam)
-    ema: float = 0.9999                         # decay of the averaged weights that sample
+    ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"            # noise (linear: released scripts)
     context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z, scaled, or one per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z: fused, mean feature, or nothing
     # method, in sampling
-    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: subsets
+    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: all sets
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"      # start image (Table 3)
     curves: Literal["points", "scalar"] = "points"              # reading of Eq. (3) [D6]
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5)
-    S: int = 20                                 # intervals of stage 1, of S + 1 evaluations
+    S: int = 20                                 # intervals of stage 1: S + 1 evaluations
     N: int = 50                                 # network evaluations of stage 2 (Table 4) [D9]
     alpha: float = 20.0                         # step of Eq. (4) at 256 x 256 [D3]
     w: float = 0.5                              # weight of Eq. (5)
@@ -136,31 +138,20 @@ class Config:
     def __post_init__(self):
         maps = check_sizes(self.size, self.base, self.mult, self.groups, self.head_dim)
         if not set(maps) & set(self.attention):
-            raise ValueError(f"--attention {self.attention}: no map has that size, they have {maps}")
+            raise ValueError(f"--attention {self.attention}: no map has that size, only {maps}")
         if self.context == "tokens" and self.mif != "trained":
             raise ValueError("--context tokens needs --mif trained, which makes the tokens")
         if self.M < self.S:
             raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
 
-# Fields that may change without training again.  All others make another run.
+# Fields that may change without training again.  All others need training in another --out.
 SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste",
             "sample_batch", "test_slices")
-PRESETS = {
-    "paper": {},
-    "demo": dict(
-        size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=24,
-        mult=(1, 1, 2, 4), blocks=1, attention=(16, 8), head_dim=24, groups=8, encoder_steps=150,
-        encoder_batch=24, encoder_lr=1e-3, mif_epochs=100, mif_batch=64, mif_lr=5e-4, steps=500,
-        batch=8, lr=5e-4, ema=0.99, N=10),
-}
-LIMITS = dict(
-    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
-    encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), mif_epochs=(0, 10 ** 9),
-    mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T), N=(3, 10_000), alpha=(0, 1e4),
-    w=(0, 1))
-# The stages of training, in order.  Each has the fields that matter to it and to later stages only.
-# A change of any other field trains all stages again.
+PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
+LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
+              N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
+# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -170,22 +161,15 @@ STAGES = {
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# data.Dataset gives slices (B, C, H, W) in [0,1], their captions, and the split by person.
-
-
-def patterns(cfg, contrasts):
-    """The tasks, as pairs (known contrasts, contrasts to make), from --missing."""
-    return missing_patterns(cfg.missing, contrasts)
-
+# A data.Dataset gives slices (B, C, H, W) in [0,1], normalised per volume and padded [D10].
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
 
 class MutualInformationFusion(nn.Module):
-    """Sec. 3.1, Fig. 1a: one transformer block over the contrasts of a slice, then one unit vector.
+    """Sec. 3.1, Fig. 1a: one transformer block over the contrasts of a slice, then a unit vector z.
 
     It takes any subset of contrasts, in any order, because there is no position code.
-    z is a unit vector behind a linear layer, and 1/tau is at most 100 [D2].
     """
 
     def __init__(self, dim):
@@ -219,11 +203,11 @@ class MutualInformationFusion(nn.Module):
         """Returns z: (B, D), of length 1.  Contrasts that are not known have no influence."""
         mask = known.unsqueeze(2)                                           # (B, C, 1)
         mean = (self.tokens(f, known) * mask).sum(1) / mask.sum(1)          # (B, D)
-        return F.normalize(self.out(mean), dim=1)                           # (B, D)
+        return F.normalize(self.out(mean), dim=1)                           # (B, D)  [D2]
 
 
 def make_unet(cfg, C, dim):
-    """Sec. 3.2: C noisy contrasts in, C noise estimates out; transformers see the context (B, L, dim).
+    """Sec. 3.2: C noisy contrasts in, C noise estimates out; attention to the context (B, L, dim).
 
     With L = 1 the softmax over a single token is 1.  Then z adds the same vector at every position
     of a map, as a bias would.
@@ -235,21 +219,11 @@ def make_unet(cfg, C, dim):
 
 
 @torch.no_grad()
-def encode(encoder, u):
-    """One feature per contrast from the frozen encoder.  u: (B, C, H, W) in [0,1] -> (B, C, D).
-
-    The feature is one pooled vector; the "feature maps" of the text are these vectors [D1].
-    """
-    B, C = u.shape[:2]
-    one_by_one = u.flatten(0, 1).unsqueeze(1)                               # (B*C, 1, H, W)
-    return encoder.encode_image(one_by_one).pooled.float().unflatten(0, (B, C)) # (B, C, D)
-
-
-@torch.no_grad()
 def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
-    As in the paper, training uses z of all contrasts, and sampling uses z of the known ones.
+    f: one pooled feature per contrast (the paper speaks of feature maps) [D1].  As in the paper,
+    training uses z of all contrasts; as released, sampling uses z of the known ones.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -284,13 +258,11 @@ def anatomy_loss(z_all, z_sub, log_scale, subject):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def schedule(cfg):
-    """alpha_bar of every step, (T,)."""
-    return cosine_alpha_bar(T) if cfg.schedule == "cosine" else linear_alpha_bar(T)
+SCHEDULES = {"cosine": cosine_alpha_bar, "linear": linear_alpha_bar}       # alpha_bar of every step
 
 
 def diffusion_loss(unet, x0, t, eps, context, alpha_bar):
-    """Eq. (2), as a mean over pixels.
+    """Eq. (2), as a mean over pixels [D11].
 
     x0, eps: (B, C, H, W), x0 in [-1,1]; t: (B,), one time for all contrasts; context: (B, L, D).
     """
@@ -307,13 +279,13 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give the identity; y reversed gives its inversion.  Both are among "points".
+# Equal x and y give the identity, because then y(r) = x(r); y reversed gives its inversion.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
-    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),
-               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],
+    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
+               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # and both inverted
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the authors' release
@@ -330,25 +302,24 @@ def curve_table(points, n=4097):
 def warp(u, points):
     """Phi(B, x) of Sec. 3.3: an image u in [0,1] (any shape) through an intensity curve.
 
-    A decreasing curve would turn the background bright, so it acts on the foreground only [D7].
+    A decreasing curve would turn the background bright, so it acts on the foreground only [D6].
     """
     table = (curve_table(points).to(u.device) + 1) / 2                      # (n,)
     position = u.clamp(0, 1) * (len(table) - 1)
     low = position.floor().long().clamp(max=len(table) - 2)
     bent = torch.lerp(table[low], table[low + 1], position - low)
-    increasing = points[1][0] < points[1][3]
-    return bent if increasing else bent * (u > FOREGROUND)
+    return bent if points[1][0] < points[1][3] else bent * (u > FOREGROUND)
 
 
 class Codebook(nn.Module):
-    """Sec. 3.3: which curve of which other contrast looks most like a target contrast, and its gain.
+    """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table for the data set, from at most 2,000 training slices; the paper may mean a
-    search for each image [D7].  Contrasts of a slice are compared by the cosine of their features.
+    It is one table from at most 2,000 training slices, as released.  The contrasts of a slice are
+    compared by the cosine of their features; the paper: attention maps of all image pairs [D7].
     votes        (C, C, K): [target, source, curve], the slices in which this pair was most alike
     similarity   (C, C, K): the sum of the cosines
     level        (C,): sum of the mean intensities of each contrast
-    warped       (C, K): the same of each contrast behind each curve
+    warped       (C, K): the same after each curve; only ratios of such sums are used
     """
 
     def __init__(self, C, curves):
@@ -379,10 +350,10 @@ class Codebook(nn.Module):
         self.warped += bent.mean((3, 4)).sum(0).cpu()
 
     def ranked(self, tgt, sources):
-        """All pairs (source, curve) for a target contrast, best first.  Contrasts are numbers.
+        """All pairs (source, curve) for a target contrast, best first, as numbers.
 
-        The pair with most votes is best.  Votes were counted with all contrasts present, so all
-        pairs may have none.  With equal votes, the larger similarity decides.
+        The pair with most votes is best.  Votes were counted with all contrasts present, so the
+        pairs of known sources may have none.  With equal votes, the larger similarity decides.
         """
         pairs = [(src, curve) for src in sources for curve in range(len(self.curves))]
 
@@ -394,23 +365,12 @@ class Codebook(nn.Module):
         """sigma of Sec. 3.3: mean intensity of the target over that of the bent source."""
         return float(self.level[tgt] / self.warped[src, curve].clamp(min=1e-6))
 
-    def readable(self, contrasts):
-        """The table for people: {target: [{source, curve, votes, gain}, ...]}, best first."""
-        table = {}
-        for tgt, name in enumerate(contrasts):
-            table[name] = []
-            for src, curve in self.ranked(tgt, [c for c in range(len(contrasts)) if c != tgt]):
-                table[name].append({"source": contrasts[src], "curve": curve,
-                                    "votes": int(self.votes[tgt, src, curve]),
-                                    "gain": round(self.gain(tgt, src, curve), 4)})
-        return table
-
 
 # ---- 5. Sampler ----------------------------------------------------------------------------------
 
 
 def time_grid(M, S):
-    """t_j = j M / S for j = 0..S.  Stage 1 walks it down from t_S = M.  Stage 2 stays at t_2."""
+    """t_j = j M / S for j = 0..S: stage 1 walks all of it down [D9].  Stage 2 stays at t_2."""
     return [min(round(j * M / S), T - 1) for j in range(S + 1)]
 
 
@@ -418,15 +378,15 @@ def guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha):
     """Eq. (4): predict x0 from x_t, then take one gradient step towards the known contrasts.
 
     x_t, y: (B, C, H, W); A: (B, C, 1, 1); t: int.  Returns x0_hat, (B, C, H, W).
-    The gradient is taken at x_t, through the U-Net and the clamp, and subtracted from x0_hat, as
-    printed.  Missing contrasts move too, because they influence the estimate of the known ones.
+    The gradient is taken at x_t, through the U-Net and our clamp [D11], and subtracted from x0_hat,
+    as printed.  Missing contrasts move too, because they change the estimate of the known ones.
 
     The paper prints a squared norm, but with the printed alpha that diverges.  As in the authors'
     release the norm is not squared; ours is one norm per sample [D3].  Steps with alpha_bar < 0.01
     are not guided: there 1 / sqrt(alpha_bar) makes the gradient explode.  M = 400 never gets there.
     """
     a = alpha_bar[t]
-    guide = alpha > 0 and bool(a >= 0.01)
+    guide = alpha > 0 and bool(a >= 0.01)                                   # [D3]
     with torch.set_grad_enabled(guide):
         x_t = x_t.detach().requires_grad_(guide)
         eps = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))  # (B, C, H, W)
@@ -462,11 +422,11 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
 
 
 def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
-    """Sec. 3.4, stage 2: noise to step t_2 and denoise, N - 2 times; then two descending steps.
+    """Sec. 3.4, stage 2, Eq. (5): noise to step t_2 and denoise, N - 2 times; then two steps down.
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
-    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided.
+    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided [D4].
     """
     for _ in range(N - 2):
         x_t = q_sample(x0, alpha_bar[grid[2]], noise())                     # (B, C, H, W)
@@ -474,7 +434,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
         x0 = (1 - w) * x0 + w * estimate                                    # Eq. (5)
         if paste:
             x0 = A * y + (1 - A) * x0                                       # (B, C, H, W)
-    for t in (grid[1], grid[0]):
+    for t in (grid[1], grid[0]):                                            # without Eq. (5) [D9]
         x_t = q_sample(x0, alpha_bar[t], noise())                           # (B, C, H, W)
         x0 = guided_x0(eps_model, x_t, t, alpha_bar, y, A, alpha)           # (B, C, H, W)
         if paste:
@@ -495,14 +455,15 @@ def prior_images(cfg, codebook, u, known, generators):
         targets = [c for c in range(len(row)) if not row[c]]
         for tgt in targets:
             if cfg.prior == "adaptive":
-                src, curve = codebook.ranked(tgt, sources)[0]
+                src, number = codebook.ranked(tgt, sources)[0]
             else:
                 K = len(codebook.curves)
                 g = generators[b]
                 pick = int(torch.randint(len(sources) * K, (), generator=g, device=u.device))
-                src, curve = sources[pick // K], pick % K
-            gain = codebook.gain(tgt, src, curve)
-            prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[curve])).clamp(0, 1)
+                src = sources[pick // K]
+                number = pick % K
+            gain = codebook.gain(tgt, src, number)
+            prior[b, tgt] = (gain * warp(u[b, src], codebook.curves[number])).clamp(0, 1)
     return prior
 
 
@@ -519,18 +480,18 @@ class Model:
     alpha_bar: torch.Tensor
 
     def eps_model(self, context, watch=None):
-        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list of (time, x_t, x0 estimate)."""
+        """eps_theta(x_t, t) with its context (B, L, D).  watch: a list of (time, x_t, estimate)."""
         def eps_theta(x_t, t):
             with self.run.autocast():
                 eps = self.unet(x_t, t, context).float()                    # (B, C, H, W)
             if watch is not None:
                 x0 = x0_from_eps(x_t, self.alpha_bar[int(t[0])], eps).clamp(-1, 1)  # (B, C, H, W)
-                watch.append((f"t = {int(t[0])}", x_t.detach().cpu(), x0.detach().cpu()))  # before Eq. (4)
+                watch.append((f"t = {int(t[0])}", x_t.detach(), x0.detach()))  # before Eq. (4)
             return eps
         return eps_theta
 
     def fill(self, u, known, keys, watch=None):
-        """Fill in the missing contrasts of a batch of slices, by both stages.
+        """Fill in the missing contrasts, by both stages.  common/evaluation.py calls this.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool.  keys: (subject, slice number) of each.  They
         fix the noise, so that a slice comes out the same in any batch.  watch: see eps_model.
@@ -551,8 +512,8 @@ class Model:
             start = 2 * prior - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
-        # The gradient step has about the same total length for every image size.  In a small image it
-        # is shared by fewer pixels, so each pixel would move further.  So we scale alpha [D3].
+        # The gradient of a norm has about the same length for every image size.  In a small image
+        # fewer pixels share it, so each pixel would move further.  So we scale alpha [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
@@ -566,7 +527,7 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """All stages.  What is finished is loaded from the checkpoint; load_model finds it in run.stages.
+    """All stages.  What is finished is loaded; load_model finds it in run.stages.
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].  An
     extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
@@ -576,10 +537,7 @@ def train(cfg, run, ds):
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                             cfg.encoder_batch, cfg.encoder_lr)
-    features = []                                             # the encoder is frozen: computed once
-    for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
-        features.append(encode(encoder, run.fetch(slices, part)))
-    features = torch.cat(features)                                          # (n, C, D)
+    features = encode_slices(run, encoder, slices)                          # (n, C, D)  only once
     mif = train_mif(cfg, run, ds, features)
     make_codebooks(cfg, run, ds, slices, encoder)
     train_diffusion(cfg, run, ds, slices, encoder, mif, features)
@@ -588,8 +546,8 @@ def train(cfg, run, ds):
 def train_mif(cfg, run, ds, features):
     """Stage "mif": the fusion module, on features (n, C, D) of the frozen encoder, by Eq. (1).
 
-    Every process works on the whole batch.  AdamW and its weight decay are ours [D11].  The decay
-    acts on matrices only; on norms, biases and the temperature it would act against the loss.
+    Every process of torchrun works on the whole batch.  Rate, betas, eps and 0.2 are the release's;
+    that the decay is decoupled (AdamW) and acts on matrices only is ours.
     """
     n, C, dim = features.shape
     torch.manual_seed(seed_of(run.seed, "mif"))
@@ -598,25 +556,25 @@ def train_mif(cfg, run, ds, features):
     others = [p for p in mif.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=cfg.mif_lr, betas=(0.9, 0.98), eps=1e-6)
-    subject = np.unique(ds.subject[ds.rows("train")], return_inverse=True)[1]  # (n,)  ids
-    subject = torch.from_numpy(subject).to(run.device)
+    ids = np.unique(ds.subject[ds.rows("train")], return_inverse=True)[1]   # (n,)
+    subject = torch.from_numpy(ids).to(run.device)
     batch = min(cfg.mif_batch, n)
-    everything = torch.ones(batch, C, dtype=torch.bool, device=run.device)  # (B, C)
+    all_known = torch.ones(batch, C, dtype=torch.bool, device=run.device)   # (B, C)
     steps = math.ceil(n * cfg.mif_epochs / batch)
-    # run.steps continues where a checkpoint ended, shows progress, and saves.
+    # run.steps goes on where a checkpoint ended, shows progress, and saves.
     for step in run.steps("mif", steps, {"mif": mif, "optimiser": optimiser}, batch):
         pick = torch.from_numpy(run.order("mif", n, batch, step)).to(run.device)  # (B,)
         g = np.random.default_rng(seed_of(run.seed, "mif drop", step))
         drop = g.integers(C)                                               # the same for all slices
-        subset = everything.clone()                                         # (B, C)
+        subset = all_known.clone()                                          # (B, C)
         subset[:, drop] = False
-        z_all = mif(features[pick], everything)                             # (B, D)
+        z_all = mif(features[pick], all_known)                              # (B, D)
         z_sub = mif(features[pick], subset)                                 # (B, D)
         loss = anatomy_loss(z_all, z_sub, mif.log_scale, subject[pick])
         # run.update is zero_grad, backward, clipping of the gradient at norm 1, and optimiser.step.
         run.update(loss, optimiser)
         with torch.no_grad():
-            mif.log_scale.clamp_(max=math.log(100))               # above, it would have no gradient
+            mif.log_scale.clamp_(max=math.log(100))       # anatomy_loss clamps it, without gradient
         nearest = (z_sub @ z_all.T).argmax(1)                               # (B,)
         found = nearest == torch.arange(batch, device=run.device)           # (B,)
         run.log(loss=loss, retrieval=found.float().mean())
@@ -631,18 +589,13 @@ def make_codebooks(cfg, run, ds, slices, encoder):
     for step in run.steps("codebook", len(parts), codebooks, 16):
         for codebook in codebooks.values():
             codebook.add(encoder, run.fetch(slices, parts[step]))
-    readable = {name: book.readable(ds.contrasts) for name, book in codebooks.items()}
-    run.write_json("codebook.json", readable)
     if run.rank == 0:
         u = torch.from_numpy(slices[len(slices) // 2].astype(np.float32))   # (C, H, W)
         draw_codebook(run.out / "codebook.png", codebooks[cfg.curves], ds.contrasts, u)
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
-    """Stage "diffusion": the joint model of all contrasts, by Eq. (2).
-
-    Averaged weights sample; those with the lowest validation loss are kept [D11].
-    """
+    """Stage "diffusion", Eq. (2).  Averaged weights of lowest validation loss are kept [D11]."""
     torch.manual_seed(seed_of(run.seed, "diffusion"))
     unet = make_unet(cfg, len(ds.contrasts), features.shape[2])
     unet = unet.to(run.device, memory_format=torch.channels_last)
@@ -650,11 +603,11 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
     best = Best(unet)
     optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
     network = torch.compile(unet) if run.args.compile else unet             # the same weights
-    alpha_bar = schedule(cfg).to(run.device)                                # (T,)
+    alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)                   # (T,)
     context = []                                                        # z is frozen: computed once
     for f in features.split(4096):
-        everything = torch.ones(f.shape[:2], dtype=torch.bool, device=run.device)  # (n', C)
-        context.append(condition(cfg, mif, f, everything))
+        all_known = torch.ones(f.shape[:2], dtype=torch.bool, device=run.device)  # (n', C)
+        context.append(condition(cfg, mif, f, all_known))
     context = torch.cat(context)                                            # (n, L, D)
     validate = validation(cfg, run, ds, encoder, mif, alpha_bar)
     mine = run.shard(cfg.batch)                                    # this process's share of a batch
@@ -683,13 +636,13 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
 
     Times and noise are always the same, so that values can be compared.
     """
-    rows = ds.rows("val")
+    rows = ds.rows("val", 32)
     if len(rows) == 0:
         run.say("no validation subjects: the last averaged weights are kept")
         return None
-    u = run.fetch(ds.images, data.evenly(rows, 32))                         # (V, C, H, W)
-    everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (V, C)
-    context = condition(cfg, mif, encode(encoder, u), everything)           # (V, L, D)
+    u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
+    all_known = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (V, C)
+    context = condition(cfg, mif, encode(encoder, u), all_known)            # (V, L, D)
     t = torch.linspace(0, T - 1, len(u), device=run.device).long()          # (V,)  all noise levels
     eps = torch.randn(u.shape, generator=run.generator("validation"), device=run.device)
 
@@ -702,16 +655,16 @@ def validation(cfg, run, ds, encoder, mif, alpha_bar):
 
 def load_model(cfg, run, subjects):
     """The trained networks of a run folder, from its checkpoint alone."""
-    C = len(run.about["contrasts"])
+    contrasts = run.about["contrasts"]
+    C = len(contrasts)
     dim = clip.SIZES[cfg.encoder]["embed"]
-    encoder = load_encoder(run)
     mif = run.trained(MutualInformationFusion(dim), "mif", "mif")
     codebooks = {name: run.trained(Codebook(C, name), "codebook", name).cpu() for name in CURVES}
     # The best weights, or without validation subjects the last averaged ones.
     unet = run.trained(make_unet(cfg, C, dim), "diffusion", "best", "ema")
     unet = torch.compile(unet) if run.args.compile else unet
-    alpha_bar = schedule(cfg).to(run.device)
-    return Model(cfg, run, run.about["contrasts"], encoder, mif, codebooks, unet, alpha_bar)
+    alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)
+    return Model(cfg, run, contrasts, load_encoder(run), mif, codebooks, unet, alpha_bar)
 
 
 # ---- 7. Figures and tables -----------------------------------------------------------------------
@@ -719,34 +672,35 @@ def load_model(cfg, run, subjects):
 
 
 def draw_codebook(path, codebook, contrasts, u):
-    """codebook.png: the two best entries of every contrast, at work on a slice u (C, H, W) in [0,1]."""
+    """codebook.png: the two best entries of every contrast, at work on a slice u (C, H, W)."""
     H, W = u.shape[1:]
     images = []
     labels = []
-    for target, entries in codebook.readable(contrasts).items():
-        for entry in entries[:2]:
-            source = u[contrasts.index(entry["source"])]                    # (H, W)
-            points = codebook.curves[entry["curve"]]
+    for tgt in range(len(contrasts)):
+        others = [c for c in range(len(contrasts)) if c != tgt]
+        for src, number in codebook.ranked(tgt, others)[:2]:
+            points = codebook.curves[number]
             curve = warp(torch.linspace(0, 1, W), points)                   # (W,)
             above = torch.linspace(1, 0, H)[:, None] > curve                # (H, W)
-            prior = (entry["gain"] * warp(source, points)).clamp(0, 1)      # (H, W)
-            images.append([source, (1 + above) / 2, prior, u[contrasts.index(target)]])
-            votes = f"{entry['votes']} of {sum(e['votes'] for e in entries)} votes"
-            labels.append(f"{target} from {entry['source']}: {votes}, gain {entry['gain']:.2f}")
+            gain = codebook.gain(tgt, src, number)
+            prior = (gain * warp(u[src], points)).clamp(0, 1)               # (H, W)
+            images.append([u[src], (1 + above) / 2, prior, u[tgt]])         # grey below the curve
+            votes = f"{codebook.votes[tgt, src, number]:.0f} of {codebook.votes[tgt].sum():.0f}"
+            labels.append(f"{contrasts[tgt]} from {contrasts[src]}: {votes} votes, gain {gain:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
-                  note="prior = gain x curve(source), on a training slice; a training slice votes for "
+                  note="prior = gain x curve(source), on a training slice; such a slice votes for "
                        "the entry that is most like the truth; curve: output over input, 0 to 1")
 
 
 def figure6(cfg, run, ds, model):
     """Fig. 6: slices from noise with z alone.  Nothing is known; no prior, guidance or stage 2.
 
-    M = 1000, S = 50.  The noise is the same in every row: rows differ by z only.  Writes fig6.png.
+    M = 1000, S = 50 (ours).  The noise is the same in every row: rows differ by z only.
     """
     rows = ds.spread("test", 1)[:6]
     u = run.fetch(ds.images, rows)                                          # (B, C, H, W)
-    everything = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (B, C)
-    context = condition(cfg, model.mif, encode(model.encoder, u), everything)  # (B, L, D)
+    all_known = torch.ones(u.shape[:2], dtype=torch.bool, device=run.device)  # (B, C)
+    context = condition(cfg, model.mif, encode(model.encoder, u), all_known)  # (B, L, D)
     g = run.generator("figure 6")
     nothing = torch.zeros(len(u), 1, 1, 1, device=run.device)               # A
 
@@ -755,28 +709,24 @@ def figure6(cfg, run, ds, model):
 
     x0 = stage1(model.eps_model(context), u * 0, nothing, None, noise, model.alpha_bar,
                 time_grid(T, 50), alpha=0)                                  # (B, C, H, W)
-    if run.rank > 0:
-        return
     truth = u.cpu().numpy()
     made = ((x0 + 1) / 2).cpu().numpy()
-    # How close each made slice is to each true one: (truth, made), a mean over the contrasts.
-    table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])
+    table = np.array([[metrics.psnr(a, b, 1).mean() for b in made] for a in truth])  # truth, made
     own = np.diag(table).mean()
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
     images = [[*a, *b] for a, b in zip(truth, made)]
-    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: z saw it")
-    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to those "
-            f"of other subjects; written: {run.out / 'fig6.png'}")
+    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: seen")
+    run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to "
+            f"those of other subjects; written: {run.out / 'fig6.png'}")
 
 
 def outline(cfg, ds):
     """For a dry run: the networks, and one slice through the U-Net."""
-    C = len(ds.contrasts)
     dim = clip.SIZES[cfg.encoder]["embed"]
-    unet = make_unet(cfg, C, dim)
-    x_t = torch.zeros(1, C, cfg.size, cfg.size)
+    x_t = torch.zeros(1, len(ds.contrasts), cfg.size, cfg.size)
     z = torch.zeros(1, 1, dim)
+    unet = make_unet(cfg, len(ds.contrasts), dim)
     lines = [f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(x_t.shape)}"]
     return script.Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
                           lambda: unet(x_t, torch.zeros(1), z), cfg.batch * cfg.steps, lines)
@@ -786,10 +736,11 @@ def outline(cfg, ds):
 
 METHOD = script.Method(
     "APT", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=lambda cfg: cfg.contrasts or None,
-    patterns=patterns, train=train, load=load_model, outline=outline,
+    patterns=lambda cfg, contrasts: missing_patterns(cfg.missing, contrasts), train=train,
+    load=load_model, outline=outline, extensible=("steps",),
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
-# From Python: apt.load("runs/apt-brats").fill(images, known), and apt.main(["--data", ...]).
+# From Python: apt.load("runs/apt-brats") is a common.evaluation.Trained, with .fill(images, known).
 load = functools.partial(script.load, METHOD)
 main = functools.partial(script.main, METHOD, __doc__)
 

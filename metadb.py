@@ -2,8 +2,7 @@
 
 "MetaDB: a metadata-guided diffusion bridge for medical image translation", ICMR 2026.
 https://doi.org/10.1145/3805622.3810728
-
-This file is part of a collection of reference implementations; MIT licence, see LICENSE.
+Part of a collection of reference implementations; MIT licence, see LICENSE.
 
 THE IDEA.  A diffusion bridge does not start from noise.  Its states walk from the source image y
 (step N) to the target x0 (step 0).  A generator sees the state and y, and predicts x0.  The next
@@ -11,18 +10,19 @@ state is drawn from the exact Gaussian posterior.  What the two images are (pati
 contrast, echo times) is written as two prompts.  The prompts enter twice:
   1. TA-Norm: in the blocks of the U-Net, the source's look is taken away from the feature maps and
      the target's look is given to them.  Gains and shifts come from the embeddings of the prompts.
-  2. SR-Net: a small network gets the prediction, pooled to a few numbers, and the target's prompt
+  2. SR-Net: a small network gets the prediction, pooled to 170 numbers, and the target's prompt
      with its contrast masked.  It must find the embedding of the whole prompt.  So the prediction
      must show what the prompt says.
 A discriminator, which sees no text, judges pairs of neighbouring states.  It makes them sharp.
 
 PROMPT, and the same with its contrast masked (data/prompts.py):
-  Age: 35; Gender: F; Scanner: Philips 1.5T; Description: T2-weighted MRI of the brain, TE 100 ms
-  Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TE [MASK] ms
+  Age: 35; Gender: F; Scanner: GE 3T; Description: T2-weighted MRI of the brain, TR 90 ms, TE 9 ms
+  Age: 35; Gender: F; Scanner: GE 3T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
 
 PIPELINE (B slices, H x W pixels, D width of an embedding)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)
   x_t, y, x_r (B,1,H,W each), t, E_src, E_tgt --generator, R times--> x0_hat (B,1,H,W)
+  in training: x0_hat, E_mask --SR-Net--> E_rec (B,D);  x_{t-1}, x_t --discriminator--> logits
   x0_hat, x_t, y --posterior--> x_{t-1}    N steps from x_N down to x_0; N R passes for a sample
 Training has the stages "encoder" and "bridge".
 
@@ -39,7 +39,7 @@ EQUATIONS
 
 SYMBOLS
   paper               code                    meaning
-  x_0, y, x_t         x0, y, x_t              target, source, state; (B,1,H,W) in [-1,1]
+  x_0, y, x_t         x0, y, x_t              target and source in [-1,1], state; (B,1,H,W)
   x_0 (estimate)      x0_hat, x_r             prediction, and that of the pass before
   m_t, delta_t        bridge.m, bridge.delta  tables over the steps 0..N
   E_s, E_t, E_mask    e_src, e_tgt, e_mask    embeddings of the two prompts and of the masked one
@@ -47,7 +47,7 @@ SYMBOLS
   R_M, F_p            sr, f_p                 network of SR-Net, what it sees of the prediction
   lambda_1, lambda_2  lambda_adv, lambda_sem  weights of Eq. (9)
   -                   u                       slice as stored, in [0,1]
-  -                   _src, _tgt              source and target; _t always means time
+  -                   src, tgt                source and target; _t always means time
 
 COMMANDS
   python metadb.py --data data/ixi --train --evaluate      makes phantoms on first use; CPU, minutes
@@ -56,19 +56,21 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D1]  The text tower of a small CLIP, trained on the training subjects, replaces BiomedCLIP.
-  [D2]  x_N is exactly y; --bridge soft adds the noise that the paper's constants come from.
-  [D3]  TA-Norm has a floor of 0.1 under its gains, and a map of its own for each prompt.
+  [D2]  Betas are SelfRDB's (the paper: linear); x_N is exactly y (--bridge soft: with noise).
+  [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
-  [D5]  Real pairs are drawn jointly; the discriminator's loss has an R1 penalty; losses are means.
-  [D6]  Training takes R passes too; learning rates fall; the weights of the best validation stay.
-  [D7]  Slices are padded, normalised per volume, and all are used (the paper: 100 per subject).
-  [D8]  Rivals of Table 2 are switches of this script, without text; see data/results/metadb.md.
+  [D5]  Losses are means over images in [-1,1]; real pairs are joint; D has an R1 penalty.
+  [D6]  R passes in training, as in sampling; learning rates fall; the best validation weights stay.
+  [D7]  Slices are padded, normalised per volume, and all are trained on (the paper: 100 a subject).
+  [D8]  Rivals of Tables 2 and 4 are switches of this script, without text: see --reproduce list.
 
-NEEDS  all files of common/ and data/ (the test suite holds the exact list)
+NEEDS  data/ and these files of common/:
+  cli.py clip.py contrastive.py device.py discriminator.py downstream.py embeddings.py encoder.py
+  evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py
+  script.py table_pages.py tables.py tokenizer.py unet.py
 """
 import functools
 import math
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,9 +79,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import clip, downstream, script
+from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
-from common.encoder import Prompts, join_words, load_encoder, train_encoder
+from common.encoder import Prompts, Text, load_encoder, train_encoder
 from common.evaluation import all_directions, chosen_direction
 from common.loop import Best, cosine_rate
 from common.schedules import ddbm_bridge, syndiff_schedule
@@ -103,7 +106,7 @@ class Config:
     # data
     source: tuple[str, ...] = ("t1",)           # contrasts to start from
     target: tuple[str, ...] = ("t2",)           # contrasts to make; several: all pairs
-    size: int = 256                             # height and width of a slice in pixels
+    size: int = 256                             # height and width of a slice in pixels [D7]
     train_fraction: float = 0.625               # share of the subjects that train (IXI: 25 of 40)
     test_subjects: int = 10                     # subjects that are scored; the others validate
     test_slices: int = 100                      # slices scored per test subject, evenly spread
@@ -125,9 +128,9 @@ class Config:
     lr: float = 1.6e-4                          # peak learning rate of generator and SR-Net (Adam)
     lr_d: float = 1e-4                          # peak learning rate of the discriminator (Adam)
     # method, in training
-    bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"    # noise along the bridge [D2]
+    bridge: Literal["hard", "soft", "ddbm", "ddpm"] = "hard"    # noise along the bridge [D2] [D8]
     N: int = 10                                 # steps of the bridge
-    R: int = 2                                  # passes per step, each sees the result before it
+    R: int = 2                                  # passes per step, each sees the one before [D6]
     conditioning: Literal["ta", "xattn", "none"] = "ta"         # how prompts enter (Table 4)
     prompts: Literal["both", "source", "target"] = "both"       # which TA-Norm reads (Table 6)
     share: bool = False                         # one map for both prompts [D3]
@@ -138,9 +141,9 @@ class Config:
     pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to 1x1, 2x2, ... squares [D4]
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
-    only: tuple[str, ...] = ()                  # one direction, source,target, of several
-    eta: float = 1.0                            # noise of the posterior: 1 Markov, 0 none (DBIM)
-    noise: float = 0.0                          # sigma, of 255, on test sources (Fig. 5)
+    only: tuple[str, ...] = ()                  # of several directions only source,target
+    eta: float = 1.0                            # new noise of the posterior: 1 Markov, 0 least
+    noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5, below)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -165,22 +168,12 @@ class Config:
                              "name two different contrasts")
 
 
-# Fields that may change without training again.  All others make another run.
+# Fields that may change without training again.  All others need training in another --out.
 SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", "test_slices")
-PRESETS = {
-    "paper": {},
-    "demo": dict(
-        size=64, train_fraction=2 / 3, test_subjects=6, test_slices=3, encoder="demo", base=16,
-        mult=(1, 2, 2, 4), blocks=1, attention=(8,), head_dim=16, groups=8, disc_base=16,
-        encoder_steps=150, encoder_batch=24, encoder_lr=1e-3, epochs=25, batch=8, lr=5e-4,
-        lr_d=3e-4, segment_steps=600),
-}
-LIMITS = dict(
-    size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64), N=(1, 1000),
-    R=(1, 10), encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), lambda_adv=(0, 1e3),
-    lambda_sem=(0, 1e3), pool=(1, 64), eta=(0, 1), noise=(0, 255))
-# The stages of training, in order.  Each has the fields that matter to it and to later stages only.
-# A change of any other field trains all stages again.
+PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
+LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
+              eta=(0, 1), noise=(0, 255))
+# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -209,21 +202,8 @@ def patterns(cfg, contrasts):
     return [((source,), tuple(made)) for source, made in targets.items()]
 
 
-# Embeddings E_src, E_tgt, E_mask (B, D).  For cross-attention also the words of both prompts
-# (B, 2L, K), of which some are padding.
-Text = namedtuple("Text", "e_src e_tgt e_mask words is_word")
-
-
-def tell(prompts, names, src, tgt):
-    """The Text of slices.  names of subjects; src, tgt: one channel number per slice."""
-    source = prompts.features(prompts.sentences(names, src))
-    target = prompts.features(prompts.sentences(names, tgt))
-    masked = prompts.features(prompts.sentences(names, tgt, ("modality",)))
-    words, is_word = join_words(source, target) if prompts.words else (None, None)
-    return Text(source.pooled, target.pooled, masked.pooled, words, is_word)
-
-
 def make_prompts(cfg, encoder, subjects, contrasts, device):
+    """The embeddings of prompts: prompts(names, src, tgt) is a Text, see common/encoder.py."""
     words = cfg.conditioning == "xattn"
     return Prompts(encoder, subjects, contrasts, cfg.fields, cfg.text_file, device, words)
 
@@ -269,8 +249,8 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has a map of its own.  With one map (share), rows of Table 5 whose two prompts are
-    equal would do nothing at all.  Both maps start equal, so TANorm starts as the identity.
+    Each prompt has a map of its own.  With one map (share) and two equal prompts, as in rows of
+    Table 5, strip and inject would cancel.  With both prompts TANorm starts as the identity.
     """
 
     def __init__(self, channels, dim, prompts, share):
@@ -291,7 +271,7 @@ class TANorm(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Table 4's rival: every position looks at the words of both prompts.  word_dim: K."""
+    """Table 4's rival, on maps up to 32 pixels: positions see the words of both prompts [D8]."""
 
     def __init__(self, channels, head_dim, word_dim, groups):
         super().__init__()
@@ -311,10 +291,7 @@ class CrossAttention(nn.Module):
 
 
 class Generator(nn.Module):
-    """Eq. (2): x0_hat from the state, the source and its own previous estimate.
-
-    dim: D, width of an embedding; word_dim: K, width of a word (for cross-attention).
-    """
+    """Eq. (2): x0_hat from the state, the source and its own previous estimate.  word_dim: K."""
 
     def __init__(self, cfg, dim, word_dim):
         super().__init__()
@@ -342,7 +319,7 @@ class Generator(nn.Module):
         """
         time = 1000 * t / self.N                                            # (B,)
         x_r = torch.zeros_like(y)                                           # (B, 1, H, W)
-        for _ in range(self.R):
+        for _ in range(self.R):                                             # [D6]
             seen = torch.cat([x_t, y, x_r], dim=1)                          # (B, 3, H, W)
             x_r = torch.tanh(self.unet(seen, time, text).float())           # (B, 1, H, W)
         return x_r
@@ -351,7 +328,8 @@ class Generator(nn.Module):
 class SRNet(nn.Module):
     """Sec. 3.2.2: the embedding of the whole prompt from the masked one and the picture.
 
-    No skip connection leads from E_mask to the output, because the cosine would begin at almost 1.
+    No skip connection leads from E_mask to the output.  E_mask and E_tgt are almost equal, so the
+    cosine would begin at almost 1.
     """
 
     def __init__(self, dim, pool):
@@ -389,7 +367,8 @@ class Bridge:
     Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  Its noise is r_t = x_t - a_t x0 - m_t y.  Then
         x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps
     keeps Eq. (1) true at t - 1 whenever c_t^2 delta_t^2 + v_t = delta_{t-1}^2.
-    eta = 1 takes v_t of the Markov chain, where c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
+    eta = 1 takes v_t of the Markov chain that has these marginals.  It multiplies x_{t-1} by
+    a_t / a_{t-1} and adds noise, which gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
     eta = 0 adds no new noise.  Exception: if delta_N = 0, step N still adds noise, because x_N
     contains none to keep.
     """
@@ -426,7 +405,7 @@ class Bridge:
         return mean + self.at(self.v, t, x0).sqrt() * eps
 
 
-RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of Table 2
+RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of Table 2 [D8]
 
 
 def bridge_tables(name, N):
@@ -434,15 +413,14 @@ def bridge_tables(name, N):
 
     hard, our default: no noise at either end, because the text says "x_T = y".  The constants
     (N = 10, betas from 0.1 to 3.0) come from SelfRDB, where x_N is y with noise of 1.08: soft [D2].
-    Both use the betas of SelfRDB: sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to
-    sqrt(3 / N).  The first half is used twice, rising and then falling; for N = 10 the largest beta
-    is 0.167.  s2 and sbar2 are the sums of betas up to t and from t on, beta_t in both.
-    The sum of all is kept at its value for N = 10, so that the noise does not depend on N.
+    Both use the betas of SelfRDB, see mirrored_betas.  s2 and sbar2 are the sums of betas up to t
+    and from t on; beta_t is in both.  The sum of all is kept at its value for N = 10, so that the
+    noise does not depend on N.
     """
     if name in RIVALS:
         return RIVALS[name](N)
     total = mirrored_betas(10).sum()
-    if N == 1:                                                # no beta is left: straight to the end
+    if N == 1:                                              # the half is empty: straight to the end
         m = torch.tensor([0.0, 1.0], dtype=torch.float64)
         s2 = total * m
         sbar2 = total * (1 - m)
@@ -456,7 +434,11 @@ def bridge_tables(name, N):
 
 
 def mirrored_betas(N):
-    """The betas of SelfRDB, (N+1,).  N = 4: 0, b1, b2, b1, 0."""
+    """The betas of SelfRDB, (N+1,): the first half of a grid, and the same backwards.
+
+    sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to sqrt(3 / N), of which the first
+    half is used; up to N = 30 they rise.  N = 4: 0, b1, b2, b1, 0.  N = 10: the largest is 0.167.
+    """
     roots = torch.linspace(math.sqrt(0.1), math.sqrt(3 / N), N + 1, dtype=torch.float64)
     first = torch.cat([torch.zeros(1, dtype=torch.float64), roots ** 2])[:N // 2 + 1]
     return torch.cat([first, first.flip(0)[1 - N % 2:]])
@@ -489,7 +471,7 @@ def sample(generate, bridge, y, text, noise, watch=None):
     """
     N = len(bridge.a) - 1
     t = torch.full((len(y),), N, device=y.device)                           # (B,)
-    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())               # (B, 1, H, W)  a_N = 0
+    x_t = bridge.q_sample(t, torch.zeros_like(y), y, noise())               # a_N is 0 (ddpm: .007)
     for step in range(N, 0, -1):
         t = torch.full((len(y),), step, device=y.device)                    # (B,)
         x0_hat = generate(x_t, t, y, text)                                  # (B, 1, H, W)
@@ -526,8 +508,8 @@ class Model:
     def fill(self, u, known, keys, watch=None):
         """Make every contrast that is missing and can be made from a known one.
 
-        u: (B, C, H, W) in [0,1]; known: (B, C) bool.  Returns u with the made contrasts in place,
-        and no extras.
+        common/evaluation.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
+        see translate.  Returns u with the made contrasts in place, and {}: no further images.
         ValueError if a contrast could be made from two of the known ones.
         """
         names = [name for name, _ in keys]
@@ -542,7 +524,7 @@ class Model:
                                  "known contrasts; give one of them only")
             made[here, tgt] = True
             n = len(here)
-            text = tell(self.prompts, [names[b] for b in here], [src] * n, [tgt] * n)
+            text = self.prompts([names[b] for b in here], [src] * n, [tgt] * n)
             y = u[here, src, None]                                          # (B', 1, H, W)
             keys_here = [keys[b] for b in here]
             x0 = translate(self.run, self.generator, self.bridge, y, text, keys_here, watch)
@@ -559,7 +541,7 @@ def train(cfg, run, ds):
 
     Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
     has seen no prompts but those of the training subjects, with all four fields (Table 5 leaves
-    some out).  A field of a prompt is masked now and then.
+    some out).  Fields are masked now and then, so that it learns what [MASK] and None mean.
     """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     meta = {subject.name: subject.meta for subject in ds.subjects}
@@ -576,19 +558,19 @@ def train(cfg, run, ds):
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge": Eq. (9).  The generator with the lowest validation error is kept [D6].
+    """Stage "bridge": Eq. (9), which begins with Eq. (6).
 
-    In every step the discriminator is updated first.  Then generator and SR-Net are updated
-    together, against the new discriminator.
+    The generator with the lowest validation error is kept [D6].  In every step the discriminator is
+    updated first.  Then generator and SR-Net are updated together, against the new discriminator.
     """
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts = list(ds.contrasts)
     slices = ds.part("train")
     device = run.device
     prompts = make_prompts(cfg, encoder, ds.complete, contrasts, device)
-    first = ds.complete[0].name                      # the prompts of one subject must be told apart
+    first = ds.complete[0].name                            # can the encoder tell its prompts apart?
     prompts.report(run, first)
-    one = tell(prompts, [first], [0], [0])
+    one = prompts([first], [0], [0])
     dim = one.e_src.shape[1]
     word_dim = None if one.words is None else one.words.shape[2]
     run.about["text"] = {"dim": dim, "word_dim": word_dim}
@@ -630,25 +612,25 @@ def train_bridge(cfg, run, ds, encoder):
         x = 2 * run.fetch(slices, pick) - 1                                 # (B, C, H, W)
         y = x[each, src, None]                                              # (B, 1, H, W)
         x0 = x[each, tgt, None]                                             # (B, 1, H, W)
-        text = tell(prompts, subject[pick], src, tgt)
+        text = prompts(subject[pick], src, tgt)
         cosine_rate(optimiser, step, steps, cfg.lr)                         # falls to 1e-5 [D6]
 
         x_t = bridge.q_sample(t, x0, y, eps_t)                              # (B, 1, H, W)
         with run.autocast():
             x0_hat = network(x_t, t, y, text)                               # (B, 1, H, W)
-        rec = F.l1_loss(x0_hat, x0)                                         # Eq. (6)
+        rec = F.l1_loss(x0_hat, x0)                                         # Eq. (6) [D5]
         loss = rec
         if D:
             # Real pairs are drawn jointly: x_{t-1} comes from the same x_t and the true x0 [D5].
             fake_prev = bridge.posterior(t, x_t, x0_hat, y, eps_fake)       # (B, 1, H, W)
             real_prev = bridge.posterior(t, x_t, x0, y, eps_real)           # (B, 1, H, W)
-            cosine_rate(optimiser_d, step, steps, cfg.lr_d)
+            cosine_rate(optimiser_d, step, steps, cfg.lr_d)                 # [D6]
             D.requires_grad_(True)                                         # first the discriminator
             with run.autocast():
                 real = D(real_prev, x_t, t).float()                         # (B, 1, H/8, W/8)
                 fake = D(fake_prev.detach(), x_t, t).float()                # (B, 1, H/8, W/8)
             loss_d = discriminator_loss(real, fake)
-            if step % 10 == 0:
+            if step % 10 == 0:                                              # not always: slow [D5]
                 loss_d = loss_d + r1_penalty(D, real_prev, x_t, t)          # in fp32
             # run.update is zero_grad, backward, clipping (here none), and optimiser.step.
             run.update(loss_d, optimiser_d, max_norm=math.inf)
@@ -663,12 +645,12 @@ def train_bridge(cfg, run, ds, encoder):
             loss = loss + cfg.lambda_sem * sem                              # Eq. (9)
             if cfg.sem_real:
                 # R_M learns from real images of both contrasts, so that it must read pictures [D4].
-                back = tell(prompts, subject[pick], tgt, src)               # whose target is y
-                real = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
-                real = real + semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
-                loss = loss + cfg.lambda_sem * real / 2
-            # If the target contrast is always the same, SR-Net can ignore the image [D4].  sem_gain
-            # is L_sem with the source image minus L_sem with the prediction: near 0, it is ignored.
+                back = prompts(subject[pick], tgt, src)                     # whose target is y
+                of_x0 = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
+                of_y = semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
+                loss = loss + cfg.lambda_sem * (of_x0 + of_y) / 2
+            # If the target contrast is always the same (the default), SR-Net can ignore the image
+            # [D4].  sem_gain is L_sem with another image, y, less L_sem: near 0, it is ignored.
             with torch.no_grad():
                 other = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(y)))
             run.log(sem=sem, sem_gain=other - sem)
@@ -681,10 +663,7 @@ def train_bridge(cfg, run, ds, encoder):
 
 
 def validation(cfg, run, ds, prompts, bridge):
-    """A function G -> mean squared error of at most 16 sampled validation slices; None without.
-
-    The noise is always the same, so that values can be compared.
-    """
+    """A function G -> mean squared error of 16 sampled validation slices, with fixed noise."""
     rows = ds.rows("val", 16)
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")
@@ -693,7 +672,7 @@ def validation(cfg, run, ds, prompts, bridge):
     src, tgt = pairs[torch.arange(len(rows)) % len(pairs)].unbind(1)        # (V,) each
     u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
     each = torch.arange(len(rows))
-    text = tell(prompts, ds.subject[rows], src, tgt)
+    text = prompts(ds.subject[rows], src, tgt)
     keys = ds.keys(rows)
 
     def validate(G):
@@ -760,7 +739,7 @@ METHOD = script.Method(
     patterns=patterns, train=train, load=load_model, outline=outline, disturb=spoil,
     segmenters=segmenters, choice="--only source,target")
 
-# From Python: metadb.load("runs/metadb-ixi").fill(images, known), and metadb.main(["--data", ...]).
+# From Python: metadb.load("runs/metadb-ixi") is a common.evaluation.Trained: .fill(images, known).
 load = functools.partial(script.load, METHOD)
 main = functools.partial(script.main, METHOD, __doc__)
 

@@ -7,6 +7,7 @@ beats the default of the field.
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
@@ -16,6 +17,24 @@ from pathlib import Path
 
 from common.files import RunError
 from data.files import DataError
+
+# Fields that several scripts have: (lowest, highest).
+LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
+              encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536))
+
+
+def load_presets(script):
+    """{preset: {field: value}} of a script, from data/presets.json.
+
+    "paper" changes nothing; "demo" holds sizes for phantoms.
+    """
+    path = Path(__file__).parent.parent / "data" / "presets.json"
+    presets = {}
+    for name, values in json.loads(path.read_text(encoding="utf-8"))[script].items():
+        presets[name] = {}
+        for field, value in values.items():
+            presets[name][field] = tuple(value) if isinstance(value, list) else value
+    return presets
 
 
 def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, script=None):
@@ -62,6 +81,7 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     defaults = {field.name: field.default for field in fields}
     chosen = {**defaults, **presets[args.preset], **args.typed}
     # Limits are checked before the Config is made, because it computes with the values.
+    limits = {**LIMITS, **limits}
     for name, value in chosen.items():
         low, high = limits.get(name, default_limits(value))
         empty = name in limits and value == ()
@@ -111,6 +131,9 @@ def add_run_flags(parser, script, presets, tables):
                      help="score the test subjects once: results.json, a table, pictures")
     run.add_argument("--synthesize", action="store_true",
                      help="write missing contrasts as NIfTI volumes on the source's own grid")
+    run.add_argument("--export", type=Path, metavar="FOLDER",
+                     help="write what sampling needs of a trained model, and no more, to a new "
+                          "folder")
     run.add_argument("--reproduce", choices=[*tables, "list"], metavar="TABLE",
                      help="train and score every row of a table of the paper, beside its numbers: "
                           f"{', '.join(tables)}; list")

@@ -7,8 +7,11 @@ writes all prompts of a data set, one a line, for an encoder of your own (common
 Letters in shape comments: B slices, L tokens, W width of a token, D width of an embedding.
 """
 import argparse
+import math
+from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -46,15 +49,38 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
 def load_encoder(run):
     """The frozen CLIP of a run's checkpoint, on its device."""
     weights = run.stages["encoder"]["parts"]["clip"]
+    run.used.add(("encoder", "clip"))
     encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": weights})
     return encoder.freeze().to(run.device)
+
+
+@torch.no_grad()
+def encode(encoder, u):
+    """One feature per contrast, from the frozen image tower.  u: (B, C, H, W) in [0,1] -> (B, C, D)."""
+    B, C = u.shape[:2]
+    one_by_one = u.flatten(0, 1).unsqueeze(1)                                   # (B*C, 1, H, W)
+    return encoder.encode_image(one_by_one).pooled.float().unflatten(0, (B, C)) # (B, C, D)
+
+
+def encode_slices(run, encoder, slices):
+    """The same for all slices (n, C, H, W) of a memory-mapped array -> (n, C, D) on the device."""
+    features = []
+    for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
+        features.append(encode(encoder, run.fetch(slices, part)))
+    return torch.cat(features)                                                  # (n, C, D)
+
+
+# What a network is told about a batch: embeddings (B, D) of the source's prompt, of the target's, and of the target's with
+# the modality masked.  If words are needed, also the tokens of source and target side by side, (B, 2L, W), of which some are
+# padding: is_word (B, 2L).
+Text = namedtuple("Text", "e_src e_tgt e_mask words is_word")
 
 
 class Prompts:
     """The embeddings of the prompts of subjects, each computed once: the text encoder is frozen.
 
     encoder    a frozen clip.CLIP, or None with a file
-    subjects   layouts.Subject; meta: {name: what is known of it}.  A prompt of an unknown subject says None everywhere
+    subjects   layouts.Subject; meta: {name: what is known of it}.  Of an unknown subject the prompt says None, but for the contrast
     contrasts  names, in the order of the channels;  fields: what a prompt says (data/prompts.py)
     file       .npz with embeddings of your own, see load_embeddings.  RunError if it lacks one of the subjects' prompts
     words      True: the tokens are needed too.  RunError if the file holds none
@@ -104,6 +130,14 @@ class Prompts:
         except ValueError as error:
             raise RunError(f"--text-file {self.file}: {error}") from error
         return Features(*(None if part is None else part.to(self.device) for part in found))
+
+    def __call__(self, names, src, tgt):
+        """Text for slices: names of subjects; src, tgt: one channel number per slice."""
+        source = self.features(self.sentences(names, src))
+        target = self.features(self.sentences(names, tgt))
+        masked = self.features(self.sentences(names, tgt, ("modality",)))
+        words, is_word = join_words(source, target) if self.words else (None, None)
+        return Text(source.pooled, target.pooled, masked.pooled, words, is_word)
 
     def report(self, run, name):
         """Say whether the prompts of one subject can be told apart; see report_closest."""

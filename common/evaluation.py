@@ -288,7 +288,7 @@ def evaluate(method, cfg, run, ds, model):
     learned = {name: some[:, c] for c, name in enumerate(contrasts)}
     report(run, tasks, learned, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
                                 "unit: subject, the mean of its slices")
-    draw_steps(run, ds, model, patterns[:4], rows[len(rows) // 2])
+    draw_steps(run, ds, model, patterns[:2], rows[len(rows) // 2])
 
 
 def fill_test(method, cfg, run, ds, model, rows, patterns):

@@ -88,10 +88,12 @@ def cosine_rate(optimiser, step, steps, peak, low=1e-5):
 
 
 class Loop(Machine):
-    """The loop of a run.  A subclass has say(text), keep(stage, step, total, parts), .out and .stages.
+    """The loop of a run.  A subclass has say(text), keep(stage, step, total, parts), draw_training(stage), .out
+    and .stages.
 
     seconds     None, or the time after which every stage ends (for --benchmark)
     measured    {stage: facts of its pace}, filled where `seconds` is given
+    preview     None, or a function that draws what the last stage makes so far; called three times in a training
     """
 
     def __init__(self, seed, device, precision):
@@ -102,6 +104,8 @@ class Loop(Machine):
         self.open_line = False                              # a progress bar stands in the last line
         self.seconds = None
         self.measured = {}
+        self.preview = None
+        self.last_stage = None
 
     def order(self, purpose, n, batch, step):
         """Rows (batch,) of step `step`: shuffled passes over n samples, every sample once per pass."""
@@ -146,15 +150,23 @@ class Loop(Machine):
                 stop = self.agree(self.stop)
                 # A save may take 5 % of the time, and comes every minute at most.
                 due = time.monotonic() - last_save > max(60, 20 * save_cost)
-                if stop or done == total or due:
+                look = self.shows_previews(stage) and done in (total // 4, total // 2, 3 * total // 4)
+                if stop or done == total or due or look:
                     before = time.monotonic()
                     self.keep(stage, done, total, parts)
+                    self.draw_training(stage)
+                    if look:
+                        self.preview()
                     last_save = time.monotonic()
                     save_cost = last_save - before
                 if stop:
                     self.barrier()                          # torchrun ends all when one leaves: not before the save
                     self.leave(stop, f"{stage}: stopped after step {done} of {total}, saved; "
                                      "the same command continues")
+
+    def shows_previews(self, stage):
+        """True in the first process, in the stage that trains what the script is about: the last."""
+        return self.rank == 0 and self.preview is not None and stage == self.last_stage
 
     def trial(self, stage, total, parts, batch):
         """Some steps of a stage, to measure its pace: two to warm up, one to count operations, then for .seconds."""

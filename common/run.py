@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import pictures
 from common.files import FORMAT, RunError, lock, read_checkpoint, replace, restore
 from common.loop import Loop, time_stamp
 
@@ -42,6 +43,7 @@ class Run(Loop):
         self.stages = {}
         self.lock = None
         self.fell_back = False                              # last.pt was damaged, last_prev.pt is used
+        self.used = set()                                   # (stage, name) of the states that sampling needs
         writes = any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize"))
         if self.rank == 0 and writes:
             self.lock = lock(self.out)
@@ -84,22 +86,30 @@ class Run(Loop):
             self.config, self.seed = stored_config(self.out, self.config, self.args, free)
         return self.config
 
-    def claim(self, fields, about):
+    def claim(self, fields, about, extensible=()):
         """Check that this folder's run is the same one (`fields` of the config and `about`).
 
         RunError names what differs.  A run that has saved nothing yet may change: it may have failed for
-        its flags.  Afterwards config.json stays.
+        its flags.  Afterwards config.json stays, but for `extensible` fields, which may be raised: then the
+        last stage goes on.
         """
         mine = {**{f: self.config_dict()[f] for f in fields}, "seed": self.seed, **about}
         path = self.out / "config.json"
         self.about = {**self.about, **about}
         if path.exists() and self.stages:
-            theirs = json.loads(path.read_text(encoding="utf-8"))["identity"]
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            theirs = stored["identity"]
+            raised = {f: mine[f] for f in extensible if theirs.get(f) is not None and mine[f] > theirs[f]}
             differ = [f"{k} was {json.dumps(theirs.get(k))[:60]}, now {json.dumps(v)[:60]}"
-                      for k, v in mine.items() if theirs.get(k) != v]
+                      for k, v in mine.items() if theirs.get(k) != v and k not in raised]
             if differ:
                 raise RunError(f"{self.out} holds a run with another configuration: {'; '.join(differ)}; "
                                "use the old values or another --out")
+            if raised:
+                self.say("this run is trained further: " + ", ".join(f"{k} {theirs[k]} -> {v}" for k, v in raised.items()))
+                self.stages[list(self.stages)[-1]]["finished"] = False
+                self.write_json("config.json", {**stored, "identity": {**theirs, **raised},
+                                                "config": {**stored["config"], **raised}})
             return
         self.barrier()                                      # others may still read it
         self.write_json("config.json", {"script": self.script, "command": " ".join(sys.argv),
@@ -111,9 +121,10 @@ class Run(Loop):
         self.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint,
                       "test": ds.split["test"]}
 
-    def claim_for(self, ds, free):
-        """Claim the folder for training on a data.Dataset; only the fields in `free` may differ from what is there."""
-        self.claim([field for field in vars(self.config) if field not in free], about_of(ds))
+    def claim_for(self, ds, free, extensible=()):
+        """Claim the folder for training on a data.Dataset; only the fields in `free` may differ from what is there,
+        and those in `extensible` may be raised."""
+        self.claim([field for field in vars(self.config) if field not in free], about_of(ds), extensible)
         self.write_json("split.json", ds.split)
 
     def refuse_seen(self, ds):
@@ -171,16 +182,59 @@ class Run(Loop):
         """
         states = self.stages[stage]["parts"]
         state = {}
-        for name in reversed(names):
+        for name in names:
             found = states.get(name, {})
-            if set(found) != {"loss", "model"}:
+            if set(found) == {"loss", "model"}:
+                found = found["model"] if math.isfinite(found["loss"]) else {}
+            if found:
+                self.used.add((stage, name))
                 state = found
-            elif math.isfinite(found["loss"]):
-                state = found["model"]
+                break
         restore(part, state, f"{stage}/{names[0]} in {self.out}")
         if isinstance(part, torch.nn.Module):
             part.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return part
+
+    def export(self, folder):
+        """A new folder with what sampling needs, and no more: the states that were `used`, and the configuration.
+
+        RunError if the folder exists.
+        """
+        if self.rank > 0:
+            return
+        if folder.exists():
+            raise RunError(f"--export {folder}: exists; name a new folder")
+        stages = {}
+        for stage, saved in self.stages.items():
+            parts = {name: state for name, state in saved["parts"].items() if (stage, name) in self.used}
+            stages[stage] = {**saved, "parts": parts}
+        content = {"format": FORMAT, "script": self.script, "config": self.config_dict(), "seed": self.seed,
+                   "about": self.about, "stages": stages}
+        folder.mkdir(parents=True)
+        replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
+        config = (self.out / "config.json").read_text(encoding="utf-8")
+        replace(folder / "config.json", lambda tmp: tmp.write_text(config, encoding="utf-8"))
+        size = (folder / "last.pt").stat().st_size / 2 ** 20
+        self.say(f"exported: {folder}, {size:.1f} MB; it can be loaded, evaluated and synthesised from, not trained")
+
+    def draw_training(self, stage):
+        """training.png: the losses of a stage, from log.jsonl."""
+        if self.rank > 0 or not (self.out / "log.jsonl").exists():
+            return
+        series = {}
+        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["stage"] != stage:
+                continue
+            for name in ("loss", "validation", "rec", "adv", "disc", "sem"):
+                if entry.get(name) is not None:
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(entry["step"])
+                    values.append(entry[name])
+        series = {name: points for name, points in series.items() if len(points[0]) > 1}
+        if series:
+            pictures.curves(self.out / "training.png", series, "step", "mean of the steps since the point before",
+                            f"{self.script}: {stage}")
 
     def skip(self, stage):
         """Finish a stage that has nothing to train."""

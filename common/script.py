@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+from common import pictures
 from common.cli import parse
 from common.device import peak_gigabytes
 from common.evaluation import Trained, evaluate, fill, synthesize
@@ -57,6 +58,7 @@ class Method:
     outline     (cfg, ds) -> Outline
     disturb     (cfg, run, u, keys) -> u: what happens to test slices before the model sees them; or None
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
+    extensible  fields that may be raised to train a run further: only where nothing else depends on them
     choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
     """
@@ -73,6 +75,7 @@ class Method:
     outline: Callable
     disturb: Callable | None = None
     segmenters: Callable | None = None
+    extensible: tuple = ()
     choice: str = ""
     figures: dict = field(default_factory=dict)
 
@@ -153,18 +156,20 @@ def work(method, cfg, args, figure=None):
     cfg = run.settle(method.sampling)
     if run.load():
         run.say(f"found a run in {run.out}")
-    elif (args.evaluate or args.synthesize) and not args.train:
+    elif (args.evaluate or args.synthesize or args.export) and not args.train:
         raise RunError(f"{run.out} holds no trained model; add --train, "
                        "or name the folder of a run with --out")
     ds = None
-    if args.train or args.evaluate or args.benchmark or not args.synthesize:
+    if args.train or args.evaluate or args.benchmark or not (args.synthesize or args.export):
         ds = open_data(method, cfg, args, run)
         method.patterns(cfg, list(ds.contrasts))            # a wrong flag is told now, not after the training
         run.works_on(ds)
     if args.synthesize:
         asked(method, cfg, list(ds.contrasts) if ds else run.about["contrasts"])
     if args.train:
-        run.claim_for(ds, method.sampling)
+        run.claim_for(ds, method.sampling, method.extensible)
+        run.preview = lambda: preview(method, cfg, run, ds)
+        run.last_stage = list(method.stages)[-1]
         if run.finished(method.stages):
             run.say("training: finished")
         else:
@@ -173,11 +178,16 @@ def work(method, cfg, args, figure=None):
         run.refuse_seen(ds)
         say_how_far(method, run)
         if figure:
-            figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
+            if run.rank == 0:
+                figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
         elif args.reproduce and run.find_results():
             run.say(f"found: {run.find_results()}")
         else:
             evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects))
+    if args.export:
+        say_how_far(method, run)
+        method.load(cfg, run, [])                           # which shows what sampling needs
+        run.export(args.export)
     if args.synthesize:
         say_how_far(method, run)
         contrasts = run.about["contrasts"]
@@ -187,7 +197,7 @@ def work(method, cfg, args, figure=None):
         synthesize(method, cfg, run, model, unseen, asked(method, cfg, contrasts))
     if args.benchmark:
         benchmark(method, cfg, run, ds)
-    elif not (args.train or args.evaluate or args.synthesize):
+    elif not (args.train or args.evaluate or args.synthesize or args.export):
         dry_run(method, cfg, run, ds)
     run.close()
     return run.find_results() if run.rank == 0 else None
@@ -226,6 +236,33 @@ def say_how_far(method, run):
     how_far = f"{last} {saved['step']} of {saved['total']} steps"
     run.facts["unfinished"] = how_far
     run.say(f"notice: the training in {run.out} is not finished ({how_far}); its weights so far are used")
+
+
+def preview(method, cfg, run, ds):
+    """previews/....png: what the weights so far make of two slices (of validation subjects, if there are any)."""
+    part = "val" if ds.split["val"] else "train"
+    rows = ds.rows(part, 2)
+    compiled = run.args.compile
+    run.args.compile = False
+    with torch.random.fork_rng(devices=[]):                 # building a network draws random numbers
+        model = method.load(cfg, run, ds.complete)
+    run.args.compile = compiled
+    contrasts = list(ds.contrasts)
+    u = run.fetch(ds.images, rows)                                                      # (2, C, H, W)
+    images = []
+    labels = []
+    for sources, missing in method.patterns(cfg, contrasts)[:4]:
+        known = torch.tensor([c in sources for c in contrasts], device=run.device)
+        made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))
+        for b, r in enumerate(rows):
+            c = contrasts.index(missing[0])
+            images.append([u[b, contrasts.index(sources[0])].cpu(), made[b, c].cpu(), u[b, c].cpu()])
+            labels.append(f"{missing[0]} of {ds.subject[r]}")
+    last = list(method.stages)[-1]
+    step = run.stages[last]["step"]
+    (run.out / "previews").mkdir(exist_ok=True)
+    pictures.grid(run.out / "previews" / f"{step:07d}.png", images, ["a source", f"after {step} steps", "truth"], labels,
+                  note=f"two slices of {'validation' if part == 'val' else 'training'} subjects")
 
 
 # ---- dry run ---------------------------------------------------------------------------------------------------------

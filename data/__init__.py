@@ -1,8 +1,9 @@
 """Scans on disk become slices for a network, and results become NIfTI volumes again.
 
 `open_dataset` turns a folder of scans into one array of slices that is split by person.
-`load_subject` reads one subject, `check` says what is wrong with a folder, and `write_volume` writes
-a volume on the grid of its source. Each name stands in the file that it is imported from here.
+`load_subject` reads one subject of such a folder, and `load_scans` reads any files of one subject.
+`check` says what is wrong with a folder. `write_volume` writes a volume on the grid of its source.
+Each name stands in the file that it is imported from here.
 Decoded slices are kept under runs/cache/, never in the data folder. What is left out is counted and
 said. Everything that is wrong with the data raises DataError with a message of one line.
 """
@@ -14,10 +15,11 @@ from data.intensities import Scale, denormalise
 from data.layouts import Layout, Subject, canonical_contrast, find_layout
 from data.prompts import PROMPT_FIELDS, caption, describe_lesion, prompt
 from data.split import make_split
-from data.subject import SubjectSlices, kept_slices, load_subject, to_synthesize
+from data.subject import SubjectSlices, kept_slices, load_scans, load_subject, to_synthesize
 from data.volumes import Volume, read_volume, write_volume
 
 __all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Rows", "Scale", "Subject",
            "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
-           "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_subject",
-           "make_phantom", "make_split", "open_dataset", "prompt", "read_volume", "to_synthesize", "write_volume"]
+           "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_scans",
+           "load_subject", "make_phantom", "make_split", "open_dataset", "prompt",
+           "read_volume", "to_synthesize", "write_volume"]

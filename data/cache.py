@@ -1,199 +1,246 @@
-"""Decoded slices on disk, as float16, found again by a fingerprint of the files and the settings.
+"""Decoded slices on disk, as float16, in one file for each subject.
 
-A cache is a folder that is named by the fingerprint. It holds these files:
+The file is named by a hash of the subject's files and of the settings (data.identity.subject_key).
+It is written as a whole. If decoding is interrupted, the next start continues with the subjects
+that have no file yet. The folder is called subjects and lies in the folder of the cache. A file has
+four parts:
 
-    slices.npy    (n, C, S, S) float16
-    labels.npy    (n, S, S) uint8, only if every subject has a segmentation
-    index.json    for every row of slices.npy its subject, slice number, position, area of brain and
-                  lesion; and what open_dataset says of the folder
+    a line of 64 bytes      says what the file is, and the CRC-32 of all that follows
+    a line of JSON          what we know of the subject and its kept slices, see _describe
+    images                  (k, C, S, S) float16
+    labels                  (k, S, S) uint8, only if the subject has a segmentation
+
+k is the number of kept slices, C the number of contrasts and S the size of a slice in pixels. Both
+lines are filled up with spaces to a multiple of 64 bytes.
 """
 
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from data.files import DataError, write_atomically
-from data.intensities import CT_WINDOW
+from data.files import DataError, Progress, write_atomically
+from data.identity import BLOCK, size_text, stamps_of
+from data.stack import Stack
 from data.subject import load_subject
 
-CACHE_VERSION = 3       # raise it when load_subject returns other pixels, or when the index changes
-COLUMNS = ("subject", "slice_number", "position", "brain", "lesion")        # one entry for each row
+FIRST_LINE = 64         # bytes
+TITLE = "decoded slices of one subject, CRC-32 "
+COLUMNS = ("slice_number", "position", "brain", "lesion")       # one entry for each kept slice
+FORGOTTEN = 3600        # seconds; an unfinished file of this age belongs to no running process
 
 
-def fingerprint_of(folder, subjects, contrasts, size):
-    """A hash of the settings and the files, 20 hexadecimal digits.
+def cached_slices(cache, memory, keys, subjects, contrasts, size, workers, say):
+    """Open the decoded slices of all subjects -> (index, images, labels).
 
-    Of every file we take the name, the size, the time stamp, and the first and the last bytes. We
-    do not read all voxels, because that would take as long as decoding them.
-    DataError if a file cannot be read.
-    """
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, contrasts, size]).encode())
-    if "ct" in contrasts:
-        digest.update(json.dumps(CT_WINDOW).encode())
-    for subject in subjects:
-        if subject.echoes or subject.grid:
-            how = [subject.name, subject.grid, subject.echoes]
-            digest.update(json.dumps(how).encode())
-        for path in subject.paths:
-            try:
-                stat = path.stat()
-                with open(path, "rb") as file:
-                    start = file.read(4096)
-                    file.seek(max(0, stat.st_size - 4096))
-                    end = file.read(4096)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror or error}); "
-                                "repair or remove it") from None
-            name = path.relative_to(folder).as_posix()
-            digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())
-            digest.update(start + end)
-    return digest.hexdigest()[:20]
-
-
-def cached_slices(cache, fingerprint, folder, subjects, contrasts, size, workers, say):
-    """Open a cache, which is made first if it is missing or damaged -> (index, images, labels).
-
-    images: (n, C, S, S) float16, memory-mapped. labels: (n, S, S) uint8, or None.
+    Subjects whose file is missing or damaged are decoded first.
+    cache: The folder for decoded slices. memory: A data.identity.Memory.
+    keys: For every subject its key, see data.identity.subject_key.
+    workers: The number of threads.
+    index: A dict. subject, slice_number, position, brain and lesion are lists with one entry for
+    each row of images. scales and digests are {subject: {contrast: ...}}. notes is a list, and
+    slices and constant are numbers; see SubjectSlices.
+    images: A Stack (n, C, S, S) float16. labels: A Stack (n, S, S) uint8, or None unless every
+    subject has a segmentation.
     DataError if a subject cannot be read, or if the cache cannot be written.
     """
-    home = cache / fingerprint
-    if home.exists():
-        try:
-            return _open_cache(home, contrasts, size)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"  cache {home} is damaged ({error}); it is made again")
-    key = [str(folder.resolve()), list(contrasts), size]
-    for other in cache.glob("*/index.json"):
-        if other.parent != home and _cache_key(other) == key:
-            say(f"  the data have changed since {other.parent} was made; that cache can be deleted")
-    say(f"  decoding {len(subjects)} subjects into {home} (once)")
-    workers = workers or min(4, os.cpu_count() or 1)
+    home = cache / "subjects"
+    paths = [home / f"{key}.slices" for key in keys]
+
+    def fault(path):
+        return _fault(path, memory, contrasts, size)
+
+    with ThreadPoolExecutor(workers) as pool:
+        faults = list(pool.map(fault, paths))
+    missing = []
+    for subject, path, why in zip(subjects, paths, faults):
+        if why is None:
+            continue
+        if path.exists():
+            say(f"  {path} is damaged ({why}); subject {subject.name} is decoded again")
+        missing.append((subject, path))
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        _build_cache(home, key, subjects, contrasts, size, workers)
+        if missing:
+            there = len(subjects) - len(missing)
+            already = f"; {there} are there already" if there else ""
+            say(f"  decoding {len(missing)} subjects into {home} (once; "
+                f"after an interruption it continues){already}")
+            _say_others(home, paths, say)
+            _decode_all(home, memory, missing, contrasts, size, workers, say)
     except OSError as error:
         raise DataError(f"{home}: the cache cannot be written ({error.strerror or error}); "
                         "free space or choose another folder for it") from None
-    return _open_cache(home, contrasts, size)
+    finally:
+        memory.save()
+    return _join(paths, subjects, contrasts, size)
 
 
-def _cache_key(index_file):
-    """The folder and the settings that a cache was made of; None if it does not say so."""
-    try:
-        return json.loads(index_file.read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _say_others(home, paths, say):
+    """Tell the user if the folder holds decoded slices that this data set does not need."""
+    others = [path.stat().st_size for path in set(home.glob("*.slices")) - set(paths)]
+    if others:
+        say(f"  {home} also holds {len(others)} subjects ({size_text(sum(others))}) of other data, "
+            "other settings or files that have changed since; "
+            "delete the folder when no run uses it, to free the space")
 
 
-def _open_cache(home, contrasts, size):
-    """Open a cache and check it. OSError, ValueError, KeyError or TypeError if it does not fit."""
-    index = json.loads((home / "index.json").read_text(encoding="utf-8"))
-    images = np.load(home / "slices.npy", mmap_mode="r")
-    n = len(index["subject"])
-    wanted = (n, len(contrasts), size, size)
-    if images.shape != wanted or images.dtype != np.float16:
-        raise ValueError(f"slices are {images.dtype} {images.shape}, "
-                         f"the index says float16 {wanted}")
-    if any(len(index[column]) != n for column in COLUMNS):
-        raise ValueError("the columns of the index differ in length")
-    if not all(part in index for part in ("scales", "digests", "notes", "slices", "constant")):
-        raise ValueError("the index is incomplete")
+def _join(paths, subjects, contrasts, size):
+    """Join the files of all subjects -> (index, images, labels), see cached_slices."""
+    index = {"subject": [], "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": []}
+    for column in COLUMNS:
+        index[column] = []
+    image_parts = []
+    label_parts = []
+    for subject, path in zip(subjects, paths):
+        about, start = _read_lines(path)
+        count = len(about["slice_number"])
+        index["subject"] += [subject.name] * count
+        for column in COLUMNS:
+            index[column] += about[column]
+        index["slices"] += about["slices"]
+        index["constant"] += about["constant"]
+        index["notes"] += about["notes"]
+        index["scales"][subject.name] = about["scales"]
+        index["digests"][subject.name] = about["digests"]
+        image_parts.append((path, start, count))
+        if about["labels"]:
+            label_parts.append((path, start + 2 * count * len(contrasts) * size**2, count))
+    images = Stack(image_parts, (len(contrasts), size, size), "<f2")
     labels = None
-    if index["labels"]:
-        labels = np.load(home / "labels.npy", mmap_mode="r")
-        wanted = (n, size, size)
-        if labels.shape != wanted or labels.dtype != np.uint8:
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}, "
-                             f"the index says uint8 {wanted}")
+    if len(label_parts) == len(subjects):
+        labels = Stack(label_parts, (size, size), "|u1")
     return index, images, labels
 
 
-def _build_cache(home, key, subjects, contrasts, size, workers):
-    """Decode all subjects with a few threads and write them in order, whoever finishes first."""
-    index = {"key": key, "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": [],
-             "labels": all(subject.segmentation for subject in subjects)}
-    for column in COLUMNS:
-        index[column] = []
-    images_file = _growing_npy(home / "slices.npy", "<f2", (len(contrasts), size, size))
-    labels_file = nullcontext()
-    if index["labels"]:
-        labels_file = _growing_npy(home / "labels.npy", "|u1", (size, size))
+# ---- Decoding ------------------------------------------------------------------------------------
 
-    def load(subject):
-        return load_subject(subject, contrasts, size)
+def _decode_all(home, memory, missing, contrasts, size, workers, say):
+    """Decode subjects with a few threads. missing: A list of (Subject, path of its file).
 
-    with (images_file as append_images, labels_file as append_labels,
-          ThreadPoolExecutor(workers) as pool):
-        # In groups, so that at most `workers` subjects are in memory.
-        for first in range(0, len(subjects), workers):
-            group = subjects[first:first + workers]
-            for subject, slices in zip(group, pool.map(load, group)):
-                append_images(_index_subject(index, subject, contrasts, slices))
-                if index["labels"]:
-                    append_labels(slices.labels[slices.kept])
-    # The index comes last: a cache with an index is complete.
-    with write_atomically(home / "index.json") as file:
-        file.write(json.dumps(index).encode())
-
-
-@contextmanager
-def _growing_npy(path, kind, shape):
-    """A .npy file of rows of this shape. It is yielded as a function that appends some rows.
-
-    The number of rows is in the header, but we know it only at the end. numpy leaves room in the
-    header for that, so we write the header twice in the same place.
+    A thread holds one subject in memory at a time. OSError if a file cannot be written.
     """
-    rows_written = 0
+    home.mkdir(parents=True, exist_ok=True)
+    _remove_forgotten(home)
+    progress = Progress(len(missing), "subjects decoded", say)
 
-    def write_header(file):
-        full = {"descr": kind, "fortran_order": False, "shape": (rows_written, *shape)}
-        np.lib.format.write_array_header_1_0(file, full)
+    def decode(subject, path):
+        # Another process may have decoded the subject since we looked.
+        if _fault(path, memory, contrasts, size) is not None:
+            slices = load_subject(subject, contrasts, size)
+            _write(path, memory, subject, contrasts, slices)
+        return path.stat().st_size
 
-    with write_atomically(path) as file:
-        write_header(file)
-        start = file.tell()
-
-        def append(rows):
-            nonlocal rows_written
-            rows_written += len(rows)
-            file.write(rows.tobytes())
-
-        yield append
-        file.seek(0)
-        write_header(file)
-        if file.tell() != start:
-            raise RuntimeError("the .npy header changed its length")
+    pool = ThreadPoolExecutor(workers)
+    try:
+        jobs = [pool.submit(decode, subject, path) for subject, path in missing]
+        for job in as_completed(jobs):
+            file_size = job.result()
+            if progress.done == 0:
+                say(f"  the decoded slices will take about {size_text(file_size * len(missing))}")
+            progress.step()
+    finally:
+        # After an error or Ctrl-C, the subjects in work are finished, and no others are begun.
+        pool.shutdown(cancel_futures=True)
 
 
-def _index_subject(index, subject, contrasts, slices):
-    """Add one subject to the index -> its kept slices (k, C, S, S) as float16."""
+def _remove_forgotten(home):
+    """Remove temporary files of processes that were killed."""
+    for path in home.glob("*.tmp-*"):
+        try:
+            if time.time() - path.stat().st_mtime > FORGOTTEN:
+                path.unlink()
+        except OSError:
+            pass                        # another process has removed or renamed it
+
+
+def _write(path, memory, subject, contrasts, slices):
+    """Write the file of one subject. slices: Its SubjectSlices.
+
+    DataError if no slice was kept. OSError if the file cannot be written.
+    """
     numbers = np.flatnonzero(slices.kept)
     if numbers.size == 0:
         raise DataError(f"subject {subject.name}: no slice has foreground in all of "
                         f"{', '.join(contrasts)}; look whether its volumes overlap")
-    kept = slices.images[numbers].astype("<f2", copy=False)
-    index["slices"] += len(slices.kept)
-    index["constant"] += slices.constant
-    index["notes"] += slices.notes
-    index["scales"][subject.name] = {
-        contrast: [float(scale.background), float(scale.high)]
-        for contrast, scale in slices.scales.items()}
-    index["digests"][subject.name] = {
-        contrast: _digest(kept[:, channel]) for channel, contrast in enumerate(contrasts)}
-    index["subject"] += [subject.name] * len(numbers)
-    index["slice_number"] += numbers.tolist()
-    index["position"] += slices.position[numbers].tolist()
-    index["brain"] += slices.brain[numbers].tolist()
-    if slices.lesion:
-        index["lesion"] += [slices.lesion[number] for number in numbers]
-    else:
-        index["lesion"] += [None] * len(numbers)
-    return kept
+    images = slices.images[numbers].astype("<f2", copy=False)
+    parts = [_padded(json.dumps(_describe(slices, numbers, images, contrasts))), images]
+    if slices.labels is not None:
+        parts.append(np.ascontiguousarray(slices.labels[numbers]))
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    with write_atomically(path) as file:
+        file.write(_padded(f"{TITLE}{crc:08x}"))
+        for part in parts:
+            file.write(part)
+    memory.remember(path, stamps_of(path), "sound")
 
 
-def _digest(slices):
-    return hashlib.blake2b(np.ascontiguousarray(slices), digest_size=16).hexdigest()
+def _describe(slices, numbers, images, contrasts):
+    """What we know of one subject, for JSON.
+
+    numbers: (k,) of the kept slices. images: (k, C, S, S), those slices.
+    """
+    scales = {}
+    for contrast, scale in slices.scales.items():
+        scales[contrast] = [float(scale.background), float(scale.high)]
+    digests = {}                        # equal images in two subjects are found by these
+    for channel, contrast in enumerate(contrasts):
+        channel_bytes = np.ascontiguousarray(images[:, channel])
+        digests[contrast] = hashlib.blake2b(channel_bytes, digest_size=16).hexdigest()
+    lesion = [slices.lesion[number] if slices.lesion else None for number in numbers]
+    return {"shape": list(images.shape), "labels": slices.labels is not None,
+            "slices": len(slices.kept), "constant": slices.constant, "notes": slices.notes,
+            "scales": scales, "digests": digests, "slice_number": numbers.tolist(),
+            "position": slices.position[numbers].tolist(), "brain": slices.brain[numbers].tolist(),
+            "lesion": lesion}
+
+
+def _padded(line):
+    """A line of text as bytes, filled up with spaces so that its length is a multiple of 64."""
+    content = line.encode()
+    return content + b" " * (-(len(content) + 1) % FIRST_LINE) + b"\n"
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+def _read_lines(path):
+    """Read both lines of a file -> (the JSON as a dict, the place in bytes where images begin)."""
+    with open(path, "rb") as file:
+        file.seek(FIRST_LINE)
+        line = file.readline()
+    return json.loads(line), FIRST_LINE + len(line)
+
+
+def _fault(path, memory, contrasts, size):
+    """What is wrong with the file of one subject, in a few words; None if it is sound.
+
+    The whole file is read for that, unless the memory says that it was sound and has not changed.
+    """
+    try:
+        stamps = stamps_of(path)
+        if memory.recall(path) == "sound":
+            return None
+        with open(path, "rb") as file:
+            first = file.read(FIRST_LINE)
+            crc = 0
+            while block := file.read(BLOCK):
+                crc = zlib.crc32(block, crc)
+        if first != _padded(f"{TITLE}{crc:08x}"):
+            return "its CRC is wrong"
+        about, start = _read_lines(path)
+        count = len(about["slice_number"])
+        if about["shape"] != [count, len(contrasts), size, size]:
+            return f"its images are {about['shape']}"
+        pixels = count * size**2
+        if stamps[0] != start + pixels * (2 * len(contrasts) + about["labels"]):
+            return "it is too short or too long"
+    except FileNotFoundError:
+        return "it is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    memory.remember(path, stamps, "sound")
+    return None

@@ -1,26 +1,29 @@
-"""A folder of scans becomes one memory-mapped array of slices, split by person: open_dataset."""
+"""A folder of scans becomes one array of slices on disk, split by person: open_dataset."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data import phantom
-from data.cache import cached_slices, fingerprint_of
+from data.cache import cached_slices
 from data.files import DataError
+from data.identity import Memory, digests_of, fingerprint_of, subject_key
 from data.intensities import Scale
 from data.layouts import find_layout
 from data.prompts import caption
 from data.split import check_duplicates, make_split, read_split
+from data.stack import Stack
 
 SHOWN_NOTES = 8         # open_dataset says so many; --check says all
 
 
 @dataclass
 class Rows:
-    """Some rows of a memory-mapped array, in order. rows[i] reads only what i asks for."""
+    """Some rows of a Stack or an array, in order. rows[i] reads only what i asks for."""
 
-    images: np.ndarray
+    images: Stack | np.ndarray
     chosen: np.ndarray
 
     def __len__(self):
@@ -47,17 +50,17 @@ class Dataset:
     contrasts: tuple
     size: int                       # height and width of a slice in pixels
     phantom: bool                   # True if the folder says that it is synthetic (phantom.json)
-    fingerprint: str                # of the files and the settings
+    fingerprint: str                # of names, contrasts, size and the content of the files
     subjects: list                  # of layouts.Subject, all; only complete ones are in split and rows
     incomplete: list                # those of them that lack contrasts, for later synthesis
     split: dict                     # {"train": [names], "val": [names], "test": [names]}
-    images: np.ndarray              # (n, C, size, size) float16 in [0, 1], memory-mapped
+    images: Stack                   # (n, C, size, size) float16 in [0, 1], read when indexed
     subject: np.ndarray             # (n,) names
     slice_number: np.ndarray        # (n,) index of the slice in the canonical volume
     position: np.ndarray            # (n,) height in the kept range, from 0 to 1
     brain: np.ndarray               # (n,) share of the picture that is brain
     lesion: list                    # (n,) str, or None where a subject has no segmentation
-    labels: np.ndarray | None       # (n, size, size) uint8, memory-mapped; None unless all have one
+    labels: Stack | None            # (n, size, size) uint8; None unless all have a segmentation
     scales: dict                    # {subject: {contrast: Scale}}
 
     def part(self, part):
@@ -118,7 +121,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     size: The height and width of a slice in pixels.
     split_file: A JSON file {"train": [...], "val": [...], "test": [...]} that replaces the random
     split, which depends on seed, train_fraction and test_subjects (see make_split).
-    cache: The folder for decoded slices.
+    cache: The folder for decoded slices. If decoding is interrupted, the next call continues it.
     workers: The number of threads that decode; 0 means up to 4.
     say: A function that gets every line for the user.
     DataError for everything that is wrong with the data.
@@ -139,9 +142,11 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         split = layout.split or make_split(complete, seed, train_fraction, test_subjects)
     if not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
-    fingerprint = fingerprint_of(folder, complete, layout.contrasts, size)
-    index, images, labels = cached_slices(Path(cache), fingerprint, folder, complete,
-                                          layout.contrasts, size, workers, say)
+    workers = workers or min(4, os.cpu_count() or 1)
+    memory = Memory(Path(cache) / "known_files.json")
+    keys = _subject_keys(complete, layout.contrasts, size, memory, workers, say)
+    index, images, labels = cached_slices(Path(cache), memory, keys, complete, layout.contrasts,
+                                          size, workers, say)
     _say_notes(grouped(index["notes"]), say)
     check_duplicates(index["digests"], split, say)
     counts = ", ".join(f"{len(names)} {part}" for part, names in split.items())
@@ -153,7 +158,7 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         contrasts=layout.contrasts,
         size=size,
         phantom=(folder / "phantom.json").exists(),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_of(keys),
         subjects=layout.subjects,
         incomplete=incomplete,
         split=split,
@@ -165,6 +170,15 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         lesion=index["lesion"],
         labels=labels,
         scales=_read_scales(index["scales"]))
+
+
+def _subject_keys(subjects, contrasts, size, memory, workers, say):
+    """For every subject the hash of its files and the settings; see data.identity."""
+    paths = []
+    for subject in subjects:
+        paths += subject.paths
+    digests = digests_of(paths, memory, workers, say)
+    return [subject_key(subject, digests, contrasts, size) for subject in subjects]
 
 
 def _read_scales(stored):

@@ -22,7 +22,7 @@ class Scale(NamedTuple):
     high: float
 
 
-# HU, from air to dense bone. The voxels outside of a scan often hold -1024 or -3024, which is below.
+# HU, from air to dense bone. Voxels outside of a scan often hold -1024 or -3024, which is below.
 CT_WINDOW = Scale(-1000.0, 1500.0)
 # HU. The body is above. Air, lung and the foam of the table are far below.
 CT_BODY = -500
@@ -47,7 +47,7 @@ def find_background(array):
     """
     sides = [array[0], array[-1], array[:, 0], array[:, -1]]
     border = np.concatenate([side.ravel() for side in sides])
-    # Percentiles, not the smallest and largest value: a few extreme voxels must not set the tolerance.
+    # We take percentiles, because a few extreme voxels must not set the tolerance.
     low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])
     tolerance = 1e-4 * float(high - low)
     level = np.median(border)
@@ -78,9 +78,10 @@ def foreground(array, background=None, contrast=None):
     """The voxels of a volume (X, Y, Z) that are not background -> bool (X, Y, Z).
 
     The background need not be 0, and tissue need not be positive.
+
     background: What find_background returns; it is found here if it is not given.
     contrast: For "ct" the array is in HU. The foreground is then the body, which is the largest
-    connected piece above CT_BODY. The table is another, smaller piece.
+        connected piece above CT_BODY. The table is another, smaller piece.
     """
     if contrast == "ct":
         pieces, count = ndimage.label(array > CT_BODY)

@@ -15,7 +15,8 @@ def decode(path, max_voxels, echoes):
     """Read a file -> (header, voxels as float32 (X, Y, Z) as stored, True if it is compressed).
 
     The first bytes decide whether the file is compressed, not its name.
-    max_voxels: The largest number of voxels; larger files are refused before they are unpacked.
+
+    max_voxels: The largest number of voxels. Larger files are refused before they are unpacked.
     echoes: With 2, a file of two volumes is allowed, and the voxels are (X, Y, Z, 2).
     DataError if the file is missing, damaged, too large or no NIfTI-1 or NIfTI-2 file with real
     numbers in it.
@@ -61,7 +62,7 @@ def _decode(path, max_voxels, echoes):
                         "download the file again")
     # nibabel multiplies by the header's slope and adds its intercept, in float64.
     array = np.asanyarray(nib.arrayproxy.ArrayProxy(BytesIO(content), header))
-    with np.errstate(over="ignore"):            # a number too large becomes infinite; these are counted
+    with np.errstate(over="ignore"):        # too large a number becomes infinite; see volumes
         return header, array.reshape(shape).astype(np.float32), packed
 
 

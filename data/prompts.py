@@ -1,7 +1,7 @@
 """Sentences about scans.
 
-`caption` describes a slice, `prompt` describes a scan, and `describe_lesion` describes what is drawn
-in a segmentation.
+`caption` describes a slice, `prompt` describes a scan, and `describe_lesion` describes what is
+drawn in a segmentation.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
 
     meta: Subject.meta.
     fields: Which of PROMPT_FIELDS to write. A value that is not known is written as None. Without
-    fields the text is "".
+        fields the text is "".
     masked: The fields whose value becomes [MASK]. The name "modality" masks all that tells the
     contrast: its words and times in the description, and a scanner that serves this contrast alone.
     DataError if there is no field of a name.
@@ -112,6 +112,7 @@ def describe_lesion(labels, midline, pixel_area):
 
     Left is the patient's left. A lesion is on one side if three quarters of its area are there;
     otherwise it is on both sides.
+
     labels: (H, W) of an upright radiological slice; the lesion is where it is above 0.
     midline: The column of the middle of the brain.
     pixel_area: The area of a pixel in mm2.

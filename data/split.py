@@ -1,4 +1,4 @@
-"""Which subject is for training, validation or test: a random split by person, or the user's own."""
+"""Which subject is for training, validation or test: at random by person, or as the user says."""
 
 import hashlib
 import json
@@ -7,15 +7,21 @@ from pathlib import Path
 from data.files import DataError
 
 PARTS = ("train", "val", "test")
+ENOUGH = 8              # so many persons are enough to have a validation part
 
 
 def make_split(subjects, seed, train_fraction, test_subjects):
     """Split subjects at random by person -> {"train": [names], "val": [names], "test": [names]}.
 
     The split depends on the names and the seed only, not on the order of the files.
+
     train_fraction: Of n persons, round(train_fraction * n) are for training, but at least 1 and at
-    most n - 1.
+        most n - 1.
     test_subjects: Of the others, up to this number are for the test, and the rest for validation.
+    In a small set no one is left for validation then. If there are 8 persons or more, about a tenth
+    of all persons, at least 1, move from training to validation. The test part stays as it is,
+    unless too few persons are for training; they move from the test part then. For example, 20
+    persons with the settings 0.8 and 50 give 14 for training, 2 for validation and 4 for the test.
     DataError if a number makes no sense, or if there are fewer than 2 persons.
     """
     if not 0 < train_fraction < 1 or test_subjects < 1:
@@ -32,9 +38,15 @@ def make_split(subjects, seed, train_fraction, test_subjects):
                         "at least 2 persons are needed")
     n_train = min(max(1, round(train_fraction * n)), n - 1)
     n_test = min(test_subjects, n - n_train)
-    groups = {"train": people[:n_train],
-              "val": people[n_train + n_test:],
-              "test": people[n_train:n_train + n_test]}
+    train = people[:n_train]
+    test = people[n_train:n_train + n_test]
+    val = people[n_train + n_test:]
+    if not val and n >= ENOUGH:
+        n_val = max(1, round(n / 10))
+        largest = train if n_train > n_val else test
+        val = largest[-n_val:]
+        del largest[-n_val:]
+    groups = {"train": train, "val": val, "test": test}
     split = {}
     for part, group in groups.items():
         split[part] = sorted(subject.name for subject in subjects if subject.person in group)
@@ -44,7 +56,8 @@ def make_split(subjects, seed, train_fraction, test_subjects):
 def read_split(split_file, subjects, say):
     """Read and check a user's own split -> {"train": [names], "val": [names], "test": [names]}.
 
-    split_file: A JSON file of that form. subjects: All complete subjects; some may be left out.
+    split_file: A JSON file of that form.
+    subjects: All complete subjects; some may be left out.
     DataError if the file is no split, if train or test is empty, or if a name is unknown or listed
     twice. It is also raised if visits of one person are in two parts.
     """
@@ -70,8 +83,8 @@ def read_split(split_file, subjects, say):
         for name in names:
             first = part_of.setdefault(person[name], part)
             if first != part:
-                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and {part}; "
-                                "keep a person's visits together")
+                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and "
+                                f"{part}; keep a person's visits together")
     if len(listed) < len(person):
         say(f"  {len(person) - len(listed)} subjects are not in {split_file} and not used")
     return split

@@ -1,12 +1,16 @@
-"""All slices of one subject, on one grid: load_subject. What there is to synthesise: to_synthesize."""
+"""All slices of one subject, on one grid: load_subject, and load_scans for any files.
+
+What there is to synthesise: to_synthesize.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.files import DataError
+from data.files import DataError, is_nifti
 from data.intensities import CT_WINDOW, denormalise, find_background, foreground, normalise
+from data.layouts import CONTRASTS, Subject, canonical_contrast
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
@@ -117,6 +121,52 @@ def load_subject(subject, contrasts, size, use=None):
     frame = max(size, *reference.array.shape[:2]) ** 2          # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
                          areas[0] / frame, lesion, labels, reference, notes)
+
+
+def load_scans(files, contrasts, size):
+    """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
+
+    files: {contrast: path of a NIfTI file}. A contrast of `contrasts` that is not in files is
+    missing: its slices are 0, and `present` is False for it.
+    contrasts: The names of the channels, in order. In both arguments other words for a contrast are
+    understood, such as t1gd for t1ce.
+    size: The height and width of a slice in pixels.
+    DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
+    `contrasts`, if there is no file, or if a file cannot be used.
+    """
+    channels = _canonical_names(contrasts)
+    paths = {}
+    for contrast, path in zip(_canonical_names(files), files.values()):
+        path = Path(path)
+        if contrast not in channels:
+            raise DataError(f"load_scans: {path} is {contrast}, which is not one of the contrasts "
+                            f"{', '.join(channels)}; leave it out")
+        if not path.is_file():
+            raise DataError(f"load_scans: {contrast} {path} does not exist or is no file; "
+                            "correct the path")
+        if not is_nifti(path):
+            raise DataError(f"load_scans: {contrast} {path} is neither .nii nor .nii.gz; "
+                            "convert it to NIfTI")
+        paths[contrast] = path
+    if not paths:
+        raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
+    name = next(iter(paths.values())).parent.name
+    return load_subject(Subject(name, name, paths), channels, size)
+
+
+def _canonical_names(names):
+    """The project's names of contrasts, in order. DataError if one is unknown or named twice."""
+    found = []
+    for name in names:
+        contrast = canonical_contrast(name)
+        if contrast not in CONTRASTS:
+            raise DataError(f"load_scans: {name} is no contrast; "
+                            f"the contrasts are {', '.join(CONTRASTS)}")
+        if contrast in found:
+            raise DataError(f"load_scans: {contrast} is named twice in {', '.join(names)}; "
+                            "name it once")
+        found.append(contrast)
+    return found
 
 
 def _read_normalised(subject, contrast):

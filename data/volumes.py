@@ -1,9 +1,9 @@
 """NIfTI volumes: read, turned, resampled, cut into slices, and written back on their own grid.
 
-Inside the project every volume is *canonical*: the axes (x, y, z) point to the patient's right, front
-and head (RAS+). Networks and pictures get *upright radiological* slices: row 0 is the patient's
-front, and column 0 is the patient's right. A Volume remembers how its file was stored. A synthetic
-image can therefore be written so that it opens on top of its source in any viewer.
+Inside the project every volume is *canonical*: the axes (x, y, z) point to the patient's right,
+front and head (RAS+). Networks and pictures get *upright radiological* slices: row 0 is the
+patient's front, and column 0 is the patient's right. A Volume remembers how its file was stored. A
+synthetic image can therefore be written so that it opens on top of its source in any viewer.
 
 Slices that somebody else has cut and scaled are read from .npy files.
 """
@@ -22,7 +22,7 @@ from data.files import DataError, is_nifti, write_atomically
 from data.intensities import CT_BODY, background_value
 from data.nifti import checked_affine, decode
 
-MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have about 2**27 voxels
+MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
 GRID_TOLERANCE = 1e-3       # mm; two grids that are closer than this everywhere are the same grid
 BAD_VOXELS = 1e-3           # a file with a larger share of NaN or infinite voxels is refused
 ECHO_CONTRAST = 0.1         # of the mean; see split_echoes
@@ -57,6 +57,7 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
     """Read a NIfTI-1 or NIfTI-2 file, compressed or not, and turn it to RAS+ -> Volume.
 
     A 2-D image becomes a volume of one slice. Axes of length 1 behind the third are dropped.
+
     echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
     contrast: The notes depend on it, because "ct" has other normal values than MR.
     DataError if the file is missing, damaged, not NIfTI, too large, complex or coloured. It is also
@@ -98,9 +99,9 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
 def split_echoes(array, path):
     """Split the stored voxels of a dual-echo series -> (PD, T2), each (X, Y, Z).
 
-    array: (X, Y, Z, 2), or (X, Y, 2 Z). In the second case the echoes alternate from slice to slice,
-    or one follows the other. We take the split whose two groups differ more in their mean. PD is
-    the brighter group, because its echo time is shorter.
+    array: (X, Y, Z, 2), or (X, Y, 2 Z). In the second case the echoes alternate from slice to
+        slice, or one follows the other. We take the split whose two groups differ more in their
+        mean. PD is the brighter group, because its echo time is shorter.
 
     The scanner takes both echoes at the same places. We place both where the header puts its first
     Z slices, and take the slice distance in the header as that of the acquired slices.
@@ -160,8 +161,8 @@ def read_slices(paths):
             raise DataError(f"{path}: cannot be read as an array ({error}); write it again with "
                             "numpy.save") from None
         if array.ndim != 2 or array.dtype.kind not in "iuf" or 0 in array.shape:
-            raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; a slice is (H, W) "
-                            "numbers")
+            raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; "
+                            "a slice is (H, W) numbers")
         if slices is None:
             slices = np.empty((len(paths), *array.shape), np.float32)
         if array.shape != slices.shape[1:]:
@@ -199,6 +200,7 @@ def resample_to(moving, fixed, order=1, fill=None):
 
     This is no registration: nothing is moved in the world. If the grids are equal, the result is
     moving.array itself.
+
     order: 1 is linear; 0 takes the nearest voxel, for labels.
     fill: The value outside of the box of `moving`, by default its background.
     DataError if the two boxes do not overlap.
@@ -247,6 +249,7 @@ def fit_slices(slices, size, labels=False):
     Slices that fit are padded with 0 around their centre, and no voxel changes. Larger slices are
     padded to a square and resampled. The filter is a triangle as wide as the reduction, so that
     thin structures do not cause false patterns (aliasing).
+
     labels: True if the slices hold numbers of labels. They are not mixed; the nearest one is taken.
     """
     height, width = slices.shape[1:]
@@ -267,8 +270,8 @@ def unfit(slices, shape):
     """
     width, height, depth = shape
     if len(slices) != depth or slices.shape[1] != slices.shape[2]:
-        raise ValueError(f"unfit: slices of shape {slices.shape} do not belong to a volume of shape "
-                         f"{tuple(shape)}")
+        raise ValueError(f"unfit: slices of shape {slices.shape} do not belong to a volume of "
+                         f"shape {tuple(shape)}")
     size = slices.shape[1]
     side = max(size, height, width)
     square = slices if side == size else _resized(slices, side)
@@ -294,9 +297,10 @@ def write_volume(path, array, like, description, overwrite=False):
     Orientation, affine, sform and qform codes, units and shape are those of the source, and
     scl_slope is 1. Extensions of the source are not copied, because they may hold patient data. The
     file appears complete or not at all.
+
     like: The Volume of the source.
     description: Unit and method, for the header field `descrip`. That field has room for 79
-    characters and always says synthetic.
+        characters and always says synthetic.
     DataError if the file exists and `overwrite` is False, or if it cannot be written.
     ValueError if the array has another shape than the source.
     """

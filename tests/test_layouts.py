@@ -29,6 +29,7 @@ from scans import (
     save,
 )
 
+# ---- Odd folders -----------------------------------------------------------------------------------------------------
 
 def test_empty_folder_names_what_was_looked_for(tmp_path):  # row 1
     (tmp_path / "notes.txt").write_text("x")
@@ -137,6 +138,8 @@ def test_other_formats(tmp_path, name, content, sentence):
         read_volume(tmp_path / "p1" / name)
 
 
+# ---- One folder per subject ------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize(("name", "subject", "role"), [
     ("BraTS2021_00000_t1ce.nii.gz", "BraTS2021_00000", "t1ce"),
     ("BraTS20_Training_001_flair.nii", "BraTS20_Training_001", "flair"),
@@ -226,6 +229,8 @@ def test_patients_by_number(tmp_path):
     assert layout.notes == ["2 subjects have no row in patient_info.csv: siteA_07, siteB_07"]
 
 
+# ---- Slices that are cut and split already ---------------------------------------------------------------------------
+
 @pytest.mark.parametrize(("name", "text"), [
     ("subject_ids.yaml", "# of the test slices\n- 3\n- 3\n- 11\n- 3  # again\n"), ("subject_ids.yml", "[3, '3', 11,\n 3]"),
     ("subject_ids.json", '["3", 3, "11", 3]'), ("subject_ids.txt", "3\n3\n11\n3"),
@@ -297,6 +302,8 @@ def test_slices_need_train_and_test(tmp_path):
     with pytest.raises(DataError, match="has slices for train, val only; train and test are needed"):
         find_layout(make_slices(tmp_path / "set", counts=(("train", 2), ("val", 2))))
 
+
+# ---- IXI and ADNI ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("in_one_folder", [False, True])
 def test_ixi_as_downloaded(tmp_path, in_one_folder):

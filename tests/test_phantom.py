@@ -32,6 +32,8 @@ def brats(tmp_path_factory):
     return folder, names, images, labels, truth
 
 
+# ---- The set on disk -------------------------------------------------------------------------------------------------
+
 def test_layout_is_that_of_brats_2021(brats):
     folder, names, images, labels, truth = brats
     assert names == [f"BraTS2021_{k:05d}" for k in range(24)]
@@ -129,6 +131,8 @@ def test_there_is_room_to_learn(brats):
         assert 14 < psnr(one_image, test[:, target]) < psnr(by_slice, test[:, target]) < 19.5, CONTRASTS[target]
         assert copy < table < 26, (CONTRASTS[target], table)
 
+
+# ---- Making a set ----------------------------------------------------------------------------------------------------
 
 def test_same_arguments_same_bytes(tmp_path):
     make("brats", tmp_path / "a", subjects=2, size=32, slices=3, seed=4)

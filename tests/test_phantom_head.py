@@ -42,6 +42,8 @@ def subject():
     return head_anatomy(3, 0, GRID, age=70, tumour=True)
 
 
+# ---- Anatomy ---------------------------------------------------------------------------------------------------------
+
 def test_tissue_fractions_sum_to_one_inside(subject):
     total = sum(subject.maps.values())
     np.testing.assert_allclose(total[subject.mask], 1, atol=1e-5)
@@ -115,6 +117,8 @@ def test_oedema_spares_cortex_and_the_other_side():
     oedema = labels == CODE["oedema"]
     assert oedema[:, :40].sum() > 5 * oedema[:, 40:].sum() > 0  # 2 mm of cortex next to the core may swell
 
+
+# ---- IXI -------------------------------------------------------------------------------------------------------------
 
 def test_layout_is_that_of_ixi(ixi):
     folder, names, truth = ixi

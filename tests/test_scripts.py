@@ -19,6 +19,7 @@ from toys import flat, weights
 import apt
 import metadb
 from common import script
+from common.files import RunError
 from data import phantom
 
 TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --encoder-steps 3 --encoder-batch 8 --mif-epochs 2 "
@@ -48,7 +49,7 @@ def trained(brats, tmp_path_factory):
 
 def test_train_and_evaluate_leave_what_they_promise(trained):
     _, out, text = trained
-    for name in ("config.json", "log.txt", "log.jsonl", "last.pt", "codebook.json", "results.json", "samples.png"):
+    for name in ("config.json", "log.txt", "log.jsonl", "last.pt", "codebook.png", "results.json", "samples.png", "steps.png"):
         assert (out / name).exists(), name
     results = json.loads((out / "results.json").read_text())
     assert results["phantom"] is True and results["config"]["steps"] == 6 and "subject" in results["protocol"]
@@ -270,11 +271,11 @@ def test_synthesis_writes_volumes_on_the_sources_grid(trained, tmp_path, monkeyp
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
-    """Killed once in each stage, by watching the log; the weights of every stage equal those of the undisturbed run."""
+    """Killed in two stages, by watching the checkpoint; the weights of every stage equal those of the undisturbed run."""
     data, undisturbed, _ = trained
     out = tmp_path / "killed"
     command = [sys.executable, "-c", toys.EAGER.format(script="apt"), "--data", data, "--out", out, *TINY, "--train"]
-    for stage, step in (("encoder", 2), ("mif", 1), ("diffusion", 1), ("diffusion", 4)):
+    for stage, step in (("mif", 1), ("diffusion", 3)):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time() + 60
         while time.time() < end and process.poll() is None:
@@ -291,6 +292,7 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.slow
 def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path):
     data, plain, _ = trained
     out = tmp_path / "odd"
@@ -298,6 +300,66 @@ def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path)
                           env={**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "de_DE.UTF-8", "LC_NUMERIC": "de_DE.UTF-8"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(torch.equal(a, b) for a, b in zip(weights(out), weights(plain)))
+
+
+def test_a_run_is_trained_further_when_steps_are_raised(trained, tmp_path, monkeypatch, capsys):
+    """6 steps, then 9: the same weights as 9 at once; fewer are refused; pictures of losses and of what is made so far."""
+    data, source, _ = trained
+    out = tmp_path / "more"
+    out.mkdir()
+    for name in ("config.json", "last.pt"):
+        (out / name).write_bytes((source / name).read_bytes())
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--steps", "9", "--train")
+    assert status == 0 and "trained further: steps 6 -> 9" in text and "continues at step 6 of 9" in text, text
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--steps", "6", "--train")
+    assert status == 1 and "steps was 9, now 6" in text
+    whole = tmp_path / "whole"
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", whole, *TINY, "--steps", "9", "--train")
+    ours, theirs = (torch.load(p / "last.pt", weights_only=True)["stages"]["diffusion"]["parts"]["ema"] for p in (out, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert sorted(p.name for p in (whole / "previews").iterdir()) == ["0000002.png", "0000004.png", "0000006.png"]
+
+
+def test_an_unfinished_run_is_used_as_far_as_it_is_and_says_so(trained, tmp_path, monkeypatch, capsys):
+    data, source, _ = trained
+    out = tmp_path / "half"
+    out.mkdir()
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    content = torch.load(source / "last.pt", weights_only=True)
+    content["stages"]["diffusion"].update(step=4, finished=False)
+    torch.save(content, out / "last.pt")
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--test-slices", "1")
+    assert status == 0 and "not finished (diffusion 4 of 6 steps)" in text
+    assert json.loads((out / "results.json").read_text())["unfinished"] == "diffusion 4 of 6 steps"
+    del content["stages"]["diffusion"]
+    torch.save(content, out / "last.pt")
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate")
+    assert status == 1 and "has not reached its last stage, diffusion" in text and "Traceback" not in text
+
+
+def test_an_exported_model_is_smaller_and_gives_the_same(trained, tmp_path, monkeypatch, capsys):
+    data, out, _ = trained
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--export", tmp_path / "small")
+    assert status == 0 and "exported" in text and (tmp_path / "small" / "last.pt").stat().st_size < 0.5 * (out / "last.pt").stat().st_size
+    u = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    whole, small = (apt.load(folder, device="cpu").fill(u, ("t1", "t2")) for folder in (out, tmp_path / "small"))
+    assert np.array_equal(whole, small) and np.abs(whole[:, 0] - u[:, 0]).max() > 0.01
+    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--export", tmp_path / "small")
+    assert status == 1 and "exists; name a new folder" in text
+
+
+def test_a_model_is_loaded_from_python_without_side_effects(trained, capsys):
+    data, out, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    model = apt.load(out, device="cpu", M=50)
+    assert model.contrasts == ("flair", "t1", "t1ce", "t2") and model.size == 32 and model.config.M == 50 and capsys.readouterr().out == ""
+    filled = model.fill(np.full((1, 4, 32, 32), 0.5), known=[True, False, True, True])
+    assert filled.shape == (1, 4, 32, 32) and filled.dtype == np.float32 and (filled[:, [0, 2, 3]] == 0.5).all()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(RunError, match="lr cannot be changed"):
+        apt.load(out, lr=3)
+    with pytest.raises(RunError, match="holds no trained model"):
+        apt.load(out / "nowhere")
 
 
 def test_torchrun_equals_one_process(trained, tmp_path):
@@ -382,3 +444,38 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
             parse(module.Config, module.PRESETS, tables, module.LIMITS, lambda folder: "paper", module.__doc__, words.split(), name)
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
         assert Path(ROOT / path).exists(), path
+
+
+def test_the_python_section_of_the_readme_runs(trained, tmp_path, monkeypatch):
+    """Its code, word for word, with a trained toy model, an array and two scans in the folder where it runs."""
+    import re
+    data_folder, out, _ = trained
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    assert len(code.splitlines()) <= 14
+    code = code.replace('"runs/apt-brats"', repr(str(out))).replace('"/path/to/this/repository"', repr(str(ROOT)))
+    subject = next(data_folder.glob("BraTS*"))
+    for contrast in ("t1", "t2"):
+        (tmp_path / f"{contrast}.nii.gz").write_bytes((subject / f"{subject.name}_{contrast}.nii.gz").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names = {"images": np.random.default_rng(0).random((2, 4, 32, 32), np.float32)}
+    exec(code, names)
+    made, source = nib.load(tmp_path / "flair.nii.gz"), nib.load(tmp_path / "t1.nii.gz")
+    assert made.shape == source.shape and np.allclose(made.affine, source.affine) and made.get_fdata().std() > 0
+    assert np.array_equal(names["filled"][:, names["model"].contrasts.index("t1")], names["scan"].images[:, names["model"].contrasts.index("t1")])
+
+
+@pytest.mark.parametrize("name", ["apt", "metadb"])
+def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
+    """They are copied into an empty folder, and the script shows its help there."""
+    import re
+    import shutil
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    listed = re.search(r"NEEDS  data/ and these files of common/:(.*?)\"\"\"", text, re.S)[1].split()
+    assert len(listed) > 10
+    (tmp_path / "common").mkdir()
+    for file in (f"{name}.py", *(f"common/{file}" for file in ("__init__.py", *listed))):
+        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: {n for n in names if n in ("brats", "ixi", "pelvis", "ixi-hidden", "pictures")})
+    done = subprocess.run([sys.executable, f"{name}.py", "--reproduce", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "table3" in done.stdout, done.stderr

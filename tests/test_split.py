@@ -29,12 +29,29 @@ def people(n):
 
 
 @pytest.mark.parametrize(("n", "fraction", "test", "sizes"), [
-    (24, 2 / 3, 6, (16, 2, 6)), (24, 0.8, 50, (19, 0, 5)), (2, 0.8, 50, (1, 0, 1)), (5, 0.01, 2, (1, 2, 2)),
-    (1251, 0.8, 50, (1001, 200, 50))])
+    (24, 2 / 3, 6, (16, 2, 6)), (24, 0.8, 50, (17, 2, 5)), (2, 0.8, 50, (1, 0, 1)), (5, 0.01, 2, (1, 2, 2)),
+    (1251, 0.8, 50, (1001, 200, 50)), (20, 0.8, 50, (14, 2, 4)), (8, 0.8, 50, (5, 1, 2)), (7, 0.8, 50, (6, 0, 1)),
+    (8, 0.01, 50, (1, 1, 6)), (8, 0.99, 50, (6, 1, 1)), (8, 2 / 3, 6, (4, 1, 3)), (250, 0.8, 50, (175, 25, 50)),
+    (251, 0.8, 50, (176, 25, 50)), (255, 0.8, 50, (204, 1, 50)), (40, 0.625, 10, (25, 5, 10))])
 def test_split_sizes(n, fraction, test, sizes):
     split = data.make_split(people(n), 0, fraction, test)
     assert tuple(len(split[part]) for part in ("train", "val", "test")) == sizes
     assert len(set().union(*split.values())) == n
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.625, 0.8, 0.99])
+def test_eight_persons_always_have_all_parts(fraction):
+    for n in range(8, 60):
+        split = data.make_split(people(n), 0, fraction, 50)
+        sizes = [len(names) for names in split.values()]
+        assert min(sizes) >= 1 and sum(sizes) == n and len(set().union(*split.values())) == n
+
+
+def test_validation_is_taken_from_training_and_the_test_stays(monkeypatch):
+    now = data.make_split(people(20), 0, 0.8, 50)
+    monkeypatch.setattr("data.split.ENOUGH", 99)
+    before = data.make_split(people(20), 0, 0.8, 50)
+    assert now["test"] == before["test"] and sorted(now["train"] + now["val"]) == before["train"] and not before["val"]
 
 
 def test_split_depends_on_names_and_seed_only():

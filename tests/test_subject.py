@@ -115,3 +115,42 @@ def test_unread_contrasts_have_no_influence(tmp_path):
     slices = load_subject(subject, ("flair", "t1"), 20, use=("t1",))
     assert slices.present.tolist() == [False, True] and not slices.images[:, 0].any() and slices.images[:, 1].any()
     assert slices.reference.path == subject.files["t1"]
+
+
+# ---- Any files -------------------------------------------------------------------------------------------------------
+
+def test_scans_from_any_files(tmp_path):
+    """Aliases are understood, the order is that of the contrasts, and a made contrast goes back onto the source."""
+    files = {"t2w": save(tmp_path / "a" / "first.nii", head(seed=1)), "T1Gd": str(save(tmp_path / "b" / "x.nii.gz", head(seed=2)))}
+    slices = data.load_scans(files, ("flair", "t1ce", "t2"), 24)
+    subject = Subject("p", "p", {"t1ce": tmp_path / "b" / "x.nii.gz", "t2": tmp_path / "a" / "first.nii"})
+    wanted = load_subject(subject, ("flair", "t1ce", "t2"), 24)
+    np.testing.assert_array_equal(slices.images, wanted.images)
+    assert slices.present.tolist() == [False, True, True] and slices.images.shape == (9, 3, 24, 24)
+    assert slices.kept.tolist() == wanted.kept.tolist() and list(slices.scales) == ["t1ce", "t2"]
+    assert slices.reference.path == tmp_path / "b" / "x.nii.gz"
+    made = slices.images[:, 1:].mean(1)
+    slices.write(tmp_path / "out" / "flair.nii.gz", made, "synthetic flair, me", contrast="flair")
+    written = nib.load(tmp_path / "out" / "flair.nii.gz")
+    expected = (normalise(head(seed=1))[0] + normalise(head(seed=2))[0]) / 2
+    np.testing.assert_allclose(written.get_fdata(), expected, atol=1e-6)
+    np.testing.assert_array_equal(written.affine, AFFINE)
+    assert written.header["descrip"].item().decode() == "synthetic flair, me, normalised"
+
+
+@pytest.mark.parametrize(("files", "contrasts", "sentence"), [
+    ({"t1": "t1.nii", "adc": "t1.nii"}, ("t1",), "adc is no contrast; the contrasts are flair"),
+    ({"t1": "t1.nii"}, ("t1", "dwi"), "dwi is no contrast"),
+    ({"t1": "t1.nii", "T1w": "t1.nii"}, ("t1",), "t1 is named twice in t1, T1w"),
+    ({"t1": "t1.nii"}, ("t1", "t1n"), "t1 is named twice"),
+    ({"t1": "t1.nii"}, ("t2",), "is t1, which is not one of the contrasts t2"),
+    ({"t1": "nothing.nii"}, ("t1",), "nothing.nii does not exist"),
+    ({"t1": "."}, ("t1",), "does not exist or is no file"),
+    ({"t1": "t1.png"}, ("t1",), "is neither .nii nor .nii.gz"),
+    ({}, ("t1", "t2"), "no file is given; give one of t1, t2")])
+def test_bad_scans(tmp_path, files, contrasts, sentence):
+    save(tmp_path / "t1.nii", head())
+    (tmp_path / "t1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=sentence) as caught:
+        data.load_scans({contrast: tmp_path / name for contrast, name in files.items()}, contrasts, 24)
+    assert "\n" not in str(caught.value)

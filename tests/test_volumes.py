@@ -14,6 +14,7 @@ from data.files import DataError
 from data.volumes import canonical, fit, resample_to, same_grid, unfit, upright
 from scans import AFFINE, SHAPE, echoes, head, in_one_file, oriented, save, shifted
 
+# ---- Bad files -------------------------------------------------------------------------------------------------------
 
 def test_truncated_files(tmp_path):  # row 4
     path = save(tmp_path / "t1.nii.gz", head())
@@ -62,6 +63,8 @@ def test_damaged_compression(tmp_path):  # row 9
     with pytest.raises(DataError, match="are damaged"):
         read_volume(path)
 
+
+# ---- Odd volumes -----------------------------------------------------------------------------------------------------
 
 def test_number_of_axes(tmp_path):  # rows 24, 25, 31, 32
     array = head()
@@ -161,6 +164,8 @@ def test_big_endian_in_and_out(tmp_path, kind):
     np.testing.assert_array_equal(again.affine, AFFINE)
 
 
+# ---- Orientation -----------------------------------------------------------------------------------------------------
+
 ALL_48 = ["".join(pick) for order in itertools.permutations(("RL", "AP", "SI")) for pick in itertools.product(*order)]
 
 
@@ -240,6 +245,8 @@ def test_singular_affine(tmp_path):  # row 41
     assert read_volume(save(tmp_path / "t2.nii", head(), small)).spacing == pytest.approx([1e-3] * 3)
 
 
+# ---- Resampling ------------------------------------------------------------------------------------------------------
+
 def test_resampling_undoes_a_known_shift(tmp_path):  # row 39
     array = head()
     fixed = read_volume(save(tmp_path / "fixed.nii", array))
@@ -288,6 +295,8 @@ def test_boxes_that_do_not_overlap(tmp_path):
             resample_to(far, fixed)
 
 
+# ---- Slices ----------------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize(("shape", "size"), [((5, 7, 3), 8), ((7, 5, 2), 9), ((8, 8, 1), 8), ((6, 9, 4), 16)])
 def test_padding_is_exact_and_exactly_undone(shape, size):
     array = np.random.default_rng(0).uniform(0.1, 1, shape).astype(np.float32)
@@ -323,6 +332,8 @@ def test_reduction_does_not_alias():
     inner = fit(stripes, 20)[0, 2:-2, 2:-2]
     assert np.abs(inner - 0.5).max() < 0.12  # without prefilter: 0 or 1
 
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 def test_written_header(tmp_path):
     image = nib.Nifti1Image(np.round(head()).astype(np.int16), oriented("LPS", SHAPE))
@@ -371,6 +382,8 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
     assert nib.load(out).header["descrip"].item() == b"synthetic t1"
     np.testing.assert_array_equal(nib.load(out).get_fdata(), head() * 2)
 
+
+# ---- Two echoes in one file ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("pd_first", [True, False])

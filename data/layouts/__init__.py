@@ -40,8 +40,8 @@ def find_layout(folder, contrasts=None):
     """Recognise the data set in `folder` by its names -> Layout.
 
     contrasts: The names of contrasts to use, in this order. Other words for a contrast are
-    understood. By default we use the contrasts that at least half of the subjects have. If no
-    subject has a wanted contrast, this is noted only; it may be the one to synthesise.
+        understood. By default we use the contrasts that at least half of the subjects have. If no
+        subject has a wanted contrast, this is noted only; it may be the one to synthesise.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
     raised if two subjects have one name, if all subjects lie in one folder, if a wanted name is no
     contrast, or if none of the wanted contrasts is there.
@@ -116,8 +116,8 @@ def _list_files(folder, notes):
             if name.startswith(".") or name == "__MACOSX":
                 continue
             if real in entered:
-                notes.append(f"{os.path.join(root, name)}: leads to a folder that was read already; "
-                             "skipped")
+                notes.append(f"{os.path.join(root, name)}: leads to a folder that was read "
+                             "already; skipped")
                 continue
             entered.add(real)
             descend.append(name)

@@ -17,8 +17,10 @@ ADNI_DUAL_ECHO = re.compile(r"PD[^A-Z0-9]*T2|DOUBLE.?TSE", re.IGNORECASE)
 def collect_adni(images, notes):
     """Take what one person had on one day as a subject -> (subjects, ignored files).
 
-    images: The paths of all NIfTI files. notes: A list that gets sentences for the user. Subjects
-    are sorted by name. Files of other series are ignored.
+    Subjects are sorted by name. Files of other series are ignored.
+
+    images: The paths of all NIfTI files.
+    notes: A list that gets sentences for the user.
     """
     visits = {}                 # (person, day) -> kind of series -> folder -> its files
     ignored = []

@@ -22,8 +22,10 @@ UNKNOWN = {"", "-", "none", "nan", "n/a", "na", "unknown"}
 def collect_subjects(folder, images, notes):
     """Take every folder with at least one contrast as a subject -> (subjects, ignored files).
 
-    images: The paths of all NIfTI files. notes: A list that gets sentences for the user. Subjects
-    are sorted by name.
+    Subjects are sorted by name.
+
+    images: The paths of all NIfTI files.
+    notes: A list that gets sentences for the user.
     DataError if two folders have one name, or if all subjects seem to lie in one folder.
     """
     by_folder = {}
@@ -87,6 +89,7 @@ def read_patients(folder, files, subjects, notes):
     The sheet is meta.csv or patient_info.csv in `folder`. It has a column patient (or patient_id)
     and any of these: age, sex, scanner, body. The body is the part of the body. If the contrasts
     have different scanners, the columns are called scanner_t2, scanner_ct and so on.
+
     notes: A list that gets sentences for the user.
     """
     sheets = [path for path in files

@@ -24,8 +24,11 @@ IXI_SEXES = {1: "M", 2: "F"}
 def collect_ixi(files, images, notes):
     """Read the file names of IXI, in any folders -> (subjects sorted by name, ignored files).
 
-    files: The paths of all files. images: Those of the NIfTI files. notes: A list that gets
-    sentences for the user. MRA, DTI and all other names are ignored.
+    MRA, DTI and all other names are ignored.
+
+    files: The paths of all files.
+    images: Those of the NIfTI files.
+    notes: A list that gets sentences for the user.
     DataError if a subject has two files of one contrast.
     """
     # Our phantoms have names like these. Not all were made with the times of the hospitals, so we

@@ -16,7 +16,8 @@ SLICE_FILE = re.compile(r"([^/]+)/(train|val|test)/slice_(\d+)\.npy")
 def collect_slices(folder, files, notes):
     """Read the names of .npy slices -> (subjects, split). The split is None if there are none.
 
-    files: The paths of all files in `folder`. notes: A list that gets sentences for the user.
+    files: The paths of all files in `folder`.
+    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [names], "test": [names]}.
     DataError if train or test is missing, or if the contrasts do not have the same slices.
     """

@@ -1,5 +1,4 @@
-"""What all readers share: a subject, the words of file names, and the sheets that describe patients.
-"""
+"""What all readers share: a subject, the words of file names, and the sheets about patients."""
 
 import csv
 import re
@@ -42,8 +41,8 @@ class Subject:
     files: dict                     # contrast -> Path, or a tuple of Paths of .npy slices
     segmentation: Path | None = None
     meta: dict = field(default_factory=dict)        # what a reader knows of the person and the scan
-    echoes: dict = field(default_factory=dict)      # contrast -> echo in a file of two; see read_volume
-    grid: tuple = ()                # contrasts whose grid to use, best first; default: the first contrast
+    echoes: dict = field(default_factory=dict)      # contrast -> echo; see volumes.read_volume
+    grid: tuple = ()                # contrasts whose grid to use, best first; () is the first one's
 
     @property
     def in_slices(self):

@@ -1,20 +1,26 @@
-"""Digital phantoms: synthetic subjects with known anatomy and known physics, written in the layout of a real data set.
+"""Digital phantoms: synthetic subjects of known anatomy and physics, in files like real data.
 
-    python -m data.phantom brats data/brats [--subjects 24] [--size 64] [--slices 12] [--seed 0]
-    python -m data.phantom ixi data/ixi                 T1, T2 and PD of three hospitals, with scalp, air and IXI.csv
-    python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, and T1 and PD do not tell which
-    python -m data.phantom pelvis data/pelvis           T1, T2 and CT (HU) of male pelves at three sites, and meta.csv
+    python -m data.phantom brats data/brats             four contrasts of heads, most with a tumour
+    python -m data.phantom ixi data/ixi                 T1, T2, PD of three hospitals, with IXI.csv
+    python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, T1 and PD do not
+    python -m data.phantom pelvis data/pelvis           T1, T2 and CT (HU) of male pelves at three
+                                                        sites, with meta.csv
 
-Two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`) says how much of which tissue lies in every
-voxel of a subject, and how this subject's tissues differ from the textbook. *Physics* turns an anatomy into an image:
-`render` under any MR `Protocol`, `render_ct` in Hounsfield units. The same subject can therefore be imaged in any
-number of ways in memory, and every image has a truth to compare with. `acquire` and `acquire_ct` add what a real
-scanner adds: coil shading, Rician noise and an arbitrary scale; or the noise of X-rays.
+    options: [--subjects 24] [--size 64] [--slices 12] [--seed 0]
 
-World coordinates are mm in the NIfTI sense: x to the patient's right, y to the front, z to the top. In a head, 0 is
-near the anterior commissure; in a pelvis, it is midway between the hips. All randomness derives from
-(seed, subject, purpose): a subject does not depend on how many others are made, nor on the image size. The same
-arguments give identical bytes on one installation; another numpy or zlib may differ in a last bit.
+The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`) says how
+much of which tissue lies in every voxel of a subject. It also says how this subject's tissues
+differ from the textbook. *Physics* turns an anatomy into an image: `render` under an MR `Protocol`,
+`render_ct` in Hounsfield units. The same subject can therefore be imaged in many ways in memory.
+Every image has a truth to compare with. `acquire` and `acquire_ct` add what a real scanner adds. In
+MR this is coil shading, Rician noise and an arbitrary scale; in CT it is the noise of X-rays.
+
+World coordinates are mm in the sense of NIfTI: x points to the patient's right, y to the front, z
+to the top. In a head, 0 is near the anterior commissure. In a pelvis, 0 is midway between the hips.
+
+All random numbers derive from (seed, subject, purpose). A subject therefore does not depend on the
+number of subjects or on the image size. The same arguments give identical bytes on one computer;
+another version of numpy or zlib may differ in a last bit.
 """
 
 import json
@@ -27,42 +33,64 @@ from data.phantom.anatomy import Anatomy
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
 from data.phantom.pelvis import pelvis_anatomy, pelvis_grid
 from data.phantom.physics import Protocol, acquire, acquire_ct, render, render_ct
-from data.phantom.sets import SETS, brats_subject, ixi_anatomy, ixi_images, pelvis_images, write_ixi_scans
+from data.phantom.sets import (
+    SETS,
+    brats_subject,
+    ixi_anatomy,
+    ixi_images,
+    pelvis_images,
+    write_ixi_scans,
+)
 
-__all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "brats_subject", "head_anatomy",
-           "head_grid", "ixi_anatomy", "ixi_images", "make", "pelvis_anatomy", "pelvis_grid", "pelvis_images", "render",
-           "render_ct", "write_ixi_scans"]
+__all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "brats_subject",
+           "head_anatomy", "head_grid", "ixi_anatomy", "ixi_images", "make", "pelvis_anatomy",
+           "pelvis_grid", "pelvis_images", "render", "render_ct", "write_ixi_scans"]
 
-VERSION = 1  # raise it when the same arguments would give other images
+VERSION = 1             # raise it when the same arguments give other images
 
 
 def make(name, folder, subjects=24, size=64, slices=12, seed=0):
-    """Write the phantom set `name` into `folder`, which must not exist yet; its parents are made. All or nothing: the
-    set grows under another name beside `folder` and is renamed when complete.
+    """Write the phantom set `name` into `folder`, which must not exist yet. Its parents are made.
 
-    Raises DataError for an unknown name, a number too small, or a folder that exists."""
+    The set grows under another name beside `folder` and is renamed when it is complete. So the
+    folder appears complete or not at all.
+
+    name: One of SETS.
+    subjects: How many.
+    size: Pixels along a side of a slice.
+    slices: Slices of a subject.
+    seed: Another seed makes other subjects.
+    DataError if there is no such set, if a number is too small, or if the folder exists.
+    """
     folder = Path(folder)
     if name not in SETS:
         raise DataError(f"phantom {name!r}: there is no such set; choose one of: {', '.join(SETS)}")
     if subjects < 1 or slices < 1 or size < 16 or seed < 0:
-        raise DataError(f"phantom {name}: cannot make subjects {subjects}, size {size}, slices {slices}, seed {seed}; "
+        raise DataError(f"phantom {name}: cannot make subjects {subjects}, size {size}, "
+                        f"slices {slices}, seed {seed}; "
                         "use at least 1 subject, 16 pixels, 1 slice and a seed of 0 or more")
     if os.path.lexists(folder):
-        raise DataError(f"{folder}: exists already, and phantoms never overwrite; give another name or remove it")
+        raise DataError(f"{folder}: exists already, and phantoms never overwrite; "
+                        "give another name or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     growing = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     growing.mkdir()
     try:
         truth = SETS[name](growing, subjects, size, slices, seed)
-        note = {"name": name, "note": "These images are synthetic: a digital phantom, no patients.", "version": VERSION,
-                "subjects": subjects, "size": size, "slices": slices, "seed": seed, "truth": truth}
+        note = {"name": name,
+                "note": "These images are synthetic: a digital phantom, no patients.",
+                "version": VERSION, "subjects": subjects, "size": size, "slices": slices,
+                "seed": seed, "truth": truth}
         text = json.dumps(note, indent=1) + "\n"
         (growing / "phantom.json").write_text(text, encoding="utf-8", newline="\n")
         try:
             growing.rename(folder)
-        except OSError as error:  # two processes of one run may both have found it missing
+        except OSError as error:
+            # Two processes of one run may both have found the folder missing. If the other one has
+            # made the same set, all is well.
             other = folder / "phantom.json"
             if not other.is_file() or other.read_text(encoding="utf-8") != text:
-                raise DataError(f"{folder}: appeared while the phantom was being made; choose another name") from error
+                raise DataError(f"{folder}: appeared while the phantom was being made; "
+                                "choose another name") from error
     finally:
         shutil.rmtree(growing, ignore_errors=True)

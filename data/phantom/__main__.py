@@ -1,4 +1,4 @@
-"""python -m data.phantom NAME FOLDER: make a synthetic data set."""
+"""The command `python -m data.phantom NAME FOLDER` makes a synthetic data set."""
 
 import argparse
 import sys
@@ -9,14 +9,17 @@ from data.phantom import SETS, make
 
 
 def main():
-    """Command line -> exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.phantom", description="Make a synthetic data set.")
+    """Read the command line and make the set -> exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(prog="python -m data.phantom",
+                                     description="Make a synthetic data set.")
     parser.add_argument("name", choices=SETS, help="which set")
     parser.add_argument("folder", type=Path, help="where to; must not exist")
     parser.add_argument("--subjects", type=int, default=24, help="how many (default 24)")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side of a slice (default 64)")
+    parser.add_argument("--size", type=int, default=64,
+                        help="pixels a side of a slice (default 64)")
     parser.add_argument("--slices", type=int, default=12, help="slices per subject (default 12)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other subjects (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed makes other subjects (default 0)")
     options = parser.parse_args()
     try:
         make(**vars(options))

@@ -1,4 +1,4 @@
-"""What all body parts share: an Anatomy, and the way from labels to fractions of tissue."""
+"""What heads and pelves share: an Anatomy, and how labels become fractions of tissue."""
 
 from dataclasses import dataclass
 
@@ -7,43 +7,47 @@ import numpy as np
 from data.phantom.geometry import Grid, smooth_field
 from data.phantom.physics import CODE
 
+OVERSAMPLE = 3      # points along a side of a pixel; 3 give 10 levels of partial volume
+
 
 @dataclass
 class Anatomy:
-    """A subject. maps: tissue name -> (X, Y, Z) fraction of the voxel, 0..1; they sum to 1 inside `mask` and are 0
-    outside. factors: tissue name -> this subject's (PD, T1, T2) relative to TISSUES. variation: (3, X, Y, Z), the
-    same three varying slowly in space, for all tissues but csf. texture: (X, Y, Z), relative T1, T2 and uptake inside
-    lesions and in marrow. labels: (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails. traits: see
-    `draw_traits` and `draw_pelvis`."""
+    """A subject: how much of which tissue lies in every voxel, and what its tissues are like."""
+
     grid: Grid
-    mask: np.ndarray
-    maps: dict
-    factors: dict
-    variation: np.ndarray
-    texture: np.ndarray
-    labels: np.ndarray
-    traits: dict
-
-
-OVERSAMPLE = 3                    # label points along a pixel's side, so 10 levels of partial volume
+    mask: np.ndarray            # (X, Y, Z) bool, the body
+    maps: dict                  # tissue -> (X, Y, Z), its fraction of the voxel. The fractions sum
+                                # to 1 inside of the mask, and are 0 outside
+    factors: dict               # tissue -> this subject's (PD, T1, T2) relative to TISSUES
+    variation: np.ndarray       # (3, X, Y, Z), PD, T1, T2 relative to the subject's mean. They vary
+                                # slowly in space, for all tissues but csf
+    texture: np.ndarray         # (X, Y, Z), relative T1, T2 and uptake inside of lesions and marrow
+    labels: np.ndarray          # (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails
+    traits: dict                # age, sex, ...; see draw_traits and draw_pelvis
 
 
 def mixture(labels, grid, tissues):
-    """Labels at the points of grid.axes(OVERSAMPLE) -> mask (X, Y, Z) and maps, see Anatomy. tissues: names that the
-    labels may hold."""
+    """Labels at the points of grid.axes(OVERSAMPLE) -> (mask (X, Y, Z), maps as in Anatomy).
+
+    tissues: The names that the labels may hold.
+    """
     nx, ny, nz = grid.shape
     blocks = labels.reshape(nx, OVERSAMPLE, ny, OVERSAMPLE, nz)
     inside = (blocks > 0).mean(axis=(1, 3), dtype=np.float32)
     mask = inside >= 0.5
     maps = {}
-    for name in tissues:  # a voxel on the edge shows what of it lies inside the body
+    for name in tissues:
         fraction = (blocks == CODE[name]).mean(axis=(1, 3), dtype=np.float32)
-        maps[name] = np.where(mask, fraction / np.maximum(inside, np.float32(0.5)), np.float32(0))
+        # A voxel on the edge of the body shows only what of it lies inside of the body.
+        share = fraction / np.maximum(inside, np.float32(0.5))
+        maps[name] = np.where(mask, share, np.float32(0))
     return mask, maps
 
 
 def tissue_fields(rng, axes, reach=160.0):
-    """How one subject's tissues vary in space: variation and texture of Anatomy."""
-    spread = (0.015, 0.05, 0.05)  # of PD, T1, T2 from place to place
-    variation = np.stack([np.exp(sd * smooth_field(rng, 30, axes, reach)) for sd in spread]).astype(np.float32)
-    return variation, np.exp(0.15 * smooth_field(rng, 7, axes, reach)).astype(np.float32)
+    """Draw how one subject's tissues vary in space -> (variation, texture) as in Anatomy."""
+    variation = []
+    for spread in (0.015, 0.05, 0.05):          # standard deviations of PD, T1, T2 in space
+        variation.append(np.exp(spread * smooth_field(rng, 30, axes, reach)))
+    texture = np.exp(0.15 * smooth_field(rng, 7, axes, reach))
+    return np.stack(variation).astype(np.float32), texture.astype(np.float32)

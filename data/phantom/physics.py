@@ -7,25 +7,35 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tissue:
-    """pd: proton density relative to water. t1, t2: ms at (1.5 T, 3 T). hu: attenuation of X-rays at 120 kV in
-    Hounsfield units, water 0 and air -1000. gd: mM of contrast agent after one dose."""
-    pd: float
-    t1: tuple[float, float]
-    t2: tuple[float, float]
-    hu: float
-    gd: float = 0.0
+    """What a tissue is to MR and to CT."""
+
+    pd: float                       # proton density relative to water
+    t1: tuple[float, float]         # ms at (1.5 T, 3 T)
+    t2: tuple[float, float]         # ms at (1.5 T, 3 T)
+    hu: float                       # attenuation of X-rays at 120 kV, in HU; water 0, air -1000
+    gd: float = 0.0                 # mM of contrast agent after one dose
 
 
-# Sources. PD of csf, gm, wm: BrainWeb (Kwan et al. 1999, IEEE TMI 18:1085). T1 of gm, wm and deep (mean of putamen
-# and caudate): Wright et al. 2008, MAGMA 21:121 (MPRAGE). T2 of gm, wm and T1 of blood: Stanisz et al. 2005, MRM
-# 54:507. T1 of csf: Rooney et al. 2007, MRM 57:308. PD of fat: BrainWeb; its T1: de Bazelaire et al. 2004, Radiology
-# 230:652, as T1 and T2 of the prostate. T1 and T2 of muscle, which stands for skin and the walls of organs as well, and
-# of cartilage: Stanisz et al. 2005. All others, every hu and every gd, are our round numbers, chosen so that each
-# tissue looks as it does in clinical images: iron shortens T2 of the pallidum; veins carry deoxygenated blood and lose
-# signal by flow, and stand for arteries as well; oedema and tumour lie between grey matter and water; compact bone is
-# black; the many refocusing pulses of a clinical T2 make fat bright, so its T2 is longer here; marrow is mostly fat to
-# MR, but fat with trabeculae of bone in it to CT; the glands in the outer zone of the prostate are watery. T1 and T2 of
-# gas do not matter.
+# Sources:
+#   PD of csf, gm, wm, fat    BrainWeb (Kwan et al. 1999, IEEE TMI 18:1085)
+#   T1 of gm, wm, deep        Wright et al. 2008, MAGMA 21:121 (MPRAGE); deep is the mean of putamen
+#                             and caudate
+#   T2 of gm, wm; T1 of blood; T1 and T2 of muscle and cartilage
+#                             Stanisz et al. 2005, MRM 54:507
+#   T1 of csf                 Rooney et al. 2007, MRM 57:308
+#   T1 of fat; T1 and T2 of the prostate
+#                             de Bazelaire et al. 2004, Radiology 230:652
+# All others, every hu and every gd are our own round numbers. We chose them so that each tissue
+# looks as it does in clinical images:
+#   - Iron shortens T2 of the pallidum.
+#   - Veins carry deoxygenated blood and lose signal by flow. They stand for arteries as well.
+#   - Oedema and tumour lie between grey matter and water.
+#   - Compact bone is black.
+#   - The many refocusing pulses of a clinical T2 make fat bright, so its T2 is longer here.
+#   - Marrow is mostly fat to MR, but to CT it is fat with trabeculae of bone in it.
+#   - The glands in the outer zone of the prostate are watery.
+#   - Muscle stands for skin and for the walls of organs as well.
+# T1 and T2 of gas do not matter.
 TISSUES = {
     "csf":       Tissue(1.00, (4330, 4330), (2000, 2000), 8),
     "gm":        Tissue(0.86, (1197, 1607), (95, 99), 38, gd=0.015),
@@ -48,70 +58,87 @@ TISSUES = {
     "stool":     Tissue(0.60, (800, 900), (75, 65), 20),
     "gas":       Tissue(0.00, (1000, 1000), (100, 100), -1000),
 }
-BRAIN = ("csf", "gm", "wm", "deep", "pallidum", "vein", "gliosis", "oedema", "enhancing", "necrosis")
-SCALP = ("bone", "marrow", "fat", "muscle")  # all that a skull-stripped head lacks
+BRAIN = ("csf", "gm", "wm", "deep", "pallidum", "vein", "gliosis", "oedema", "enhancing",
+         "necrosis")
+SCALP = ("bone", "marrow", "fat", "muscle")     # all that a skull-stripped head lacks
 PELVIS = (*SCALP, "vein", "cartilage", "urine", "prostate", "glands", "stool", "gas")
-CODE = {name: number for number, name in enumerate(TISSUES, 1)}  # in label arrays; 0 is outside the body
-LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}     # the numbers of BraTS; gliosis of age is no tumour
-# Relaxivity r1 of gadoterate in plasma, 1/(mM s) at (1.5 T, 3 T): Szomolanyi et al. 2019, Invest Radiol 54:559.
+# The numbers of tissues in arrays of labels. 0 is outside of the body.
+CODE = {name: number for number, name in enumerate(TISSUES, 1)}
+# The numbers that BraTS gives to tumours. Gliosis of age is no tumour.
+LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}
+
+# The relaxivity r1 of gadoterate in plasma, 1/(mM s) at (1.5 T, 3 T): Szomolanyi et al. 2019,
+# Invest Radiol 54:559.
 RELAXIVITY = (3.32, 3.00)
-# Field inhomogeneity inside a voxel, 1/(s T), so that 1/T2* = 1/T2 + R2' B0: close to Peters et al. 2007, MRI 25:748
-# (T2* of grey and white matter 84 and 66 ms at 1.5 T, 66 and 53 ms at 3 T).
+
+# The field varies inside of a voxel, so that 1/T2* = 1/T2 + R2' B0, with R2' in 1/(s T). The number
+# is close to Peters et al. 2007, MRI 25:748. They found T2* of grey and white matter to be 84 and
+# 66 ms at 1.5 T, and 66 and 53 ms at 3 T.
 R2_PRIME = 1.4
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One MR sequence. sequence: "se" spin echo, "ir" inversion recovery, "gre" spoiled gradient echo. Times in ms,
-    flip in degrees, field in tesla; dose 1 = a standard injection of contrast agent, 0 = none. `ti` only matters to
-    "ir", `flip` only to "gre"."""
-    sequence: str
-    tr: float
-    te: float
-    ti: float = 0.0
-    flip: float = 90.0
-    field: float = 3.0
-    dose: float = 0.0
+    """One MR sequence."""
+
+    sequence: str           # "se" spin echo, "ir" inversion recovery, "gre" spoiled gradient echo
+    tr: float               # ms
+    te: float               # ms
+    ti: float = 0.0         # ms, for "ir" only
+    flip: float = 90.0      # degrees, for "gre" only
+    field: float = 3.0      # tesla
+    dose: float = 0.0       # of contrast agent; 1 is a standard injection, 0 is none
 
 
 def spin_echo(pd, t1, t2, tr, te):
-    """S = PD (1 - exp(-TR/T1)) exp(-TE/T2). Times in ms."""
+    """S = PD (1 - exp(-TR/T1)) exp(-TE/T2). Times are in ms."""
     return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
 
 
 def inversion_recovery(pd, t1, t2, tr, te, ti):
-    """S = PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2), negative before the null. Times in ms. Images show |S|,
-    see `render`."""
+    """S = PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2). Times are in ms.
+
+    S is negative before the null time. Images show |S|; see `render`.
+    """
     return pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
 
 
 def spoiled_gradient_echo(pd, t1, t2_star, tr, te, flip):
-    """S = PD sin a (1 - E1) / (1 - E1 cos a) exp(-TE/T2*), E1 = exp(-TR/T1). Times in ms, flip angle a in degrees."""
+    """S = PD sin a (1 - E1) / (1 - E1 cos a) exp(-TE/T2*), with E1 = exp(-TR/T1).
+
+    Times are in ms, and the flip angle a is in degrees.
+    """
     angle = np.deg2rad(flip)
     e1 = np.exp(-tr / t1)
     return pd * np.sin(angle) * (1 - e1) / (1 - e1 * np.cos(angle)) * np.exp(-te / t2_star)
 
 
 def with_gadolinium(t1, concentration, relaxivity):
-    """1/T1' = 1/T1 + r1 C. T1 in ms, C in mM, r1 in 1/(mM s)."""
+    """1/T1' = 1/T1 + r1 C. T1 is in ms, C in mM, r1 in 1/(mM s)."""
     return 1 / (1 / t1 + relaxivity * concentration / 1000)
 
 
 def null_time(t1, tr):
-    """The inversion time (ms) at which a tissue of this T1 gives no signal in `inversion_recovery`."""
+    """The inversion time (ms) at which `inversion_recovery` gives no signal for this T1 (ms)."""
     return t1 * np.log(2 / (1 + np.exp(-tr / t1)))
 
 
 def at_field(pair, field):
-    """A power law through the values at 1.5 T and 3 T (Rooney et al. 2007 find T1 to follow one)."""
+    """A power law through the values at 1.5 T and 3 T. Rooney et al. 2007 find that T1 follows one.
+
+    pair: The values at (1.5 T, 3 T).
+    field: Tesla.
+    """
     low, high = pair
     return low * (high / low) ** np.log2(field / 1.5)
 
 
 def signal(pd, t1, t2, concentration, protocol):
-    """Signal of one tissue under a protocol. pd, t1 (ms), t2 (ms) may be arrays; concentration in mM at dose 1.
+    """The signal of one tissue under a protocol.
 
-    Raises ValueError for a sequence name that is not one of Protocol's three."""
+    pd, t1 (ms) and t2 (ms) may be arrays. concentration: Contrast agent in mM at dose 1.
+    ValueError if the name of the sequence is not one of Protocol's three.
+    """
     t1 = with_gadolinium(t1, protocol.dose * concentration, at_field(RELAXIVITY, protocol.field))
     if protocol.sequence == "se":
         return spin_echo(pd, t1, t2, protocol.tr, protocol.te)
@@ -124,13 +151,17 @@ def signal(pd, t1, t2, concentration, protocol):
 
 
 def render(anatomy, protocol):
-    """The image of a subject under a protocol, free of noise and shading: (X, Y, Z) float32, 0 outside the mask.
+    """The image of a subject under a protocol, without noise and shading.
 
-    Tissues of one voxel add before the magnitude is taken, as their magnetisation does in the receiver coil."""
+    The result is (X, Y, Z) float32, and 0 outside of the mask. The tissues of one voxel add before
+    the magnitude is taken, because their magnetisations add in the receiver coil.
+    """
     image = np.zeros(anatomy.grid.shape)
     for name, fraction in anatomy.maps.items():
-        tissue, (pd, t1, t2) = TISSUES[name], anatomy.factors[name]
-        varied = (1.0, 1.0, 1.0) if name == "csf" else anatomy.variation  # water is water everywhere
+        tissue = TISSUES[name]
+        pd, t1, t2 = anatomy.factors[name]
+        # Water is the same everywhere.
+        varied = (1.0, 1.0, 1.0) if name == "csf" else anatomy.variation
         texture = anatomy.texture if name in LESION_LABELS else 1.0
         image += fraction * signal(
             pd * tissue.pd * varied[0],
@@ -141,32 +172,42 @@ def render(anatomy, protocol):
 
 
 def render_ct(anatomy, density):
-    """CT of a subject, free of noise: (X, Y, Z) float32 in HU, air outside the mask. density: of the mineral in this
-    subject's bone, relative to TISSUES.
+    """The CT of a subject without noise: (X, Y, Z) float32 in HU, air outside of the mask.
 
-    Attenuations (1 + HU / 1000, water = 1) of one voxel add. They vary in space as the proton density does; marrow has
-    the texture of its trabeculae besides."""
+    The attenuations in one voxel add; the attenuation is 1 + HU / 1000, which is 1 for water. They
+    vary in space as the proton density does. Marrow also has the texture of its trabeculae.
+
+    density: The mineral in this subject's bone, relative to TISSUES.
+    """
     attenuation = np.zeros(anatomy.grid.shape)
     for name, fraction in anatomy.maps.items():
         mineral = {"bone": density, "marrow": density * anatomy.texture}.get(name, 1.0)
-        attenuation += fraction * (1 + TISSUES[name].hu * mineral / 1000) * anatomy.variation[0]
+        of_tissue = 1 + TISSUES[name].hu * mineral / 1000
+        attenuation += fraction * of_tissue * anatomy.variation[0]
     return (1000 * (attenuation - 1)).astype(np.float32)
 
 
 def acquire_ct(rng, image, noise):
-    """What a CT scanner stores of `image` (HU): with noise of standard deviation `noise` (HU), in whole numbers of 12
-    bits. (X, Y, Z) int16."""
+    """What a CT scanner stores of an image: (X, Y, Z) int16 in HU, whole numbers of 12 bits.
+
+    image: (X, Y, Z) in HU.
+    noise: The standard deviation of the noise in HU.
+    """
     seen = image + noise * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(np.rint(seen), -1024, 3071).astype(np.int16)
 
 
 def acquire(rng, image, mask, shading, noise, level):
-    """What the scanner makes of `image`: coil shading, Rician noise (in the air as well), its own scale. (X, Y, Z)
-    float32.
+    """What an MR scanner makes of an image: (X, Y, Z) float32 with shading, noise and a scale.
 
-    shading: (X, Y, Z) relative coil sensitivity. noise: standard deviation of the noise in either channel, relative
-    to the mean of the image in the mask. level: mean of the result in the mask, any number, for a scanner's units
-    mean nothing."""
+    The noise is Rician, and it is in the air as well.
+
+    image: (X, Y, Z) without noise.
+    mask: (X, Y, Z) bool, the body.
+    shading: (X, Y, Z), the relative sensitivity of the coil.
+    noise: The standard deviation of the noise in either channel, relative to the mean in the mask.
+    level: The mean of the result in the mask. It is arbitrary, as the units of a scanner are.
+    """
     sigma = noise * image[mask].mean()
     real, imaginary = sigma * rng.standard_normal((2, *image.shape), dtype=np.float32)
     seen = np.hypot(image * shading + real, imaginary)
