@@ -80,7 +80,7 @@ class Prompts:
     """The embeddings of the prompts of subjects, each computed once: the text encoder is frozen.
 
     encoder    a frozen clip.CLIP, or None with a file
-    subjects   layouts.Subject; meta: {name: what is known of it}.  Of an unknown subject the prompt says None, but for the contrast
+    subjects   layouts.Subject; meta: {name: what is known of it}, nothing of other subjects
     contrasts  names, in the order of the channels;  fields: what a prompt says (data/prompts.py)
     file       .npz with embeddings of your own, see load_embeddings.  RunError if it lacks one of the subjects' prompts
     words      True: the tokens are needed too.  RunError if the file holds none
