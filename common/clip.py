@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.contrastive import contrastive_loss, cosines, groups_of, instance_loss, loss_floor, nearest, retrieval
+from common import contrastive
+from common.contrastive import contrastive_loss, cosines, groups_of, instance_loss, loss_floor
 from common.embeddings import Features, look_up
 from common.tokenizer import NUM, Tokenizer, Tokens
 
@@ -86,7 +87,7 @@ class Block(nn.Module):
 
 
 def number_features(v):
-    """Numbers as waves of their logarithm.  v: (B, L).  Returns (B, L, 13).
+    """Turn numbers into waves of their logarithm.  v: (B, L).  Returns (B, L, 13).
 
     In these features 90 and 100 differ about as much as 4500 and 5000.
     """
@@ -196,35 +197,35 @@ class CLIP(nn.Module):
         self.subjects = []
         self.frozen = False
         self.memo = {}
-        # the features in the memo belong to the old weights
+        # The features in the memo belong to the old weights.
         self.register_load_state_dict_post_hook(lambda module, keys: module.memo.clear())
 
     def scale(self):
-        """exp(logit_scale), the inverse temperature, within [1, 100].  Returns ()."""
+        """Return exp(logit_scale), the inverse temperature, within [1, 100].  It has shape ()."""
         return self.logit_scale.clamp(0, MAX_LOG_SCALE).exp()
 
     @torch.no_grad()
     def clamp_scale(self):
-        """Bring logit_scale back into its range; to be called after each step.
+        """Bring logit_scale back into its range.  The training calls it after each step.
 
         Outside of the range scale() has no gradient, so the parameter could never come back.
         """
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def encode_image(self, x):
-        """Features of images.  x: (B, in_ch, H, W) or (B, in_ch, D, H, W) in [0,1]."""
+        """Encode images as Features.  x: (B, in_ch, H, W) or (B, in_ch, D, H, W) in [0,1]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.image(x)
 
     def encode_tokens(self, tokens):
-        """Features of Tokens, as the tokenizer returns them.  Nothing is remembered."""
+        """Encode Tokens, as the tokenizer returns them, as Features.  Nothing is remembered."""
         device = self.logit_scale.device
         tokens = Tokens(*(torch.as_tensor(part, device=device) for part in tokens))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.text(tokens)
 
     def encode_text(self, texts):
-        """Features of texts (list of str).  Each distinct text is encoded once.
+        """Encode texts (list of str) as Features.  Each distinct text is encoded once.
 
         A frozen model remembers them.  Raises ValueError if a text has too many tokens.
         """
@@ -239,12 +240,12 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def remember(self, texts):
-        """A table {text: [tokens (L, W), mask (L,), pooled (D,)]} of texts (str), on the CPU.
+        """Return a table {text: [tokens (L, W), mask (L,), pooled (D,)]} of texts, on the CPU.
 
         Each text is computed once, alone and in float32.  Its features then do not depend, even by
         rounding, on the other texts of a batch, and a resumed run sees the same bits.
 
-        Raises ValueError if the model is not frozen.
+        Raises ValueError if the model is not frozen, or if a text has too many tokens.
         """
         if not self.frozen:
             raise ValueError("the encoder is still in training and its text features will change; "
@@ -257,13 +258,14 @@ class CLIP(nn.Module):
         return {text: self.memo[text] for text in texts}
 
     def loss(self, pooled, texts, groups=None):
-        """Contrastive loss between images and their texts.
+        """Return the contrastive loss between images and their texts.
 
         pooled: (B, D), from encode_image.  texts: B strings.  groups: (B,) integers, equal for
         samples that are positives of each other; by default those with the same text.
 
         Returns the loss () and facts {name: ()}: excess (the loss minus its floor), scale, r1_i2t
-        and r1_t2i (the share of images whose best text is their own, and of texts).
+        and r1_t2i.  r1_i2t is the share of images whose best text is their own.  r1_t2i is the
+        same for texts.  Raises ValueError if a text has too many tokens.
         """
         if groups is None:
             groups = groups_of(texts)                                   # (B,)
@@ -278,31 +280,31 @@ class CLIP(nn.Module):
         return loss, facts
 
     def train(self, mode=True):
-        """As nn.Module.train, but a frozen model stays in eval mode when its parent is trained."""
+        """Do as nn.Module.train, but keep a frozen model in eval mode, also inside a parent."""
         return super().train(mode and not self.frozen)
 
     def freeze(self):
-        """From now on: no gradients, eval mode, and texts are remembered.  Returns self."""
+        """Switch gradients off and eval mode on, and remember texts from now on.  Returns self."""
         self.frozen = True
         self.memo.clear()
         return self.requires_grad_(False).eval()
 
     def check_unseen(self, subjects):
-        """Raises ValueError if one of these subjects was trained on: its score would flatter."""
+        """Raises ValueError if one of these subjects trained the model: its score would flatter."""
         seen = sorted(set(subjects) & set(self.subjects))
         if seen:
             raise ValueError(f"{len(seen)} subjects to evaluate on trained the encoder (first: "
                              f"{seen[0]}); evaluate on others, or train the encoder on this split")
 
     def state(self):
-        """All that from_state needs, in plain types that torch.load(weights_only=True) reads."""
+        """Return all that from_state needs, in types that torch.load(weights_only=True) reads."""
         weights = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
         return {"text": self.text.config, "image": self.image.config, "weights": weights,
                 "tokenizer": self.tokenizer.state(), "subjects": list(self.subjects)}
 
     @classmethod
     def from_state(cls, state):
-        """The CLIP whose state() this is.  Raises ValueError if the vocabulary was edited."""
+        """Return the CLIP of this state().  Raises ValueError if the vocabulary was edited."""
         text = TextEncoder(**state["text"])
         image = ImageEncoder(**state["image"])
         clip = cls(Tokenizer.from_state(state["tokenizer"]), text, image)
@@ -312,7 +314,7 @@ class CLIP(nn.Module):
 
 
 def build(size_name, texts, image_size, dims=2, in_ch=1, seed=0):
-    """A CLIP with fresh weights, which depend on the seed alone.
+    """Build a CLIP with fresh weights, which depend on the seed alone.
 
     size_name: a key of SIZES.  texts: list of str, on which the pieces of words are learned.
     image_size, dims, in_ch: as of ImageEncoder.  The caller's random numbers are not touched.
@@ -330,7 +332,7 @@ def build(size_name, texts, image_size, dims=2, in_ch=1, seed=0):
 # ---- Training ------------------------------------------------------------------------------------
 
 def warmup_cosine(step, steps, peak):
-    """Learning rate of a step: linear over the first tenth, then half a cosine down to 0."""
+    """Return the learning rate of a step: it rises linearly, then falls to 0 as half a cosine."""
     warm = max(1, steps // 10)
     if step < warm:
         return peak * (step + 1) / warm
@@ -338,9 +340,9 @@ def warmup_cosine(step, steps, peak):
 
 
 def parameter_groups(clip):
-    """Parameter groups for AdamW: weight decay 0.1 on matrices and kernels, none on the rest.
+    """Return parameter groups for AdamW: weight decay 0.1 on matrices and kernels, else none.
 
-    The rest is biases, norms, embeddings, positions and the logit scale.
+    The others are biases, norms, embeddings, positions and the logit scale.
     """
     decayed = []
     free = []
@@ -353,22 +355,21 @@ def parameter_groups(clip):
 
 
 def two_contrasts(n, batch, generator):
-    """For each sample two different ones of n contrasts, uniformly.  Returns (batch,), (batch,).
+    """Draw two different ones of n contrasts for each sample.  Returns (batch,), (batch,).
 
     If n is 1, both are the only contrast.
     """
     device = generator.device
-    first = torch.randint(n, (batch,), generator=generator, device=device)              # (B,)
+    first = torch.randint(n, (batch,), generator=generator, device=device)  # (B,)
     ahead = torch.randint(1, max(n, 2), (batch,), generator=generator, device=device)   # (B,)
     return first, (first + ahead) % n                                   # (B,), (B,)
 
 
 def hide_values(texts, share, generator):
-    """Captions (list of str) of which a share has lost one known value.
+    """Hide one known value in a share of the captions (list of str).  Returns new captions.
 
     A caption has the form "Field: value; Field: value".  Each of its known values is equally likely
     to be lost.  It becomes [MASK] or None, with equal chances.
-
     Callers need this if their prompts hold the words [MASK] or None.  Without it the text tower
     would read these words with the vectors that it was born with.
     """
@@ -411,18 +412,19 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
         raise ValueError("the instance term compares two contrasts and the images have one; "
                          "use instance=0")
     clip.to(run.device)
-    clip.subjects = sorted({str(name) for name in subjects})            # plain types, for state()
+    clip.subjects = sorted({str(name) for name in subjects})            # state() needs plain types
     optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6)
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
         rows = run.order(stage, n, batch, step)                         # (B,)
         x = run.fetch(images, rows)                                     # (B, C, H, W)
-        a, b = two_contrasts(contrasts, batch, run.generator(stage, step))      # (B,), (B,)
+        a, b = two_contrasts(contrasts, batch, run.generator(stage, step))  # (B,), (B,)
         own = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
         texts = own
         if field_dropout:
             texts = hide_values(own, field_dropout, run.generator(f"{stage} fields", step))
         each = torch.arange(batch)                                      # (B,)
-        groups = groups_of(own)             # (B,)  a caption stays the same one with a value hidden
+        # A caption with a hidden value still counts as the same caption.
+        groups = groups_of(own)                                         # (B,)
         with run.autocast():
             z_a = clip.encode_image(x[each, a, None]).pooled            # (B, D)
             loss, facts = clip.loss(z_a, texts, groups)                 # ()
@@ -433,7 +435,7 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
                 loss = loss + instance * facts["instance"]              # ()
         for group in optimiser.param_groups:
             group["lr"] = warmup_cosine(step, steps, lr)
-        run.update(loss, optimiser)         # gradients to zero, backward, clipping, optimiser step
+        run.update(loss, optimiser)         # sets gradients to zero, goes backward, clips and steps
         clip.clamp_scale()
         run.log(loss=loss, **facts)
         if step == max(steps // 5, 50):     # earlier, every CLIP looks stuck
@@ -445,7 +447,6 @@ def warn_if_stuck(run, excess, texts):
     """Warn if a CLIP cannot tell its samples apart.
 
     excess: from CLIP.loss.  texts: the captions (list of str) of that batch.
-
     Its loss is then ln(B), and the excess is ln(B) minus the floor that equal captions cause.
     """
     repeats = Counter(texts)
@@ -460,7 +461,7 @@ def warn_if_stuck(run, excess, texts):
 
 @torch.no_grad()
 def encode_all(clip, images, batch=32):
-    """Pooled features of images (n, C, H, W) in [0,1], any array.  Returns (n, C, D) on the CPU."""
+    """Encode images, any array (n, C, H, W) in [0,1].  Returns pooled (n, C, D) on the CPU."""
     n, contrasts = images.shape[:2]
     pooled = []
     for start in range(0, n, batch):
@@ -473,7 +474,7 @@ def encode_all(clip, images, batch=32):
 
 @torch.no_grad()
 def report(clip, images, captions):
-    """What the encoder can do on these slices, which should come from validation subjects.
+    """Measure what the encoder can do on slices, which should come from validation subjects.
 
     images: (n, C, H, W) in [0,1].  captions: n lists of C str.  Returns {name: float}:
         image_to_text     the share of the n*C images whose nearest distinct caption is their own
@@ -488,12 +489,12 @@ def report(clip, images, captions):
     for start in range(0, len(texts), 256):
         tokens = clip.tokenizer(texts[start:start + 256])
         e.append(clip.encode_tokens(tokens).pooled.float().cpu())       # (256, D)
-    found = nearest(z.flatten(0, 1), torch.cat(e))                      # (n*C,)
+    found = contrastive.nearest(z.flatten(0, 1), torch.cat(e))                      # (n*C,)
     hits = found == groups_of(own)                                      # (n*C,)
     result = {"image_to_text": hits.float().mean().item(), "image_to_text_chance": 1 / len(texts)}
     pairs = list(itertools.permutations(range(z.shape[1]), 2))
     if pairs:
-        shares = [retrieval(z[:, i], z[:, j]) for i, j in pairs]
+        shares = [contrastive.retrieval(z[:, i], z[:, j]) for i, j in pairs]
         result["slice_to_slice"] = sum(shares) / len(pairs)
         result["slice_to_slice_chance"] = 1 / len(z)
     return result

@@ -1,7 +1,10 @@
-"""Where a run computes: the device, its precision, the processes of torchrun, and random numbers by counter.
+"""The machine of a run: its device, precision, processes and random numbers.
 
-Randomness is counted, not stored.  Every generator is derived from (seed, purpose, counters).  A run that is
-killed at any moment and started again therefore ends, on a CPU, with the same bits as an undisturbed one.
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+Random numbers are counted, not stored.  Every generator is derived from (seed, purpose, counters).
+A run may be killed at any moment and started again.  On a CPU it then ends with the same bits as an
+undisturbed run.
 """
 import contextlib
 import datetime
@@ -18,7 +21,10 @@ from common.files import RunError
 
 
 def seed_of(*parts):
-    """A 63-bit seed from any mix of numbers and strings, the same on every machine (unlike hash())."""
+    """Return a 63-bit seed made of any mix of numbers and strings.
+
+    Unlike hash(), it is the same on every machine.
+    """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -28,7 +34,7 @@ class Machine:
 
     device         torch.device
     precision      "fp32" or "bf16"
-    rank, world    number of this process, and how many there are (0 and 1 without torchrun)
+    rank, world    number of this process, and of all processes; without torchrun they are 0 and 1
     seed           of the run
     waited         seconds that this process has waited for images
     """
@@ -45,24 +51,30 @@ class Machine:
                            + (f"; {self.world} processes" if self.world > 1 else ""))
 
     def generator(self, *purpose):
-        """A generator on the device, derived from the seed and `purpose` (words and counters)."""
+        """Return a generator on the device.
+
+        It is derived from the seed and from `purpose`, which holds words and counters.
+        """
         return torch.Generator(self.device).manual_seed(seed_of(self.seed, *purpose))
 
     def noise(self, keys, like):
-        """Noise for sampling: one generator per slice, and a function () -> fresh N(0,1) like `like` (B, C, H, W).
+        """Return the noise for sampling: a list of generators, one per slice, and a function.
 
-        keys: (subject, slice number) of each; they fix the noise, whatever else is in the batch.
+        keys: (subject, slice number) of each slice.  They fix its noise, whatever else is in the
+        batch.  like: a tensor (B, C, H, W).  The function () -> (B, C, H, W) draws fresh N(0,1).
         """
         generators = [self.generator("sample", *key) for key in keys]
 
         def fresh():
-            return torch.stack([torch.randn(like.shape[1:], generator=g, device=like.device) for g in generators])
+            each = [torch.randn(like.shape[1:], generator=g, device=like.device)
+                    for g in generators]
+            return torch.stack(each)                                    # (B, C, H, W)
         return generators, fresh
 
     def fetch(self, images, rows):
-        """images[rows] (float16, memory-mapped) as a float32 batch on the device, channels last.
+        """Return images[rows] as a float32 batch on the device, in the layout channels-last.
 
-        The time that this takes is counted as waiting.
+        images: array in float16, memory-mapped.  The time that this takes is counted as waiting.
         """
         start = time.perf_counter()
         batch = torch.from_numpy(np.asarray(images[np.asarray(rows)], dtype=np.float32))
@@ -71,21 +83,27 @@ class Machine:
         return batch
 
     def autocast(self):
-        """bf16 for the network's matrix products if so chosen; losses and samplers stay outside."""
+        """Return a context in which a network computes its matrix products in bf16, if so chosen.
+
+        Losses and samplers stay outside of it.
+        """
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def shard(self, batch):
-        """The slice of a global batch that this process works on.  RunError if it cannot be shared equally."""
+        """Return the slice of a global batch that this process works on.
+
+        Raises RunError if the batch cannot be shared equally.
+        """
         if batch % self.world:
-            raise RunError(f"a batch of {batch} cannot be shared equally by {self.world} processes; "
-                           "change --batch", status=2)
+            raise RunError(f"a batch of {batch} cannot be shared equally by {self.world} "
+                           "processes; change --batch", status=2)
         each = batch // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def join(self):
-        """The processes of torchrun find each other."""
+        """Let the processes of torchrun find each other.  Raises RunError on Apple's GPU."""
         if self.world > 1:
             join_processes(self.device)
             dist.barrier()
@@ -96,7 +114,10 @@ class Machine:
             dist.barrier()
 
     def first(self, work):
-        """work() in process 0 before the others, who then find what it made; its result, in each process."""
+        """Call work() in process 0, then in the others.  Returns its result, in each process.
+
+        The others find what process 0 made.
+        """
         if self.rank > 0:
             self.barrier()
         result = work()
@@ -105,15 +126,21 @@ class Machine:
         return result
 
     def gather(self, items):
-        """The lists of all processes joined, in every process."""
+        """Join the lists of all processes.  Every process gets the whole list."""
         if self.world == 1:
             return items
         lists = [None] * self.world
         dist.all_gather_object(lists, items)
-        return [item for part in lists for item in part]
+        joined = []
+        for part in lists:
+            joined += part
+        return joined
 
     def agree(self, number):
-        """The largest of the numbers (or None) that the processes give: all must leave after the same step."""
+        """Return the largest of the numbers (or None) that the processes give.
+
+        All processes then know the same number and leave after the same step.
+        """
         if self.world == 1:
             return number
         flag = torch.tensor(number or 0, device=self.device)
@@ -124,31 +151,35 @@ class Machine:
 def pick_device(wanted):
     """Returns (torch.device, why).  "auto" is CUDA, else Apple's MPS, else the CPU.
 
-    Raises RunError if what was asked for is absent; there is no silent fallback.
+    Raises RunError if what was asked for is absent.  There is no silent fallback.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if wanted != "auto" and not found[wanted]:
         raise RunError(f"--device {wanted}: this machine or this build of torch "
                        f"({torch.__version__}) has none; use --device auto or cpu")
     kind = wanted if wanted != "auto" else next(k for k in ("cuda", "mps", "cpu") if found[k])
     why = "asked for" if wanted != "auto" else "the best found"
     if kind != "cuda":
-        return torch.device(kind), f"{why}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return torch.device(kind), f"{why}; torch {torch.__version__}, {threads} threads"
     local = int(os.environ.get("LOCAL_RANK", 0))
     cards = torch.cuda.device_count()
     if local >= cards:
-        raise RunError(f"process {local + 1} on this machine has no GPU of its own, there are {cards}; "
-                       f"use --nproc_per_node={cards} or --device cpu")
+        raise RunError(f"process {local + 1} on this machine has no GPU of its own, there are "
+                       f"{cards}; use --nproc_per_node={cards} or --device cpu")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True                   # one image size per run: worth the search
+    # All images of a run have one size, so the search for the fastest kernel pays off.
+    torch.backends.cudnn.benchmark = True
     return device, f"{why}: {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def pick_precision(wanted, device):
     """Returns ("fp32" or "bf16", why).  "auto" is bf16 on CUDA cards that compute it, else fp32.
 
-    fp16 is not offered: it overflows and needs loss scaling.
+    fp16 is not offered, because it overflows and needs loss scaling.
     """
     if wanted != "auto":
         return wanted, "asked for"
@@ -158,32 +189,39 @@ def pick_precision(wanted, device):
 
 
 def join_processes(device):
-    """torchrun's processes find each other.  RunError on Apple's GPU, which cannot be shared."""
+    """Let torchrun's processes find each other.
+
+    Raises RunError on Apple's GPU, which cannot be shared.
+    """
     if device.type == "mps":
         raise RunError("several processes cannot share Apple's GPU; use --device cpu, "
                        "or start one process")
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")             # torch for Windows is built without it
-    if not dist.is_initialized():                           # one program may work in several folders in turn
+    # One program may work in several folders in turn; then the processes know each other already.
+    if not dist.is_initialized():
         # The others wait while the first one reads a large data set for the first time.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def full_precision(device):
-    """A context without autocast, for what must not be computed in bf16 (torch's meta device has no autocast)."""
-    if device.type == "meta":
+    """Return a context without autocast, for what must not be computed in bf16."""
+    if device.type == "meta":                               # this device has no autocast
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def peak_gigabytes(device):
-    """The most memory that was used so far: of the GPU, or of the process on a CPU (NaN on Windows)."""
+    """Return the most memory that was used so far, in GB.
+
+    It is memory of the GPU, or of the process if the device is a CPU.  On Windows it is then NaN.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
         import resource
-    except ImportError:                                     # Windows
+    except ImportError:                                     # Windows does not have it
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)

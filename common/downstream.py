@@ -44,7 +44,7 @@ class Segmenter(nn.Module):
 
 
 def class_places(labels, classes):
-    """The place in `classes` of every label, as uint8 of the same shape.
+    """Return the place in `classes` of every label, as uint8 of the same shape.
 
     Raises ValueError if a label is none of the classes.
     """
@@ -61,7 +61,7 @@ def class_places(labels, classes):
 
 
 def segmentation_loss(logits, target):
-    """Cross-entropy + 1 - soft Dice, as in nnU-Net (Isensee et al. 2021).
+    """The loss is cross-entropy + 1 - soft Dice, as in nnU-Net (Isensee et al. 2021).
 
     logits: (B, K, H, W).  target: (B, H, W) int64 places.  Returns the loss () and both terms as
     facts {name: ()}.
@@ -83,7 +83,7 @@ def segmentation_loss(logits, target):
 
 
 def train_segmenter(run, images, labels, classes, steps, batch, lr=1e-3, stage="segmenter"):
-    """A Segmenter that is trained on slices with label maps, as a stage of the run.
+    """Train a Segmenter on slices with label maps, as a stage of the run.  Returns it.
 
     run      common.run.Run, for order, randomness, checkpoints and progress
     images   array (n, H, W) in [0,1], H and W divisible by 4, also memory-mapped
@@ -114,39 +114,42 @@ def train_segmenter(run, images, labels, classes, steps, batch, lr=1e-3, stage="
         x = run.fetch(images[:, None], rows)                            # (B, 1, H, W)
         y = torch.from_numpy(places[rows]).to(run.device).long()        # (B, H, W)
         generator = run.generator(stage, step)
-        draws = torch.rand(batch, generator=generator, device=run.device)       # (B,)
+        draws = torch.rand(batch, generator=generator, device=run.device)   # (B,)
         mirrored = (draws < 0.5)[:, None, None]                         # (B, 1, 1)
         x = torch.where(mirrored[:, None], x.flip(-1), x)               # (B, 1, H, W)
         y = torch.where(mirrored, y.flip(-1), y)                        # (B, H, W)
         with run.autocast():
             logits = model(x)                                           # (B, K, H, W)
         loss, facts = segmentation_loss(logits, y)                      # ()
-        run.update(loss, optimiser)         # gradients to zero, backward, clipping, optimiser step
+        run.update(loss, optimiser)         # sets gradients to zero, goes backward, clips and steps
         run.log(loss=loss, **facts)
     return model.eval().requires_grad_(False)
 
 
 def train_segmenters(run, ds, targets, steps, batch):
-    """{contrast: a Segmenter of it}, each trained on at most 5,000 real slices of the training subjects of a data.Dataset.
+    """Train one Segmenter for each contrast in `targets`.  Returns {contrast: Segmenter}.
 
-    RunError if not every subject has label maps.
+    ds: data.Dataset.  Each is trained on at most 5,000 real slices of the training subjects.
+
+    Raises RunError if not every subject has label maps.
     """
     if ds.labels is None:
-        raise RunError(f"--segment: not every subject in {ds.folder} has label maps (as BraTS's ..._seg.nii.gz)")
+        raise RunError(f"--segment: not every subject in {ds.folder} has label maps "
+                       "(as BraTS's ..._seg.nii.gz)")
     rows = ds.rows("train", 5000)
-    labels = np.asarray(ds.labels[rows])                                       # (n, H, W)
+    labels = np.asarray(ds.labels[rows])                                # (n, H, W)
     classes = tuple(np.unique(labels).tolist())
     made = {}
     for target in sorted(targets, key=ds.contrasts.index):
         stage = f"segmenter {target} {steps} {ds.fingerprint[:8]}"
-        images = ds.images[rows, ds.contrasts.index(target)]                   # (n, H, W)
+        images = ds.images[rows, ds.contrasts.index(target)]            # (n, H, W)
         made[target] = train_segmenter(run, images, labels, classes, steps, batch, stage=stage)
     return made
 
 
 @torch.no_grad()
 def segment(model, images, batch=32):
-    """The label maps (n, H, W) of images (n, H, W) in [0,1], as numbers of model.classes."""
+    """Segment images (n, H, W) in [0,1].  Returns label maps (n, H, W) of model.classes."""
     device = next(model.parameters()).device
     maps = []
     for start in range(0, len(images), batch):
@@ -157,7 +160,9 @@ def segment(model, images, batch=32):
 
 
 def dice(truth, predicted, subjects, classes):
-    """Dice, 2 |T and P| / (|T| + |P|), over all slices of a subject -> {class: {subject: value}}.
+    """Score label maps by Dice over all slices of a subject: 2 |T and P| / (|T| + |P|).
+
+    Returns {class: {subject: value}}.
 
     truth, predicted: (n, H, W) label maps.  subjects: (n,) names.
     classes: the numbers to score; leave the background out.
@@ -187,10 +192,12 @@ def dice(truth, predicted, subjects, classes):
 
 
 def dice_rows(task, method, truth, predicted, subjects, classes):
-    """Rows of results.json: "dice 1", "dice 2", ... for each class, and "dice" for their mean.
+    """Return rows of results.json: "dice" for the mean, then "dice 1", "dice 2", ... per class.
 
-    The arguments are those of dice; `classes` may hold the background 0, which is not scored.  The
-    "dice" of a subject is the mean over the classes that it has.
+    The other arguments are those of dice.  `classes` may hold the background 0, which is not
+    scored.  The "dice" of a subject is the mean over the classes that it has.
+
+    Raises ValueError if the shapes do not fit.
     """
     each = dice(truth, predicted, subjects, [name for name in classes if name != 0])
     mean = {}

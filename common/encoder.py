@@ -1,4 +1,8 @@
-"""The encoder of a script: a CLIP trained on its own subjects, and the prompts of subjects as embeddings.
+"""The encoder of a script, which is a CLIP trained on its own subjects, and embeddings of prompts.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+This command
 
     python -m common.encoder --data data/ixi --contrasts t1,t2 --to prompts.txt
 
@@ -7,6 +11,7 @@ writes all prompts of a data set, one a line, for an encoder of your own (common
 Letters in shape comments: B slices, L tokens, W width of a token, D width of an embedding.
 """
 import argparse
+import itertools
 import math
 from collections import namedtuple
 from pathlib import Path
@@ -23,14 +28,18 @@ from data import PROMPT_FIELDS, canonical_contrast, prompt
 
 
 def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **terms):
-    """Stage "encoder" of a script: a fresh CLIP, trained on the training subjects, then frozen.
+    """Train a fresh CLIP on the training subjects and freeze it: stage "encoder" of a script.
 
-    ds: data.Dataset.  captions(rows) -> for each row of ds one sentence per contrast.  terms: further
-    arguments of clip.train_clip.  It says what the encoder can do on validation slices.
+    ds: data.Dataset.  captions: a function that returns, for each of some rows of ds, one sentence
+    per contrast.  terms: further arguments of clip.train_clip.
+
+    Returns the CLIP.  What it can do on validation slices is said to the user.
+
+    Raises ValueError if the sizes do not agree, see clip.train_clip.
     """
     rows = ds.rows("train")
     texts = captions(rows)
-    vocabulary = [text for row in texts for text in row]
+    vocabulary = list(itertools.chain.from_iterable(texts))
     encoder = clip.build(size_name, vocabulary, image_size, seed=run.seed).to(run.device)
     encoder.subjects = sorted(ds.split["train"])
     run.about["encoder"] = {k: v for k, v in encoder.state().items() if k != "weights"}
@@ -47,7 +56,7 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
 
 
 def load_encoder(run):
-    """The frozen CLIP of a run's checkpoint, on its device."""
+    """Return the frozen CLIP of a run's checkpoint, on the run's device."""
     weights = run.stages["encoder"]["parts"]["clip"]
     run.used.add(("encoder", "clip"))
     encoder = clip.CLIP.from_state({**run.about["encoder"], "weights": weights})
@@ -56,37 +65,53 @@ def load_encoder(run):
 
 @torch.no_grad()
 def encode(encoder, u):
-    """One feature per contrast, from the frozen image tower.  u: (B, C, H, W) in [0,1] -> (B, C, D)."""
+    """Return one feature per contrast, from the frozen image tower.
+
+    u: (B, C, H, W) in [0,1].  Returns (B, C, D).
+    """
     B, C = u.shape[:2]
-    one_by_one = u.flatten(0, 1).unsqueeze(1)                                   # (B*C, 1, H, W)
-    return encoder.encode_image(one_by_one).pooled.float().unflatten(0, (B, C)) # (B, C, D)
+    one_by_one = u.flatten(0, 1).unsqueeze(1)                           # (B*C, 1, H, W)
+    pooled = encoder.encode_image(one_by_one).pooled                    # (B*C, D)
+    return pooled.float().unflatten(0, (B, C))                          # (B, C, D)
 
 
 def encode_slices(run, encoder, slices):
-    """The same for all slices (n, C, H, W) of a memory-mapped array -> (n, C, D) on the device."""
+    """Encode all slices (n, C, H, W) of a memory-mapped array.
+
+    Returns (n, C, D), on the run's device.
+    """
     features = []
     for part in np.array_split(np.arange(len(slices)), math.ceil(len(slices) / 32)):
         features.append(encode(encoder, run.fetch(slices, part)))
-    return torch.cat(features)                                                  # (n, C, D)
+    return torch.cat(features)                                          # (n, C, D)
 
 
-# What a network is told about a batch: embeddings (B, D) of the source's prompt, of the target's, and of the target's with
-# the modality masked.  If words are needed, also the tokens of source and target side by side, (B, 2L, W), of which some are
-# padding: is_word (B, 2L).
+# A Text is what a network is told about a batch.  It holds three embeddings (B, D): of the source's
+# prompt, of the target's prompt, and of the target's prompt with the modality masked.  If words are
+# needed, it also holds the tokens of source and target side by side, (B, 2L, W).  Some of them are
+# padding; is_word (B, 2L) is False there.
 Text = namedtuple("Text", "e_src e_tgt e_mask words is_word")
 
 
 class Prompts:
-    """The embeddings of the prompts of subjects, each computed once: the text encoder is frozen.
+    """The embeddings of the prompts of subjects.
+
+    Each is computed once, because the text encoder is frozen.
 
     encoder    a frozen clip.CLIP, or None with a file
-    subjects   layouts.Subject; meta: {name: what is known of it}, nothing of other subjects
-    contrasts  names, in the order of the channels;  fields: what a prompt says (data/prompts.py)
-    file       .npz with embeddings of your own, see load_embeddings.  RunError if it lacks one of the subjects' prompts
-    words      True: the tokens are needed too.  RunError if the file holds none
+    subjects   list of layouts.Subject; a prompt of another subject says None everywhere
+    contrasts  names, in the order of the channels
+    fields     what a prompt says (data/prompts.py)
+    file       .npz with embeddings of your own, see load_embeddings
+    device     where the embeddings shall lie
+    words      True if the tokens are needed too
+
+    Raises RunError if the file cannot be used, if it lacks one of the subjects' prompts, or if it
+    holds no tokens although they are needed.
     """
 
-    def __init__(self, encoder, subjects, contrasts, fields=PROMPT_FIELDS, file="", device="cpu", words=False):
+    def __init__(self, encoder, subjects, contrasts, fields=PROMPT_FIELDS, file="", device="cpu",
+                 words=False):
         self.encoder = encoder
         self.meta = {subject.name: subject.meta for subject in subjects}
         self.contrasts = contrasts
@@ -100,19 +125,28 @@ class Prompts:
                 self.table, _ = load_embeddings(file)
             except ValueError as error:
                 raise RunError(str(error)) from error
-            found = self.features(self.every())             # tells now what the file lacks
+            found = self.features(self.every())             # this tells now what the file lacks
             if words and found.tokens is None:
-                raise RunError(f"--text-file {file}: holds no tokens, which --conditioning xattn needs; add them")
+                raise RunError(f"--text-file {file}: holds no tokens, which --conditioning xattn "
+                               "needs; add them")
 
     def sentences(self, names, channels, masked=()):
-        """The prompts of slices: names of subjects and channel numbers, one of each per slice."""
+        """Return the prompts of slices.
+
+        names: names of subjects.  channels: channel numbers.  There is one of each per slice.
+        masked: the fields that a prompt hides.
+        """
         texts = []
         for name, c in zip(names, channels):
-            texts.append(prompt(self.contrasts[int(c)], self.meta.get(str(name), {}), self.fields, masked))
+            known = self.meta.get(str(name), {})
+            texts.append(prompt(self.contrasts[int(c)], known, self.fields, masked))
         return texts
 
     def every(self):
-        """Every distinct prompt of these subjects, whole ones first, then with the modality masked."""
+        """Return every distinct prompt of these subjects.
+
+        The whole ones come first, then those with the modality masked.
+        """
         texts = []
         for masked in ((), ("modality",)):
             for name in self.meta:
@@ -121,7 +155,10 @@ class Prompts:
         return list(dict.fromkeys(texts))
 
     def features(self, sentences):
-        """Features of sentences on the device, their tokens (if there are any) padded; see embed."""
+        """Return the Features of sentences on the device, see embed.
+
+        Their tokens, if there are any, are padded.  Raises RunError if the file lacks a sentence.
+        """
         table = self.table
         if table is None:
             table = self.encoder.remember(sentences)
@@ -132,29 +169,39 @@ class Prompts:
         return Features(*(None if part is None else part.to(self.device) for part in found))
 
     def __call__(self, names, src, tgt):
-        """Text for slices: names of subjects; src, tgt: one channel number per slice."""
+        """Return the Text of slices.
+
+        names: names of subjects.  src, tgt: channel numbers.  There is one of each per slice.
+        Raises RunError if the file lacks a prompt.
+        """
         source = self.features(self.sentences(names, src))
         target = self.features(self.sentences(names, tgt))
         masked = self.features(self.sentences(names, tgt, ("modality",)))
-        words, is_word = join_words(source, target) if self.words else (None, None)
+        words = None
+        is_word = None
+        if self.words:
+            words, is_word = join_words(source, target)                 # (B, 2L, W), (B, 2L)
         return Text(source.pooled, target.pooled, masked.pooled, words, is_word)
 
     def report(self, run, name):
-        """Say whether the prompts of one subject can be told apart; see report_closest."""
+        """Say whether the prompts of one subject can be told apart, see report_closest."""
         sentences = self.sentences([name] * len(self.contrasts), range(len(self.contrasts)))
         table = self.table if self.table is not None else self.encoder.remember(sentences)
         report_closest(run, table, sentences)
 
 
 def join_words(first, second):
-    """The tokens of two Features side by side, each padded to the longer of both: (B, 2L, W) and mask (B, 2L)."""
+    """Put the tokens of two Features side by side, each padded to the longer of both.
+
+    Returns the tokens (B, 2L, W) and their mask (B, 2L).
+    """
     L = max(first.mask.shape[1], second.mask.shape[1])
     tokens = []
     masks = []
     for part in (first, second):
         missing = L - part.mask.shape[1]
-        tokens.append(F.pad(part.tokens, (0, 0, 0, missing)))                       # (B, L, W)
-        masks.append(F.pad(part.mask, (0, missing)))                                # (B, L)
+        tokens.append(F.pad(part.tokens, (0, 0, 0, missing)))           # (B, L, W)
+        masks.append(F.pad(part.mask, (0, missing)))                    # (B, L)
     return torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
 
 
@@ -163,7 +210,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m common.encoder", description=main.__doc__)
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--contrasts", required=True, help="contrasts, separated by commas")
-    parser.add_argument("--fields", default=",".join(PROMPT_FIELDS), help="what a prompt says [all]")
+    parser.add_argument("--fields", default=",".join(PROMPT_FIELDS),
+                        help="what a prompt says [all]")
     parser.add_argument("--to", required=True, help="text file; it must not exist")
     args = parser.parse_args(argv)
     contrasts = tuple(canonical_contrast(name) for name in args.contrasts.split(","))

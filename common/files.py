@@ -1,6 +1,9 @@
-"""Files of a run: written whole or not at all, locked against a second process, and read with suspicion.
+"""The files of a run are written whole or not at all, locked, and read with suspicion.
 
-RunError is the error of everything in `common` that a user can mend.
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+The lock keeps a second process away.  RunError is the error of everything in `common` that a user
+can mend.
 """
 import errno
 import os
@@ -9,13 +12,14 @@ import socket
 
 import torch
 
-FORMAT = 1                  # of the checkpoint; a reader refuses a format that it does not know
+FORMAT = 1                  # of a checkpoint; a reader refuses a format that it does not know
 
 
 class RunError(Exception):
-    """Something that the user can mend.  The message is one line: what, where, why, what to do.
+    """Something that the user can mend.
 
-    status: the exit status of the process, 2 for wrong usage.
+    message   one line, which says what is wrong, where, why, and what to do
+    status    the exit status of the process; it is 2 for wrong usage
     """
 
     def __init__(self, message, status=1):
@@ -24,10 +28,14 @@ class RunError(Exception):
 
 
 def replace(path, write, keep=None):
-    """Write a file so that it is never half there: temporary name, fsync, rename.
+    """Write a file so that it is never half there.
+
+    The file is written under a temporary name, forced to the disk, and then renamed.
 
     write: a function that writes to the path that it gets.  keep: a name under which the previous
-    file stays.  Raises RunError if there is no room or no permission; the old file is then untouched.
+    file stays.
+
+    Raises RunError if there is no room or no permission.  The old file is then untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -37,19 +45,22 @@ def replace(path, write, keep=None):
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2 ** 20
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]} ({free:.0f} MB free); "
-                       "the previous file is untouched; make room and run the same command again") from error
+                       "the previous file is untouched; make room and run the same command "
+                       "again") from error
 
 
 def lock(folder):
     """Make the folder and hold an operating-system lock on folder/lock.
 
-    The lock vanishes with the process, however that ends.  Some file systems (of clusters) have no
-    locks; there it is silently absent.  Returns the open file.  Raises RunError if another process
-    holds the lock, or if the folder cannot be written.
+    The lock vanishes with the process, however that ends.  Some file systems of clusters have no
+    locks.  There it is silently absent.
+
+    Returns the open file.  Raises RunError if another process holds the lock, or if the folder
+    cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +71,8 @@ def lock(folder):
     try:
         if os.name == "nt":
             import msvcrt
-            # Windows forbids others to read what is locked, so the lock lies behind the holder's name.
+            # Windows forbids others to read what is locked.  The lock therefore lies behind the
+            # holder's name.
             os.lseek(handle.fileno(), 2 ** 30, os.SEEK_SET)
             msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
         else:
@@ -80,14 +92,15 @@ def lock(folder):
 
 
 def read_checkpoint(path):
-    """The content of a checkpoint, on the CPU.
+    """Return the content of a checkpoint, on the CPU.
 
     Loading cannot run code (weights_only).  Raises RunError if the file is damaged, is not a
     checkpoint of this project, or has another format.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # torch raises many kinds; each means: not ours, or damaged
+    except Exception as error:
+        # torch raises many kinds of errors.  Each means that the file is not ours, or damaged.
         raise RunError(f"{path} is damaged or not a checkpoint of this project "
                        f"({type(error).__name__}); restore or delete it") from error
     if not isinstance(content, dict) or "stages" not in content:
@@ -100,10 +113,12 @@ def read_checkpoint(path):
 
 
 def restore(part, state, where):
-    """part.load_state_dict(state), strictly.
+    """Call part.load_state_dict(state), strictly.
 
-    Raises RunError with one line, where torch would print a page, if the state does not fit or holds
-    values that are not finite.  where: what is loaded from which file, for the message.
+    where: what is loaded from which file, for the message.
+
+    Raises RunError if the state does not fit or holds values that are not finite.  The message is
+    one line, where torch would print a page.
     """
     for value in state.values():
         if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():

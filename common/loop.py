@@ -1,10 +1,12 @@
-"""The training loop of a stage: order of the samples, update, averaged and best weights, progress, signals.
+"""The training loop of a stage: samples, updates, averaged weights, progress and signals.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
 A script's loop reads
-    for step in run.steps("diffusion", total, parts, batch):   # resumes, shows progress, saves
-        rows = run.order("diffusion", n, batch, step)          # which samples, the same in every process
-        loss = ...                                             # the science
-        run.update(loss, optimiser)                            # backward pass and one step of the optimiser
+    for step in run.steps("diffusion", total, parts, batch):    # resumes, shows progress, saves
+        rows = run.order("diffusion", n, batch, step)           # the same in every process
+        loss = ...                                              # the science
+        run.update(loss, optimiser)                             # backward pass and optimiser step
         run.log(loss=loss)
 `run.steps` yields nothing if the stage is finished.
 """
@@ -27,12 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.device import Machine, peak_gigabytes, seed_of
 from common.files import RunError, restore
 
-MAX_BAD_STEPS = 5           # so many non-finite losses in a row end the run
+MAX_BAD_STEPS = 5           # a run ends after so many non-finite losses in a row
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in .model.  Buffers are copied, not averaged.
+    """The exponential moving average of a module's parameters, in .model.
 
+    Buffers are copied, not averaged.
     The decay warms up as (1 + step) / (10 + step), so that early averages are not dominated by the
     random start.
     """
@@ -58,7 +61,7 @@ class EMA:
 class Best:
     """A copy of the weights that had the lowest validation loss so far, in .model.
 
-    The loss is part of the saved state; it is infinite until weights were offered.
+    The loss is part of the saved state.  It is infinite until weights were offered.
     """
 
     def __init__(self, model):
@@ -79,7 +82,10 @@ class Best:
 
 
 def cosine_rate(optimiser, step, steps, peak, low=1e-5):
-    """Set the learning rate of a step: half a cosine, from peak at step 0 to low at step `steps`.  Returns it."""
+    """Set the learning rate of a step and return it.
+
+    The rate follows half a cosine, from `peak` at step 0 to `low` at step `steps`.
+    """
     low = min(low, peak)
     rate = low + (peak - low) * (1 + math.cos(math.pi * step / steps)) / 2
     for group in optimiser.param_groups:
@@ -88,27 +94,34 @@ def cosine_rate(optimiser, step, steps, peak, low=1e-5):
 
 
 class Loop(Machine):
-    """The loop of a run.  A subclass has say(text), keep(stage, step, total, parts), draw_training(stage), .out
-    and .stages.
+    """The loop of a run.
+
+    A subclass has say(text), keep(stage, step, total, parts), draw_training(stage), .out and
+    .stages.
 
     seconds     None, or the time after which every stage ends (for --benchmark)
     measured    {stage: facts of its pace}, filled where `seconds` is given
-    preview     None, or a function that draws what the last stage makes so far; called three times in a training
+    preview     None, or a function that draws what the last stage makes so far; a training calls
+                it three times
+    last_stage  None, or the name of the last stage
     """
 
     def __init__(self, seed, device, precision):
         super().__init__(seed, device, precision)
         self.stop = None                                    # the signal that arrived
-        self.sums = {}                                      # {name: (sum, count)} of what was logged
-        self.bad_steps = collections.Counter()              # of each optimiser, in a row
-        self.open_line = False                              # a progress bar stands in the last line
+        self.sums = {}                                      # {name: (sum, count)} of logged numbers
+        self.bad_steps = collections.Counter()              # bad steps in a row, of each optimiser
+        self.open_line = False                              # True if the last line is a bar
         self.seconds = None
         self.measured = {}
         self.preview = None
         self.last_stage = None
 
     def order(self, purpose, n, batch, step):
-        """Rows (batch,) of step `step`: shuffled passes over n samples, every sample once per pass."""
+        """Return the rows (batch,) of step `step`.
+
+        The steps walk through the n samples in shuffled passes.  Every sample comes once per pass.
+        """
         position = np.arange(step * batch, (step + 1) * batch)
         rows = np.empty(batch, dtype=np.int64)
         for turn in np.unique(position // n):
@@ -122,6 +135,8 @@ class Loop(Machine):
         """Yields the steps of a stage that are still to do.
 
         parts: {name: object with state_dict and load_state_dict}, all that the stage trains.
+
+        Raises RunError if the saved state does not fit the parts, and SystemExit after a signal.
         """
         start = 0
         saved = self.stages.get(stage)
@@ -137,7 +152,8 @@ class Loop(Machine):
         meter = Meter(self, stage, start, total, batch)
         last_save = time.monotonic()
         save_cost = 0.0
-        if start == total:                                  # nothing to train is asked for: the parts as they are
+        if start == total:
+            # There is nothing to train, so the parts are kept as they are.
             self.keep(stage, start, total, parts)
         if self.seconds is not None:
             yield from self.trial(stage, total, parts, batch)
@@ -150,7 +166,8 @@ class Loop(Machine):
                 stop = self.agree(self.stop)
                 # A save may take 5 % of the time, and comes every minute at most.
                 due = time.monotonic() - last_save > max(60, 20 * save_cost)
-                look = self.shows_previews(stage) and done in (total // 4, total // 2, 3 * total // 4)
+                quarters = (total // 4, total // 2, 3 * total // 4)
+                look = self.shows_previews(stage) and done in quarters
                 if stop or done == total or due or look:
                     before = time.monotonic()
                     self.keep(stage, done, total, parts)
@@ -160,16 +177,23 @@ class Loop(Machine):
                     last_save = time.monotonic()
                     save_cost = last_save - before
                 if stop:
-                    self.barrier()                          # torchrun ends all when one leaves: not before the save
+                    # torchrun ends all processes when one leaves, so all wait for the save.
+                    self.barrier()
                     self.leave(stop, f"{stage}: stopped after step {done} of {total}, saved; "
                                      "the same command continues")
 
     def shows_previews(self, stage):
-        """True in the first process, in the stage that trains what the script is about: the last."""
+        """Return True in the first process, in the last stage, and only if there is a preview.
+
+        The last stage trains what the script is about.
+        """
         return self.rank == 0 and self.preview is not None and stage == self.last_stage
 
     def trial(self, stage, total, parts, batch):
-        """Some steps of a stage, to measure its pace: two to warm up, one to count operations, then for .seconds."""
+        """Yield some steps of a stage, to measure its pace.
+
+        Two steps warm up and one counts operations.  Then steps run for .seconds.
+        """
         counter = FlopCounterMode(display=False)
         done = 0
         for step in range(min(total, 2)):
@@ -182,41 +206,51 @@ class Loop(Machine):
         self.waited = 0.0
         first = done
         begin = time.perf_counter()
-        while done < total and (done < first + 3 or time.perf_counter() - begin < self.seconds):
+        while done < total and (done < first + 3
+                                or time.perf_counter() - begin < self.seconds):
             yield done
             done += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if done > first:
             seconds = (time.perf_counter() - begin) / (done - first)
-            self.measured[stage] = {"seconds": seconds, "batch": batch, "flops": counter.get_total_flops(),
+            self.measured[stage] = {"seconds": seconds,
+                                    "batch": batch,
+                                    "flops": counter.get_total_flops(),
                                     "wait": self.waited / (done - first) / seconds}
         self.sums = {}
         self.keep(stage, total, total, parts)
 
     def leave(self, number, text):
-        """End the program after a signal, as the shell expects it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """End the program after a signal.  Raises SystemExit with the status that a shell expects.
+
+        This is 130 for Ctrl-C and 143 for SIGTERM.
+        """
         self.say(text)
         raise SystemExit(128 + number)
 
     def update(self, loss, optimiser, max_norm=1.0):
-        """Backward pass, gradients averaged over processes, clipped to max_norm, one step of the optimiser.
+        """Go backward from the loss and do one step of the optimiser.
 
-        A loss or gradient that is not finite skips the step.  RunError after MAX_BAD_STEPS of them in a row.
+        Gradients are averaged over processes and clipped to max_norm.  A loss or gradient that is
+        not finite skips the step.  Raises RunError after MAX_BAD_STEPS such steps in a row.
         """
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        params = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+        params = []
+        for group in optimiser.param_groups:
+            params += [p for p in group["params"] if p.grad is not None]
         loss = loss.detach()
         if self.world > 1:
-            # One all-reduce.  The loss goes along, so that all processes judge the step alike.
+            # The processes talk once.  The loss goes along, so that all judge the step alike.
             flat = torch.cat([*(p.grad.reshape(-1) for p in params), loss.reshape(1)])
             dist.all_reduce(flat)
             *gradients, loss = flat.div_(self.world).split([*(p.numel() for p in params), 1])
             for p, gradient in zip(params, gradients):
                 p.grad.copy_(gradient.view_as(p.grad))
         norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-        if torch.isfinite(norm + loss):                     # the one point of a step where the GPU is waited for
+        # This is the one point of a step where the program waits for the GPU.
+        if torch.isfinite(norm + loss):
             self.bad_steps[id(optimiser)] = 0
             optimiser.step()
             return
@@ -226,18 +260,25 @@ class Loop(Machine):
         if bad >= MAX_BAD_STEPS:
             last = self.out / "last.pt"
             good = f"{last} holds the last good state; " if last.exists() else ""
-            raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; {good}"
-                           "try a lower learning rate or --precision fp32, in a new --out folder")
+            raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; "
+                           f"{good}try a lower learning rate or --precision fp32, "
+                           "in a new --out folder")
 
     def log(self, **numbers):
-        """Numbers of this step.  Their mean is shown, and only then fetched from the device, now and then."""
+        """Note numbers of this step.
+
+        Their mean is shown now and then.  Only then they are fetched from the device.
+        """
         for name, value in numbers.items():
             value = value.detach().float() if torch.is_tensor(value) else float(value)
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, n + 1)
 
     def batches(self, what, items, size):
-        """Yields lists of up to `size` items and shows progress.  A signal ends the program between two of them."""
+        """Yields lists of up to `size` items and shows progress.
+
+        A signal ends the program between two lists: SystemExit is raised.
+        """
         begin = time.monotonic()
         shown = begin
         with signals(self):
@@ -255,7 +296,10 @@ class Loop(Machine):
 
 
 class Meter:
-    """Progress of a stage: a bar on a terminal, else a line every ten seconds; also into log.jsonl."""
+    """Shows the progress of a stage and writes it into log.jsonl.
+
+    A terminal shows a bar.  Elsewhere there is a line every ten seconds.
+    """
 
     def __init__(self, run, stage, start, total, batch):
         self.run = run
@@ -267,17 +311,18 @@ class Meter:
         self.every = 0.5 if self.live else 10.0
         self.shown = time.perf_counter()
         self.shown_step = start
-        self.origin = (self.shown, start)                   # where the pace is measured from
+        self.origin = (self.shown, start)                   # the pace is measured from here
         run.waited = 0.0
         run.sums = {}
 
     def tick(self, step):
-        """Step `step` is done."""
+        """Note that step `step` is done."""
         now = time.perf_counter()
         done = step + 1
         run = self.run
         pace = (now - self.origin[0]) / (done - self.origin[1])             # seconds per step
-        if done == self.start + 1:                          # the first step warms up; it would spoil the ETA
+        # The first step warms up.  It would spoil the ETA.
+        if done == self.start + 1:
             self.origin = (now, done)
         if (now - self.shown < self.every and done < self.total) or run.rank > 0:
             return
@@ -309,25 +354,30 @@ class Meter:
 
 
 def clock(seconds):
-    """Seconds as h:mm:ss."""
+    """Write seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def time_stamp():
-    """Now, in local time, to the second."""
+    """Return the local time, to the second."""
     return datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
 
 
 @contextlib.contextmanager
 def signals(run):
-    """Ctrl-C and SIGTERM set run.stop, so that the loop ends after the step; a second Ctrl-C ends at once."""
+    """Let Ctrl-C and SIGTERM set run.stop, so that the loop ends after its step.
+
+    A second Ctrl-C ends the program at once: KeyboardInterrupt is raised.
+    """
     def note(number, frame):
-        if run.stop and number == signal.SIGINT:            # not SIGTERM: launchers send it again while the run saves
+        # A second SIGTERM does not count.  Launchers send it again while the run saves.
+        if run.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop = run.stop or number
     try:
         old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:                                      # not in the main thread: signals are somebody else's business
+    except ValueError:
+        # This is not the main thread, so signals are somebody else's business.
         yield
         return
     try:

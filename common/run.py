@@ -1,7 +1,10 @@
-"""A run folder: its configuration, log, checkpoint, and results.
+"""A run folder, with its configuration, log, checkpoint and results.
 
-A run is what it contains: config, seed, and the identity of its data.  The same command in the same folder
-continues it exactly; another configuration is refused with the names of what differs.
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+A run is what it contains: its configuration, its seed, and the identity of its data.  The same
+command in the same folder continues it exactly.  Another configuration is refused with the names of
+what differs.
 """
 import dataclasses
 import itertools
@@ -25,11 +28,18 @@ from common.loop import Loop, time_stamp
 class Run(Loop):
     """A run folder and the process (or processes) working in it.
 
-    out       folder; holds config.json, log.txt, log.jsonl, last.pt, last_prev.pt and what the script writes.
-              It is made and locked if args ask for training, evaluation or synthesis: nothing else writes
-    about     plain facts that go into every checkpoint (contrasts, identity of the data, training subjects, ...)
-    facts     plain facts that belong to results: on which data, on whom
-    stages    {name: {"step", "total", "finished", "parts": {name: state_dict}}}: what the checkpoint knows
+    out       folder that holds config.json, log.txt, log.jsonl, last.pt, last_prev.pt and what the
+              script writes
+    about     plain facts that go into every checkpoint, such as contrasts, identity of the data and
+              training subjects
+    facts     plain facts that belong to results, such as the data and the test subjects
+    stages    what the checkpoint knows:
+              {name: {"step", "total", "finished", "parts": {name: state_dict}}}
+
+    The folder is made and locked if args ask for training, evaluation or synthesis.  Nothing else
+    writes into it.
+
+    Raises RunError if the folder is in use or cannot be written, or if the device is absent.
     """
 
     def __init__(self, script, config, args):
@@ -42,56 +52,67 @@ class Run(Loop):
         self.facts = {}
         self.stages = {}
         self.lock = None
-        self.fell_back = False                              # last.pt was damaged, last_prev.pt is used
-        self.used = set()                                   # (stage, name) of the states that sampling needs
+        self.fell_back = False              # True if last_prev.pt is used, as last.pt was damaged
+        self.used = set()                   # (stage, name) of the states that sampling needs
         writes = any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize"))
         if self.rank == 0 and writes:
             self.lock = lock(self.out)
             for name in ("last.pt", "config.json", "results.json", "results.npz", "split.json"):
-                (self.out / f"{name}.tmp").unlink(missing_ok=True)          # left behind by a save that was killed
-        self.join()                                         # what process 0 prepared in the folder is there for all
+                # A save that was killed leaves such a file behind.
+                (self.out / f"{name}.tmp").unlink(missing_ok=True)
+        # From here on, what process 0 prepared in the folder is there for all.
+        self.join()
         if not getattr(args, "quiet", False):
             self.say(self.facts_line)
 
-    # -- talking --------------------------------------------------------------------------------------------------
+    # -- talking -----------------------------------------------------------------------------------
 
     def say(self, text=""):
-        """Print a line, and keep it with the time in log.txt (first process only)."""
+        """Print a line, and keep it with the time in log.txt.  Only the first process does so."""
         if self.rank > 0:
             return
-        print("\n" + text if self.open_line else text, flush=True)          # below a progress bar, not behind it
+        # The text goes below a progress bar, not behind it.
+        print("\n" + text if self.open_line else text, flush=True)
         self.open_line = False
         if self.lock:
             with open(self.out / "log.txt", "a", encoding="utf-8", errors="replace") as f:
                 f.write(f"{time_stamp()}  {text}\n")
 
     def write_json(self, name, content):
-        """Write a file of the folder, whole or not at all (first process only)."""
+        """Write a file of the folder, whole or not at all.  Only the first process does so.
+
+        Raises RunError if it cannot be written.
+        """
         if self.rank == 0:
             text = json.dumps(content, indent=1)
             replace(self.out / name, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
-    # -- configuration --------------------------------------------------------------------------------------------
+    # -- configuration -----------------------------------------------------------------------------
 
     def config_dict(self):
-        """The configuration as JSON has it: tuples are lists."""
+        """Return the configuration as JSON has it, with lists in place of tuples."""
         return json.loads(json.dumps(self.config.__dict__))
 
     def settle(self, free):
-        """Without --train, what the folder's run was trained with stands in for flags that were not typed.
+        """Take the flags that were not typed from the folder's run, unless --train is given.
 
-        free: fields that may differ from the training's; RunError if another one does.
+        free: fields that may differ from those of the training.
+
+        Returns the configuration.  Raises RunError if another field differs, or if a typed flag
+        does not go with the others.
         """
         if not self.args.train:
             self.config, self.seed = stored_config(self.out, self.config, self.args, free)
         return self.config
 
     def claim(self, fields, about, extensible=()):
-        """Check that this folder's run is the same one (`fields` of the config and `about`).
+        """Check that this folder's run is the same one, by `fields` of the config and by `about`.
 
-        RunError names what differs.  A run that has saved nothing yet may change: it may have failed for
-        its flags.  Afterwards config.json stays, but for `extensible` fields, which may be raised: then the
-        last stage goes on.
+        A run that has saved nothing yet may change, as its flags may have been the reason.
+        Afterwards config.json stays.  Only `extensible` fields may be raised.  The last stage then
+        goes on.
+
+        Raises RunError, which names what differs.
         """
         mine = {**{f: self.config_dict()[f] for f in fields}, "seed": self.seed, **about}
         path = self.out / "config.json"
@@ -99,14 +120,16 @@ class Run(Loop):
         if path.exists() and self.stages:
             stored = json.loads(path.read_text(encoding="utf-8"))
             theirs = stored["identity"]
-            raised = {f: mine[f] for f in extensible if theirs.get(f) is not None and mine[f] > theirs[f]}
+            raised = {f: mine[f] for f in extensible
+                      if theirs.get(f) is not None and mine[f] > theirs[f]}
             differ = [f"{k} was {json.dumps(theirs.get(k))[:60]}, now {json.dumps(v)[:60]}"
                       for k, v in mine.items() if theirs.get(k) != v and k not in raised]
             if differ:
-                raise RunError(f"{self.out} holds a run with another configuration: {'; '.join(differ)}; "
-                               "use the old values or another --out")
+                raise RunError(f"{self.out} holds a run with another configuration: "
+                               f"{'; '.join(differ)}; use the old values or another --out")
             if raised:
-                self.say("this run is trained further: " + ", ".join(f"{k} {theirs[k]} -> {v}" for k, v in raised.items()))
+                changes = [f"{k} {theirs[k]} -> {v}" for k, v in raised.items()]
+                self.say("this run is trained further: " + ", ".join(changes))
                 self.stages[list(self.stages)[-1]]["finished"] = False
                 self.write_json("config.json", {**stored, "identity": {**theirs, **raised},
                                                 "config": {**stored["config"], **raised}})
@@ -117,44 +140,68 @@ class Run(Loop):
                                         "versions": versions()})
 
     def works_on(self, ds):
-        """Results will say that they belong to this data.Dataset and its test subjects."""
-        self.facts = {"data": str(ds.folder), "phantom": ds.phantom, "fingerprint": ds.fingerprint,
+        """Note that the results belong to this data.Dataset and its test subjects."""
+        self.facts = {"data": str(ds.folder),
+                      "phantom": ds.phantom,
+                      "fingerprint": ds.fingerprint,
                       "test": ds.split["test"]}
 
     def claim_for(self, ds, free, extensible=()):
-        """Claim the folder for training on a data.Dataset; only the fields in `free` may differ from what is there,
-        and those in `extensible` may be raised."""
-        self.claim([field for field in vars(self.config) if field not in free], about_of(ds), extensible)
+        """Claim the folder for training on a data.Dataset, see claim.
+
+        The fields in `free` may differ from what is there, and those in `extensible` may be raised.
+
+        Raises RunError if another field differs.
+        """
+        fields = [field for field in vars(self.config) if field not in free]
+        self.claim(fields, about_of(ds), extensible)
         self.write_json("split.json", ds.split)
 
     def refuse_seen(self, ds):
-        """RunError if a test subject of this data.Dataset was trained on, or chose the weights."""
+        """Raises RunError if a test subject of this data.Dataset served the training.
+
+        Such a subject was trained on, or it chose the weights.
+        """
         seen = sorted({*self.about["train"], *self.about["val"]} & set(ds.split["test"]))
         if seen:
-            raise RunError(f"{len(seen)} test subjects served the training ({', '.join(seen[:3])}, ...); "
-                           "give the same --split")
+            raise RunError(f"{len(seen)} test subjects served the training "
+                           f"({', '.join(seen[:3])}, ...); give the same --split")
 
-    # -- checkpoint -----------------------------------------------------------------------------------------------
+    # -- checkpoint --------------------------------------------------------------------------------
 
     def keep(self, stage, step, total, parts):
-        """Write the checkpoint: every stage so far, this one at `step`.  The previous file stays as last_prev.pt."""
+        """Write the checkpoint, with every stage so far and this one at `step`.
+
+        The previous file stays as last_prev.pt.  Raises RunError if the file cannot be written.
+        """
         states = {name: part.state_dict() for name, part in parts.items()}
-        self.stages[stage] = {"step": step, "total": total, "finished": step == total, "parts": states}
+        self.stages[stage] = {"step": step,
+                              "total": total,
+                              "finished": step == total,
+                              "parts": states}
         if self.rank > 0 or self.seconds is not None:       # a benchmark leaves nothing behind
             return
-        content = {"format": FORMAT, "script": self.script, "config": self.config_dict(), "seed": self.seed,
-                   "about": self.about, "stages": self.stages}
+        content = {"format": FORMAT,
+                   "script": self.script,
+                   "config": self.config_dict(),
+                   "seed": self.seed,
+                   "about": self.about,
+                   "stages": self.stages}
         # A damaged last.pt must not take the place of the good last_prev.pt.
         previous = None if self.fell_back else self.out / "last_prev.pt"
         replace(self.out / "last.pt", lambda tmp: torch.save(content, tmp), keep=previous)
         self.fell_back = False
 
     def finished(self, stages):
-        """True if all these stages are finished in the checkpoint."""
+        """Return True if all these stages are finished in the checkpoint."""
         return all(self.stages.get(stage, {}).get("finished") for stage in stages)
 
     def load(self):
-        """Read last.pt (or, if that is damaged, last_prev.pt) into .about and .stages.  False if there is none."""
+        """Read last.pt into .about and .stages.  Returns False if there is no such file.
+
+        If last.pt is damaged, last_prev.pt is read.  Raises RunError if that is damaged too, or if
+        the file belongs to another script.
+        """
         paths = [self.out / name for name in ("last.pt", "last_prev.pt")]
         paths = [path for path in paths if path.exists()]
         for path in paths:
@@ -176,9 +223,10 @@ class Run(Loop):
         return True
 
     def trained(self, part, stage, *names):
-        """`part` with its state from the checkpoint, frozen, on the device.  names: of the states, best choice first.
+        """Return `part` with its state from the checkpoint, frozen, on the device.
 
-        A loop.Best that was never offered weights is passed over.  RunError if nothing fits.
+        names: the names of its states, the best choice first.  A loop.Best that was never offered
+        weights is passed over.  Raises RunError if nothing fits.
         """
         states = self.stages[stage]["parts"]
         state = {}
@@ -196,9 +244,11 @@ class Run(Loop):
         return part
 
     def export(self, folder):
-        """A new folder with what sampling needs, and no more: the states that were `used`, and the configuration.
+        """Make a new folder with what sampling needs, and no more.
 
-        RunError if the folder exists.
+        This is the configuration and the states that were `used`.
+
+        Raises RunError if the folder exists or cannot be written.
         """
         if self.rank > 0:
             return
@@ -206,19 +256,25 @@ class Run(Loop):
             raise RunError(f"--export {folder}: exists; name a new folder")
         stages = {}
         for stage, saved in self.stages.items():
-            parts = {name: state for name, state in saved["parts"].items() if (stage, name) in self.used}
+            parts = {name: state for name, state in saved["parts"].items()
+                     if (stage, name) in self.used}
             stages[stage] = {**saved, "parts": parts}
-        content = {"format": FORMAT, "script": self.script, "config": self.config_dict(), "seed": self.seed,
-                   "about": self.about, "stages": stages}
+        content = {"format": FORMAT,
+                   "script": self.script,
+                   "config": self.config_dict(),
+                   "seed": self.seed,
+                   "about": self.about,
+                   "stages": stages}
         folder.mkdir(parents=True)
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
         config = (self.out / "config.json").read_text(encoding="utf-8")
         replace(folder / "config.json", lambda tmp: tmp.write_text(config, encoding="utf-8"))
         size = (folder / "last.pt").stat().st_size / 2 ** 20
-        self.say(f"exported: {folder}, {size:.1f} MB; it can be loaded, evaluated and synthesised from, not trained")
+        self.say(f"exported: {folder}, {size:.1f} MB; it can be loaded, evaluated and "
+                 "synthesised from, not trained")
 
     def draw_training(self, stage):
-        """training.png: the losses of a stage, from log.jsonl."""
+        """Draw the losses of a stage, from log.jsonl, into training.png."""
         if self.rank > 0 or not (self.out / "log.jsonl").exists():
             return
         series = {}
@@ -233,20 +289,24 @@ class Run(Loop):
                     values.append(entry[name])
         series = {name: points for name, points in series.items() if len(points[0]) > 1}
         if series:
-            pictures.curves(self.out / "training.png", series, "step", "mean of the steps since the point before",
-                            f"{self.script}: {stage}")
+            pictures.curves(self.out / "training.png", series, "step",
+                            "mean of the steps since the point before", f"{self.script}: {stage}")
 
     def skip(self, stage):
         """Finish a stage that has nothing to train."""
         for _ in self.steps(stage, 0, {}):
             pass
 
-    # -- results --------------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def results(self, rows, images, protocol):
-        """results.json: rows of numbers with all that is needed to know where they come from; results.npz: images.
+        """Write results.json and results.npz.
 
-        Files with other settings, another seed or other facts are kept under a number.
+        results.json holds rows of numbers, with all that is needed to know where they come from.
+        results.npz holds images.  Files with other settings, another seed or other facts are kept
+        under a number.
+
+        Raises RunError if a file cannot be written.
         """
         if self.rank > 0:
             return
@@ -255,45 +315,58 @@ class Run(Loop):
         if path.exists() and not same_results(path, identity):
             names = (self.out / f"results_{number}.json" for number in itertools.count(1))
             kept = next(name for name in names if not name.exists())
-            for suffix in (".npz", ".json"):                # the numbers last: they count only together with the images
+            # The numbers go last, because they count only together with the images.
+            for suffix in (".npz", ".json"):
                 if path.with_suffix(suffix).exists():
                     os.replace(path.with_suffix(suffix), kept.with_suffix(suffix))
             self.say(f"the results of another configuration are kept as {kept.name}")
 
         def save(temporary):
-            with open(temporary, "wb") as f:                # given a name, numpy would add .npz to it
+            # The file is opened here, because numpy would add .npz to a name.
+            with open(temporary, "wb") as f:
                 np.savez_compressed(f, **images)
         replace(path.with_suffix(".npz"), save)
-        self.write_json("results.json", {"script": self.script, "command": " ".join(sys.argv), **identity,
-                                         "versions": versions(), "protocol": protocol, "rows": rows})
+        self.write_json("results.json", {"script": self.script,
+                                         "command": " ".join(sys.argv),
+                                         **identity,
+                                         "versions": versions(),
+                                         "protocol": protocol,
+                                         "rows": rows})
 
     def find_results(self):
-        """The newest results.json in this folder that has this configuration, seed and facts; None without one.
+        """Return the newest results.json here that has this configuration, seed and facts.
 
-        Numbers without their images (results.npz) do not count.
+        Returns None if there is none.  Numbers without their images (results.npz) do not count.
         """
         identity = {"config": self.config_dict(), "seed": self.seed, **self.facts}
-        paths = sorted(self.out.glob("results*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = sorted(self.out.glob("results*.json"), key=lambda path: path.stat().st_mtime,
+                       reverse=True)
         for path in paths:
             if same_results(path, identity) and path.with_suffix(".npz").exists():
                 return path
         return None
 
     def close(self):
-        """Give the folder free, when all processes are done with it."""
+        """Unlock the folder when all processes are done with it."""
         self.barrier()
         if self.lock:
             self.lock.close()
 
 
 def about_of(ds):
-    """The facts of a data.Dataset that belong to every checkpoint trained on it."""
+    """Return the facts of a data.Dataset that belong to every checkpoint trained on it."""
     return {"contrasts": list(ds.contrasts), "data": ds.fingerprint,
             "train": sorted(ds.split["train"]), "val": sorted(ds.split["val"])}
 
 
 def stored_config(folder, config, args, free):
-    """What a run folder's config.json says, changed by the flags that were typed -> (config, seed); see Run.settle."""
+    """Read a run folder's config.json and change it by the flags that were typed.
+
+    free: fields that may differ from those of the training, see Run.settle.
+
+    Returns (config, seed).  Raises RunError if another field differs, or if the values do not go
+    together.
+    """
     path = folder / "config.json"
     trained = any((folder / name).exists() for name in ("last.pt", "last_prev.pt"))
     if not path.exists() or not trained:
@@ -308,41 +381,49 @@ def stored_config(folder, config, args, free):
                        "or train in another --out", status=2)
     try:
         config = dataclasses.replace(config, **{**known, **args.typed})
-    except ValueError as error:                             # what was typed does not go with what was trained
+    except ValueError as error:         # what was typed does not go with what was trained
         raise RunError(f"{error} (the other values come from {path})", status=2) from error
     return config, stored["identity"]["seed"] if args.seed is None else args.seed
 
 
 def same_results(path, identity):
-    """True if a results.json was made with this configuration, seed and facts."""
+    """Return True if a results.json was made with this configuration, seed and facts."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return all(content[key] == value for key, value in identity.items())
-    except (ValueError, KeyError, TypeError):               # somebody else's file, or one edited by hand
+    except (ValueError, KeyError, TypeError):
+        # The file is somebody else's, or it was edited by hand.
         return False
 
 
 def versions():
-    """Versions of Python, of the packages, and of this project (its git commit, where there is one)."""
+    """Return the versions of Python, of the packages, and of this project.
+
+    The project's version is its git commit, where there is one.
+    """
     packages = ("torch", "numpy", "scipy", "nibabel", "pillow")
     found = {"python": platform.python_version()}
     for name in packages:
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:               # a copied part of the project may do without it
+        except metadata.PackageNotFoundError:
+            # A copied part of the project may do without this package.
             found[name] = None
     found["project"] = project_version()
     return found
 
 
 def project_version():
-    """The git commit of the project's own folder, with "+" if files were changed; None without git."""
+    """Return the git commit of the project's own folder, with "+" if files were changed.
+
+    Returns None without git.
+    """
     home = Path(__file__).resolve().parent.parent
     if not (home / ".git").exists():
         return None
     try:
-        asked = subprocess.run(["git", "-C", str(home), "describe", "--always", "--dirty=+", "--tags"],
-                               capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(home), "describe", "--always", "--dirty=+", "--tags"]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return asked.stdout.strip() or None

@@ -31,22 +31,22 @@ def linear_alpha_bar(T=1000):
 
 
 def q_sample(x0, alpha_bar, eps):
-    """Ho et al. (2020), Eq. 4: a draw of x_t given x0.  eps: normal noise of the shape of x0."""
+    """Draw x_t given x0, as in Ho et al. (2020), Eq. 4.  eps: normal noise like x0."""
     return alpha_bar ** 0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
 
 
 def x0_from_eps(x_t, alpha_bar, eps):
-    """The clean image that a noise estimate implies: q_sample solved for x0."""
+    """Return the clean image that a noise estimate implies: q_sample, solved for x0."""
     return (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
 
 
 def eps_from_x0(x_t, alpha_bar, x0):
-    """The noise that a clean-image estimate implies: q_sample solved for eps."""
+    """Return the noise that a clean-image estimate implies: q_sample, solved for eps."""
     return (x_t - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5
 
 
 def ddim_step(x_t, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=None):
-    """Song et al. (2021), Eq. 12: from x_t to the next, less noisy step.
+    """Go from x_t to the next, less noisy step, as in Song et al. (2021), Eq. 12.
 
     x0: the current estimate of the clean image.  alpha_bar_next: that of the next step.
     eta: 0 is deterministic, 1 is as noisy as DDPM.  noise: normal noise, needed if eta is above 0.
@@ -59,21 +59,24 @@ def ddim_step(x_t, x0, alpha_bar, alpha_bar_next, eta=0.0, noise=None):
 
 
 def ddbm_bridge(N):
-    """(a, m, delta) over t = 0..N, each (N+1,) in float64: x_t = a x0 + m y + delta eps.
+    """Returns (a, m, delta) over t = 0..N, each (N+1,) in float64: x_t = a x0 + m y + delta eps.
 
-    The variance-preserving bridge of Zhou et al., Denoising Diffusion Bridge Models (2024).
+    It is the variance-preserving bridge of Zhou et al., Denoising Diffusion Bridge Models (2024).
     """
-    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)
-    alpha = torch.exp(-0.05 * t - 0.5 * t ** 2)
-    rho2 = torch.exp(0.1 * t + t ** 2) - 1
-    rest = rho2[-1] - rho2                          # variance still to come
-    a = alpha * rest / rho2[-1]
-    m = alpha / alpha[-1] * rho2 / rho2[-1]
+    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)                # (N+1,)
+    alpha = torch.exp(-0.05 * t - 0.5 * t ** 2)                         # (N+1,)
+    rho2 = torch.exp(0.1 * t + t ** 2) - 1                              # (N+1,)
+    rest = rho2[-1] - rho2  # (N+1,)  the variance that is still to come
+    a = alpha * rest / rho2[-1]                                         # (N+1,)
+    m = alpha / alpha[-1] * rho2 / rho2[-1]                             # (N+1,)
     return a, m, alpha * (rest * rho2 / rho2[-1]).sqrt()
 
 
 def syndiff_schedule(N):
-    """The same for SynDiff (Ozbey et al., 2023), which is no bridge: m is 0, and x_N is almost pure noise."""
-    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)
-    alpha_bar = torch.exp(-0.5 * t ** 2 * (20 - 0.1) - 0.1 * t)
+    """Returns the same for SynDiff (Ozbey et al., 2023).
+
+    SynDiff is no bridge: m is 0, and x_N is almost pure noise.
+    """
+    t = torch.linspace(0, 1, N + 1, dtype=torch.float64)                # (N+1,)
+    alpha_bar = torch.exp(-0.5 * t ** 2 * (20 - 0.1) - 0.1 * t)         # (N+1,)
     return alpha_bar.sqrt(), torch.zeros_like(t), (1 - alpha_bar).sqrt()

@@ -1,4 +1,6 @@
-"""What every script does, in this order: check, dry run, train, evaluate, synthesize, reproduce, benchmark.
+"""The frame of every script: check, dry run, train, evaluate, synthesize, reproduce, benchmark.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
 A script describes its paper's method by a Method and ends in one call:  script.guarded(main).
 Nothing here knows which paper calls it.
@@ -29,7 +31,9 @@ from common.tables import list_tables, load_tables, reproduce
 
 @dataclass(frozen=True)
 class Outline:
-    """What a dry run shows of a method.  It is built on torch's meta device, where nothing is computed.
+    """What a dry run shows of a method.
+
+    It is built on torch's meta device, where nothing is computed.
 
     networks   {name: module}
     forward    runs the trained network on one slice and returns its output
@@ -44,7 +48,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Method:
-    """What the frame needs to know of a method.  cfg: the script's Config; run: common.run.Run; ds: data.Dataset.
+    """What the frame needs to know of a method.
 
     name        as tables and pictures call it; in lower case, the name of the script
     config, presets, limits    see common.cli.parse
@@ -52,15 +56,18 @@ class Method:
     stages      {stage of training, in order: fields that matter to it and to later stages only}
     contrasts   (cfg) -> contrasts that the data must have, or None for all that there are
     patterns    (cfg, contrasts) -> [(known contrasts, contrasts to make from them)], the tasks
-    train       (cfg, run, ds): all stages
-    load        (cfg, run, subjects) -> the trained model, with .contrasts, .run and .fill (common/evaluation.py);
-                subjects: those that it will meet, layouts.Subject
+    train       (cfg, run, ds) trains all stages
+    load        (cfg, run, subjects) -> the trained model, with .contrasts, .run and .fill
+                (common/evaluation.py)
     outline     (cfg, ds) -> Outline
-    disturb     (cfg, run, u, keys) -> u: what happens to test slices before the model sees them; or None
+    disturb     (cfg, run, u, keys) -> u, changed as the model shall see test slices; or None
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
-    extensible  fields that may be raised to train a run further: only where nothing else depends on them
+    extensible  fields that may be raised to train a run further; nothing else may depend on them
     choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
+
+    cfg is the script's Config, run a common.run.Run, and ds a data.Dataset.  subjects are those
+    that the model will meet, as layouts.Subject.
     """
     name: str
     config: type
@@ -84,17 +91,20 @@ class Method:
         return self.name.lower()
 
 
-# ---- entrances -------------------------------------------------------------------------------------------------------
+# ---- entrances -----------------------------------------------------------------------------------
 
 
 def main(method, doc, argv=None):
-    """Do what the command line asks for.  argv: words without the program's name, by default those typed.
+    """Do what the command line asks for.
 
-    Raises RunError or data.DataError for what the user can mend, SystemExit for wrong usage.
+    doc: the script's docstring.  argv: words without the program's name, by default those typed.
+
+    Raises RunError or data.DataError for what the user can mend, and SystemExit for wrong usage.
     """
     tables = load_tables(method.script)
     names = [*tables, *method.figures]
-    cfg, args = parse(method.config, method.presets, names, method.limits, choose_preset, doc, argv, method.script)
+    cfg, args = parse(method.config, method.presets, names, method.limits, choose_preset, doc, argv,
+                      method.script)
     if args.reproduce == "list":
         print(list_tables(tables, method.figures))
     elif args.check:
@@ -117,10 +127,14 @@ def main(method, doc, argv=None):
 
 
 def load(method, folder, device="auto", precision="auto", **sampling):
-    """The model that a run folder holds, for use from Python: a common.evaluation.Trained.
+    """Return the model that a run folder holds, for use from Python.
 
-    device, precision: as the flags of these names.  sampling: fields of the config that need no training, such as
-    M=200.  A run that is still in training is loaded as far as it is, with a notice.
+    device, precision: as the flags of these names.  sampling: fields of the config that need no
+    training, such as M=200.  A run that is still in training is loaded as far as it is, with a
+    notice.
+
+    Returns a common.evaluation.Trained.
+
     Raises RunError if the folder holds no model or `sampling` names another field.
     """
     wrong = [name for name in sampling if name not in method.sampling]
@@ -130,8 +144,8 @@ def load(method, folder, device="auto", precision="auto", **sampling):
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("last.pt", "last_prev.pt")):
         raise RunError(f"{folder} holds no trained model; train one with --train --out {folder}")
-    args = argparse.Namespace(out=folder, seed=None, device=device, precision=precision, compile=False, train=False,
-                              typed=dict(sampling), quiet=True)
+    args = argparse.Namespace(out=folder, seed=None, device=device, precision=precision,
+                              compile=False, train=False, typed=dict(sampling), quiet=True)
     run = Run(method.script, method.config(), args)
     cfg = run.settle(method.sampling)
     run.load()
@@ -140,17 +154,24 @@ def load(method, folder, device="auto", precision="auto", **sampling):
 
 
 def choose_preset(folder):
-    """Phantoms take the demo's sizes, everything else the paper's."""
+    """Return the preset for a data folder.
+
+    Phantoms take the demo's sizes.  Everything else takes the paper's.
+    """
     return "demo" if data.is_phantom(folder) else "paper"
 
 
-# ---- one run folder --------------------------------------------------------------------------------------------------
+# ---- one run folder ------------------------------------------------------------------------------
 
 
 def work(method, cfg, args, figure=None):
-    """All that was asked for, in one run folder.  Returns the path of the results that belong to it, if any.
+    """Do all that was asked for, in one run folder.
 
     figure: a function that is called in place of the evaluation.
+
+    Returns the path of the results that belong to the run, or None.
+
+    Raises RunError or data.DataError for what the user can mend.
     """
     run = Run(method.script, cfg, args)
     cfg = run.settle(method.sampling)
@@ -162,7 +183,8 @@ def work(method, cfg, args, figure=None):
     ds = None
     if args.train or args.evaluate or args.benchmark or not (args.synthesize or args.export):
         ds = open_data(method, cfg, args, run)
-        method.patterns(cfg, list(ds.contrasts))            # a wrong flag is told now, not after the training
+        # This call tells a wrong flag now, not after the training.
+        method.patterns(cfg, list(ds.contrasts))
         run.works_on(ds)
     if args.synthesize:
         asked(method, cfg, list(ds.contrasts) if ds else run.about["contrasts"])
@@ -186,13 +208,14 @@ def work(method, cfg, args, figure=None):
             evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects))
     if args.export:
         say_how_far(method, run)
-        method.load(cfg, run, [])                           # which shows what sampling needs
+        method.load(cfg, run, [])                           # this shows what sampling needs
         run.export(args.export)
     if args.synthesize:
         say_how_far(method, run)
         contrasts = run.about["contrasts"]
         subjects = data.find_layout(args.data, contrasts).subjects
-        unseen = [s for s in subjects if s.name not in run.about["train"]]  # never those it was trained on
+        # The model never synthesises for subjects that it was trained on.
+        unseen = [s for s in subjects if s.name not in run.about["train"]]
         model = method.load(cfg, run, unseen)
         synthesize(method, cfg, run, model, unseen, asked(method, cfg, contrasts))
     if args.benchmark:
@@ -204,20 +227,29 @@ def work(method, cfg, args, figure=None):
 
 
 def asked(method, cfg, contrasts):
-    """The contrasts that --synthesize makes although a subject has them: those of the task, if there is only one.
+    """Return the contrasts that --synthesize makes although a subject has them.
 
-    With several tasks it makes whatever a subject lacks.  RunError if the method needs the user's choice instead.
+    They are those of the task, if there is only one.  With several tasks there are none, and
+    --synthesize makes whatever a subject lacks.
+
+    Raises RunError if there are several tasks and the method needs the user's choice.
     """
     tasks = method.patterns(cfg, contrasts)
     if len(tasks) == 1:
         return tasks[0][1]
     if method.choice:
-        raise RunError(f"--synthesize: this model knows several directions; choose one, {method.choice}", status=2)
+        raise RunError("--synthesize: this model knows several directions; "
+                       f"choose one, {method.choice}", status=2)
     return ()
 
 
 def open_data(method, cfg, args, run):
-    """The data set as slices; a trained model's own contrasts, in its order, count more than the config's."""
+    """Open the data set as slices.
+
+    A trained model's own contrasts, in its order, count more than those of the config.
+
+    Raises data.DataError if the data cannot be used.
+    """
     contrasts = tuple(run.about.get("contrasts", method.contrasts(cfg) or ())) or None
     return run.first(lambda: data.open_dataset(
         args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
@@ -225,7 +257,10 @@ def open_data(method, cfg, args, run):
 
 
 def say_how_far(method, run):
-    """A notice if the training is not finished.  RunError if it is not far enough to be used."""
+    """Tell the user if the training is not finished.
+
+    Raises RunError if it is not far enough to be used.
+    """
     if run.finished(method.stages):
         return
     *before, last = method.stages
@@ -235,43 +270,52 @@ def say_how_far(method, run):
                        "run the training command again (--train), it continues")
     how_far = f"{last} {saved['step']} of {saved['total']} steps"
     run.facts["unfinished"] = how_far
-    run.say(f"notice: the training in {run.out} is not finished ({how_far}); its weights so far are used")
+    run.say(f"notice: the training in {run.out} is not finished ({how_far}); "
+            "its weights so far are used")
 
 
 def preview(method, cfg, run, ds):
-    """previews/....png: what the weights so far make of two slices (of validation subjects, if there are any)."""
+    """Draw what the weights so far make of two slices, into the folder previews.
+
+    The slices are those of validation subjects, if there are any.
+    """
     part = "val" if ds.split["val"] else "train"
     rows = ds.rows(part, 2)
     compiled = run.args.compile
     run.args.compile = False
-    with torch.random.fork_rng(devices=[]):                 # building a network draws random numbers
+    # Building a network draws random numbers.  The training must not notice.
+    with torch.random.fork_rng(devices=[]):
         model = method.load(cfg, run, ds.complete)
     run.args.compile = compiled
     contrasts = list(ds.contrasts)
-    u = run.fetch(ds.images, rows)                                                      # (2, C, H, W)
+    u = run.fetch(ds.images, rows)                                      # (2, C, H, W)
     images = []
     labels = []
     for sources, missing in method.patterns(cfg, contrasts)[:4]:
-        known = torch.tensor([c in sources for c in contrasts], device=run.device)
-        made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))
+        known = torch.tensor([c in sources for c in contrasts], device=run.device)  # (C,)
+        known = known.expand(len(u), -1)                                # (2, C)
+        made, _ = fill(model, u, known, ds.keys(rows))                  # (2, C, H, W)
         for b, r in enumerate(rows):
             c = contrasts.index(missing[0])
-            images.append([u[b, contrasts.index(sources[0])].cpu(), made[b, c].cpu(), u[b, c].cpu()])
+            source = u[b, contrasts.index(sources[0])]                  # (H, W)
+            images.append([source.cpu(), made[b, c].cpu(), u[b, c].cpu()])
             labels.append(f"{missing[0]} of {ds.subject[r]}")
     last = list(method.stages)[-1]
     step = run.stages[last]["step"]
     (run.out / "previews").mkdir(exist_ok=True)
-    pictures.grid(run.out / "previews" / f"{step:07d}.png", images, ["a source", f"after {step} steps", "truth"], labels,
+    pictures.grid(run.out / "previews" / f"{step:07d}.png", images,
+                  ["a source", f"after {step} steps", "truth"], labels,
                   note=f"two slices of {'validation' if part == 'val' else 'training'} subjects")
 
 
-# ---- dry run ---------------------------------------------------------------------------------------------------------
+# ---- dry run -------------------------------------------------------------------------------------
 
 
 def dry_run(method, cfg, run, ds):
-    """What would be trained, how large it is, and about how long it takes.
+    """Say what would be trained, how large it is, and about how long it takes.
 
-    Networks are built on torch's meta device: shapes, operations and memory are counted, nothing is computed.
+    Networks are built on torch's meta device.  Shapes, operations and memory are counted there, but
+    nothing is computed.
     """
     run.say("\n".join(f"  {name} = {value}" for name, value in run.config_dict().items()))
     with torch.device("meta"):
@@ -286,18 +330,24 @@ def dry_run(method, cfg, run, ds):
         count = sum(p.numel() for p in network.parameters())
         parameters += count
         run.say(f"{name}: {count:,} parameters")
-    fixed = 16 * parameters / 2 ** 30                       # weight, gradient and Adam's two moments, 4 bytes each
+    # The weight, its gradient and Adam's two moments take 4 bytes each.
+    fixed = 16 * parameters / 2 ** 30
     each = saved / 2 ** 30
-    run.say(f"memory of training: about {fixed:.2g} GB for weights and optimiser, and {each:.2g} GB of activations "
-            f"per slice in fp32 (about {fixed + cfg.batch * each:.2g} GB for --batch {cfg.batch}; bf16: up to half)")
-    flops = 3 * counter.get_total_flops() * outline.slices  # the backward pass costs twice the forward pass
-    run.say(f"last stage of training: {flops:.2g} FLOP, about {flops / 1e11 / 3600:.2g} h at 100 GFLOP/s (a laptop), "
-            f"{flops / 1e14 / 3600:.2g} h at 100 TFLOP/s (a large GPU, bf16)")
+    run.say(f"memory of training: about {fixed:.2g} GB for weights and optimiser, and {each:.2g} "
+            "GB of activations per slice in fp32 "
+            f"(about {fixed + cfg.batch * each:.2g} GB for --batch {cfg.batch}; bf16: up to half)")
+    # The backward pass costs twice the forward pass.
+    flops = 3 * counter.get_total_flops() * outline.slices
+    run.say(f"last stage of training: {flops:.2g} FLOP, about {flops / 1e11 / 3600:.2g} h at 100 "
+            f"GFLOP/s (a laptop), {flops / 1e14 / 3600:.2g} h at 100 TFLOP/s (a large GPU, bf16)")
     run.say("this was a dry run: add --train, --evaluate, --synthesize, --check or --benchmark")
 
 
 def saved_bytes(forward):
-    """Bytes that autograd keeps between forward() and its backward pass; a tensor that is kept twice counts once."""
+    """Return how many bytes autograd keeps between forward() and its backward pass.
+
+    A tensor that is kept twice counts once.
+    """
     kept = {}
 
     def pack(tensor):
@@ -310,13 +360,14 @@ def saved_bytes(forward):
     return total
 
 
-# ---- benchmark -------------------------------------------------------------------------------------------------------
+# ---- benchmark -----------------------------------------------------------------------------------
 
 
 def benchmark(method, cfg, run, ds, seconds=3.0):
-    """Times every stage of the training and the sampler, as a user would run them, at the sizes of the config.
+    """Time every stage of the training and the sampler, as a user would run them.
 
-    Each stage runs for some seconds, on a few subjects, in a folder that is thrown away.
+    The sizes are those of the config.  Each stage runs for some seconds, on a few subjects, in a
+    folder that is thrown away.
     """
     few = {part: names[:8] for part, names in ds.split.items()}
     ds = dataclasses.replace(ds, split=few)
@@ -329,14 +380,17 @@ def benchmark(method, cfg, run, ds, seconds=3.0):
         method.train(cfg, run, ds)
         for stage, found in run.measured.items():
             rate = found["batch"] / found["seconds"]
-            run.say(f"{stage}: {1000 * found['seconds']:.1f} ms for a step of {found['batch']} slices, {rate:.1f} slices/s, "
-                    f"data-wait {found['wait']:.1%}, {found['flops'] / found['seconds'] / 1e9:.1f} GFLOP/s, "
+            speed = found["flops"] / found["seconds"] / 1e9
+            run.say(f"{stage}: {1000 * found['seconds']:.1f} ms for a step of {found['batch']} "
+                    f"slices, {rate:.1f} slices/s, "
+                    f"data-wait {found['wait']:.1%}, {speed:.1f} GFLOP/s, "
                     f"peak {peak_gigabytes(run.device):.2f} GB")
         model = method.load(cfg, run, ds.subjects)
         contrasts = list(ds.contrasts)
-        known = torch.tensor([c in method.patterns(cfg, contrasts)[0][0] for c in contrasts], device=run.device)
-        rows = data.evenly(ds.rows("train"), cfg.sample_batch)
-        u = run.fetch(ds.images, rows)
+        sources, _ = method.patterns(cfg, contrasts)[0]
+        known = torch.tensor([c in sources for c in contrasts], device=run.device)  # (C,)
+        rows = data.evenly(ds.rows("train"), cfg.sample_batch)          # (B,)
+        u = run.fetch(ds.images, rows)                                  # (B, C, H, W)
         keys = ds.keys(rows)
 
         def sample():
@@ -348,7 +402,10 @@ def benchmark(method, cfg, run, ds, seconds=3.0):
 
 
 def seconds_per_call(run, work, floor):
-    """Seconds per call of work(), after one call to warm up."""
+    """Return the seconds per call of work(), after one call to warm up.
+
+    floor: work() is called again until so many seconds have passed.
+    """
     finish = torch.cuda.synchronize if run.device.type == "cuda" else (lambda: None)
     work()
     finish()
@@ -361,22 +418,29 @@ def seconds_per_call(run, work, floor):
     return (time.perf_counter() - begin) / calls
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def guarded(main):
-    """Run main().  What the user can mend becomes one line and exit status 1 (traceback only with --debug)."""
+    """Run main().  What the user can mend becomes one line and an exit status, 1 or 2.
+
+    Raises SystemExit then.  With --debug the error itself is raised, with its traceback.
+    """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")            # a subject's name must not end a run on an old console
+        # A subject's name must not end a run on an old console.
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()                                  # nobody leaves while another still talks
+            # Nobody leaves while another process still talks.
+            dist.barrier()
             sys.stdout.flush()
             sys.stderr.flush()
-            # Taking torch's communication threads down in the usual way now and then aborts a process.
+            # We skip the usual way out.  Now and then it aborts a process while it takes torch's
+            # communication threads down.
             os._exit(0)
-    except BrokenPipeError:                                 # the reader of our output has left, as `head` does
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (RunError, data.DataError, torch.OutOfMemoryError, OSError) as error:
@@ -384,10 +448,12 @@ def guarded(main):
             raise
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            text = ("out of GPU memory; in this order: a smaller --batch or --sample-batch, --precision bf16, "
-                    "a smaller --size")
-        elif isinstance(error, OSError):                    # a log line on a full disk, a picture in a read-only folder
-            text = f"{text}; mend it and run the same command again (--debug shows where it happened)"
+            text = ("out of GPU memory; in this order: a smaller --batch or --sample-batch, "
+                    "--precision bf16, a smaller --size")
+        elif isinstance(error, OSError):
+            # Such errors are a log line on a full disk, or a picture in a read-only folder.
+            text = (f"{text}; mend it and run the same command again "
+                    "(--debug shows where it happened)")
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(getattr(error, "status", 1)) from None
     except KeyboardInterrupt:

@@ -36,9 +36,9 @@ class Site:
 
 
 def sinusoid(t, width, max_period=10_000):
-    """Transformer position code of the (raw, possibly fractional) diffusion time.
+    """Return the transformer's position code of the diffusion time.
 
-    t: (B,).  Returns (B, width).
+    t: (B,), not scaled; it may be fractional.  Returns (B, width).
     """
     half = width // 2
     place = torch.arange(half, device=t.device, dtype=torch.float32)    # (width/2,)
@@ -48,14 +48,17 @@ def sinusoid(t, width, max_period=10_000):
 
 
 def zeroed(module):
-    """The last layer of a residual branch starts at zero: the block starts as the identity."""
+    """Set a module's parameters to zero.  Returns the module.
+
+    If the last layer of a residual branch starts at zero, the block starts as the identity.
+    """
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv, twice; the time embedding scales and shifts the second norm (FiLM).
+    """GroupNorm-SiLU-conv, twice.  The time embedding scales and shifts the second norm (FiLM).
 
     resample   None, "down" or "up": the block may halve or double the resolution
     """
@@ -108,11 +111,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def split(self, h):
-        """(B, N, C) -> (B, heads, N, C/heads)"""
+        """Split the channels into heads.  h: (B, N, C).  Returns (B, heads, N, C/heads)."""
         return h.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, context=None, mask=None):
-        """x: (B, N, C); context: (B, L, D).  Returns (B, N, C).
+        """x: (B, N, C).  context: (B, L, D).  Returns (B, N, C).
 
         mask: (B, L), True where the context is to be looked at.
         """
@@ -158,7 +161,10 @@ class SpatialTransformer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The usual plug of a diffusion U-Net: each position looks at all others.  It does not read the condition."""
+    """The usual plug of a diffusion U-Net, in which each position looks at all others.
+
+    It does not read the condition.
+    """
 
     def __init__(self, channels, head_dim, groups):
         super().__init__()
@@ -168,9 +174,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, h, condition):
         height, width = h.shape[2:]
-        x = self.norm(h).flatten(2).transpose(1, 2)                            # (B, N, C)
-        a = self.attention(x)                                                  # (B, N, C)
-        return h + a.transpose(1, 2).unflatten(2, (height, width))             # (B, C, H, W)
+        x = self.norm(h).flatten(2).transpose(1, 2)                     # (B, N, C)
+        a = self.attention(x)                                           # (B, N, C)
+        return h + a.transpose(1, 2).unflatten(2, (height, width))      # (B, C, H, W)
 
 
 class Chain(nn.ModuleList):
@@ -178,7 +184,7 @@ class Chain(nn.ModuleList):
 
     def forward(self, h, condition):
         for module in self:
-            h = module(h, condition)                                           # (B, C, H, W)
+            h = module(h, condition)                                    # (B, C, H, W)
         return h
 
 
@@ -186,10 +192,12 @@ def attention_at(sizes, make):
     """The usual plug: make(site) after every block whose map is one of `sizes` pixels wide.
 
     make(site) also goes between the two mid blocks, whatever their size.  With sizes = () it goes
-    there alone.  A size that no map has is ignored, because a small image has few sizes.  But if no
-    map has any of the sizes, the U-Net cannot be built: ValueError.
+    there alone.  A size that no map has is ignored, because a small image has few sizes.
+
+    The plug raises ValueError, while the U-Net is built, if no map has any of the sizes.
     """
-    widths = []                         # of the maps on the way down, which the U-Net builds first
+    # These are the widths of the maps on the way down, which the U-Net builds first.
+    widths = []
 
     def plug(site):
         if site.stage == "down":
@@ -203,16 +211,21 @@ def attention_at(sizes, make):
 
 
 def check_sizes(size, base, mult, groups, head_dim):
-    """The sizes of a U-Net's maps, one per level.  ValueError, in words of the flags, if they do not go together."""
+    """Return the sizes of a U-Net's maps, one per level.
+
+    Raises ValueError, in words of the flags, if the arguments do not go together.
+    """
     deepest = 2 ** (len(mult) - 1)
     if size % deepest:
         raise ValueError(f"--size {size}: must be a multiple of {deepest}, for {len(mult)} --mult")
     for m in (1, *mult):
         if base * m % groups:
-            raise ValueError(f"--base {base} times --mult {m} must be divisible by --groups {groups}")
+            raise ValueError(f"--base {base} times --mult {m} must be divisible by "
+                             f"--groups {groups}")
     for m in mult:
         if base * m % head_dim:
-            raise ValueError(f"--base {base} times --mult {m} must be divisible by --head-dim {head_dim}")
+            raise ValueError(f"--base {base} times --mult {m} must be divisible by "
+                             f"--head-dim {head_dim}")
     return [size // 2 ** level for level in range(len(mult))]
 
 
@@ -241,7 +254,7 @@ class UNet(nn.Module):
             return Block(res, plug(Site("block", **site)))
 
         channels = base
-        skips = [base]                  # channels of what the way up will concatenate
+        skips = [base]                  # the channels of what the way up will concatenate
         self.down = nn.ModuleList()
         self.shrinks = nn.ModuleList()
         for level, m in enumerate(mult):
@@ -259,7 +272,8 @@ class UNet(nn.Module):
         self.mid = nn.ModuleList([block("mid", deepest, 0, False, channels, channels),
                                   block("mid", deepest, 1, True, channels, channels)])
 
-        self.up = nn.ModuleList()       # from the deepest level to level 0, as self.grows
+        # Both lists go from the deepest level to level 0.
+        self.up = nn.ModuleList()
         self.grows = nn.ModuleList()
         for level in reversed(range(len(mult))):
             row = nn.ModuleList()
@@ -297,7 +311,7 @@ class UNet(nn.Module):
             h = block(h, emb, condition)                                # (B, C_l, H_l, W_l)
         for row, level in zip(self.up, reversed(range(len(self.up)))):
             for block in row:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb, condition)  # (B, C_l, H_l, W_l)
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, condition)   # (B, C_l, H_l, W_l)
             if taps is not None:
                 taps["up", level] = h
             if level > 0:
