@@ -620,9 +620,10 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
         t = torch.randint(T, (cfg.batch,), generator=g, device=run.device)[mine]  # (B,)
         eps = torch.randn(cfg.batch, *x0.shape[1:], generator=g, device=run.device)[mine]
         z = context[torch.from_numpy(pick).to(run.device)]                  # (B, L, D)
-        with run.autocast():
-            loss = diffusion_loss(network, x0, t, eps, z, alpha_bar)
-        run.update(loss, optimiser)
+        def loss_of(part):
+            with run.autocast():
+                return diffusion_loss(network, x0[part], t[part], eps[part], z[part], alpha_bar)
+        loss = run.update(loss_of, optimiser, samples=len(x0))
         ema.update(unet, step)
         run.log(loss=loss)
         if validate and (step + 1) % max(1, cfg.steps // 20) == 0:
@@ -737,7 +738,7 @@ def outline(cfg, ds):
 METHOD = script.Method(
     "APT", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=lambda cfg: cfg.contrasts or None,
     patterns=lambda cfg, contrasts: missing_patterns(cfg.missing, contrasts), train=train,
-    load=load_model, outline=outline, extensible=("steps",),
+    load=load_model, outline=outline, extensible=("steps",), micro_batches=True,
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
 # From Python: apt.load("runs/apt-brats") is a common.evaluation.Trained, with .fill(images, known).

@@ -75,9 +75,9 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
     # The cache holds decoded slices. All runs beside this one share it.
     args.cache = args.cache or args.out.parent / "cache"
-    for name, least in (("workers", 0), ("seed", 0), ("seeds", 1)):
+    for name, least in (("workers", 0), ("seed", 0), ("seeds", 1), ("micro_batch", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: allowed are {least} and more")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed are {least} and more")
     defaults = {field.name: field.default for field in fields}
     chosen = {**defaults, **presets[args.preset], **args.typed}
     # Limits are checked before the Config is made, because it computes with the values.
@@ -134,6 +134,8 @@ def add_run_flags(parser, script, presets, tables):
     run.add_argument("--export", type=Path, metavar="FOLDER",
                      help="write what sampling needs of a trained model, and no more, to a new "
                           "folder")
+    run.add_argument("--micro-batch", type=int, metavar="INT",
+                     help="slices at once in a training step: less memory, the same result [all]")
     run.add_argument("--reproduce", choices=[*tables, "list"], metavar="TABLE",
                      help="train and score every row of a table of the paper, beside its numbers: "
                           f"{', '.join(tables)}; list")

@@ -96,8 +96,8 @@ def cosine_rate(optimiser, step, steps, peak, low=1e-5):
 class Loop(Machine):
     """The loop of a run.
 
-    A subclass has say(text), keep(stage, step, total, parts), draw_training(stage), .out and
-    .stages.
+    A subclass has say(text), keep(stage, step, total, parts), draw_training(stage), .args, .out
+    and .stages.
 
     seconds     None, or the time after which every stage ends (for --benchmark)
     measured    {stage: facts of its pace}, filled where `seconds` is given
@@ -229,14 +229,21 @@ class Loop(Machine):
         self.say(text)
         raise SystemExit(128 + number)
 
-    def update(self, loss, optimiser, max_norm=1.0):
-        """Go backward from the loss and do one step of the optimiser.
+    def update(self, loss, optimiser, max_norm=1.0, samples=None):
+        """Go backward from the loss and do one step of the optimiser.  Returns the loss, detached.
 
         Gradients are averaged over processes and clipped to max_norm.  A loss or gradient that is
         not finite skips the step.  Raises RunError after MAX_BAD_STEPS such steps in a row.
+
+        With `samples`, their number, the loss is a function: slice of the samples -> their mean
+        loss.  It is called for parts of --micro-batch samples.  Gradients add up to those of the
+        whole batch, so that only memory and time change.
         """
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if samples is None:
+            loss.backward()
+        else:
+            loss = self.backward_in_parts(loss, samples)
         params = []
         for group in optimiser.param_groups:
             params += [p for p in group["params"] if p.grad is not None]
@@ -253,7 +260,7 @@ class Loop(Machine):
         if torch.isfinite(norm + loss):
             self.bad_steps[id(optimiser)] = 0
             optimiser.step()
-            return
+            return loss
         self.bad_steps[id(optimiser)] += 1
         bad = self.bad_steps[id(optimiser)]
         self.say(f"warning: loss or gradient is not finite, step skipped ({bad} in a row)")
@@ -263,6 +270,18 @@ class Loop(Machine):
             raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; "
                            f"{good}try a lower learning rate or --precision fp32, "
                            "in a new --out folder")
+        return loss
+
+    def backward_in_parts(self, loss_of, samples):
+        """Add up the gradients of all parts of a batch.  Returns the mean loss; see update."""
+        size = getattr(self.args, "micro_batch", None) or samples
+        total = 0.0
+        for start in range(0, samples, size):
+            part = slice(start, min(start + size, samples))
+            loss = loss_of(part) * ((part.stop - part.start) / samples)
+            loss.backward()
+            total = total + loss.detach()
+        return total
 
     def log(self, **numbers):
         """Note numbers of this step.

@@ -63,6 +63,7 @@ class Method:
     disturb     (cfg, run, u, keys) -> u, changed as the model shall see test slices; or None
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
     extensible  fields that may be raised to train a run further; nothing else may depend on them
+    micro_batches    True if the training steps can be divided by --micro-batch
     choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
 
@@ -83,6 +84,7 @@ class Method:
     disturb: Callable | None = None
     segmenters: Callable | None = None
     extensible: tuple = ()
+    micro_batches: bool = False
     choice: str = ""
     figures: dict = field(default_factory=dict)
 
@@ -188,6 +190,9 @@ def work(method, cfg, args, figure=None):
         run.works_on(ds)
     if args.synthesize:
         asked(method, cfg, list(ds.contrasts) if ds else run.about["contrasts"])
+    if args.micro_batch and not method.micro_batches:
+        raise RunError("--micro-batch: a step of this method trains several networks and cannot "
+                       "be divided; use a smaller --batch", status=2)
     if args.train:
         run.claim_for(ds, method.sampling, method.extensible)
         run.preview = lambda: preview(method, cfg, run, ds)
@@ -448,7 +453,7 @@ def guarded(main):
             raise
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            text = ("out of GPU memory; in this order: a smaller --batch or --sample-batch, "
+            text = ("out of GPU memory; in this order: --micro-batch or a smaller --sample-batch, "
                     "--precision bf16, a smaller --size")
         elif isinstance(error, OSError):
             # Such errors are a log line on a full disk, or a picture in a read-only folder.

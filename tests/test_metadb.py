@@ -633,7 +633,7 @@ def test_a_segmenter_judges_the_results(ixi, tmp_path, monkeypatch, capsys):
     (["--source", "t2"], 2, "name two different contrasts"), (["--fields", "age,mood"], 2, "--fields age,mood: there are"),
     (["--target", "ct"], 1, "ct"), (["--share", "--prompts", "target"], 2, "needs --prompts both"), (["--conditioning", "none", "--prompts", "target"], 2, "need --conditioning ta"),
     (["--only", "t2,t1"], 2, "this model knows t1,t2"), (["--eta", "2"], 2, "--eta 2"),
-    (["--pool", "1,32"], 2, "more squares"), (["--evaluate"], 1, "holds no trained model"), (["--text-file", "nowhere.npz", "--train"], 1, "nowhere.npz")])
+    (["--micro-batch", "2", "--train"], 2, "cannot be divided"), (["--pool", "1,32"], 2, "more squares"), (["--evaluate"], 1, "holds no trained model"), (["--text-file", "nowhere.npz", "--train"], 1, "nowhere.npz")])
 def test_wrong_words_get_one_line(ixi, tmp_path, monkeypatch, capsys, words, status, message):
     code, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, *words)
     assert code == status and message in text and "Traceback" not in text, text

@@ -330,6 +330,22 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run(tmp_path):
     assert model.weight.item() == before and run.bad_steps[id(optimiser)] == 1
 
 
+@pytest.mark.parametrize("micro", [1, 3, 4, 10, None])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(tmp_path, micro):
+    """The mean of squares over 10 samples: the same step, whatever --micro-batch is, and the parts are no larger."""
+    run, x, sizes = start(tmp_path), torch.arange(10.0), []
+    run.args.micro_batch = micro
+    w = nn.Parameter(torch.tensor(0.3))
+
+    def loss_of(part):
+        sizes.append(len(x[part]))
+        return ((w * x[part] - 1) ** 2).mean()
+    loss = run.update(loss_of, torch.optim.SGD([w], lr=0.001), max_norm=float("inf"), samples=10)
+    gradient = (2 * (0.3 * x - 1) * x).mean().item()                                     # by hand
+    assert w.item() == pytest.approx(0.3 - 0.001 * gradient, rel=1e-6) and sum(sizes) == 10 and max(sizes) == min(micro or 10, 10)
+    assert loss.item() == pytest.approx(((0.3 * x - 1) ** 2).mean().item(), rel=1e-6)
+
+
 def test_update_clips_the_gradient_norm(tmp_path):
     run = start(tmp_path)
     w = nn.Parameter(torch.zeros(2))
