@@ -7,6 +7,7 @@ command in the same folder continues it exactly.  Another configuration is refus
 what differs.
 """
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -181,16 +182,21 @@ class Run(Loop):
                               "parts": states}
         if self.rank > 0 or self.seconds is not None:       # a benchmark leaves nothing behind
             return
-        content = {"format": FORMAT,
-                   "script": self.script,
-                   "config": self.config_dict(),
-                   "seed": self.seed,
-                   "about": self.about,
-                   "stages": self.stages}
+        content = self.content(self.stages)
         # A damaged last.pt must not take the place of the good last_prev.pt.
         previous = None if self.fell_back else self.out / "last_prev.pt"
         replace(self.out / "last.pt", lambda tmp: torch.save(content, tmp), keep=previous)
         self.fell_back = False
+
+    def content(self, stages):
+        """Return what a checkpoint with these stages holds, plain types and tensors."""
+        return {"format": FORMAT,
+                "script": self.script,
+                "config": self.config_dict(),
+                "seed": self.seed,
+                "about": self.about,
+                "versions": versions(),
+                "stages": stages}
 
     def finished(self, stages):
         """Return True if all these stages are finished in the checkpoint."""
@@ -259,12 +265,7 @@ class Run(Loop):
             parts = {name: state for name, state in saved["parts"].items()
                      if (stage, name) in self.used}
             stages[stage] = {**saved, "parts": parts}
-        content = {"format": FORMAT,
-                   "script": self.script,
-                   "config": self.config_dict(),
-                   "seed": self.seed,
-                   "about": self.about,
-                   "stages": stages}
+        content = self.content(stages)
         folder.mkdir(parents=True)
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
         config = (self.out / "config.json").read_text(encoding="utf-8")
@@ -396,6 +397,7 @@ def same_results(path, identity):
         return False
 
 
+@functools.cache
 def versions():
     """Return the versions of Python, of the packages, and of this project.
 

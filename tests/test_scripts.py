@@ -303,13 +303,15 @@ def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path)
 
 
 def test_a_run_is_trained_further_when_steps_are_raised(trained, tmp_path, monkeypatch, capsys):
-    """6 steps, then 9: the same weights as 9 at once; fewer are refused; pictures of losses and of what is made so far."""
+    """6 steps, then 9 on a copy of the data: the bits of 9 at once; fewer are refused; pictures of what is made so far."""
+    import shutil
     data, source, _ = trained
     out = tmp_path / "more"
     out.mkdir()
     for name in ("config.json", "last.pt"):
         (out / name).write_bytes((source / name).read_bytes())
-    status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--steps", "9", "--train")
+    copied = shutil.copytree(data, tmp_path / "elsewhere" / "scans", copy_function=shutil.copyfile)         # new time stamps
+    status, text = call(monkeypatch, capsys, "--data", copied, "--out", out, *TINY, "--steps", "9", "--train")
     assert status == 0 and "trained further: steps 6 -> 9" in text and "continues at step 6 of 9" in text, text
     status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--steps", "6", "--train")
     assert status == 1 and "steps was 9, now 6" in text
