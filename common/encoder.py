@@ -208,7 +208,7 @@ def join_words(first, second):
 def main(argv=None):
     """Write every prompt of a data set to a text file, one a line, for an encoder of your own."""
     parser = argparse.ArgumentParser(prog="python -m common.encoder", description=main.__doc__)
-    parser.add_argument("--data", required=True, help="data folder")
+    parser.add_argument("--data", type=Path, required=True, help="data folder")
     parser.add_argument("--contrasts", required=True, help="contrasts, separated by commas")
     parser.add_argument("--fields", default=",".join(PROMPT_FIELDS),
                         help="what a prompt says [all]")

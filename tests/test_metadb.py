@@ -501,6 +501,7 @@ def test_the_noise_of_figure_5_reaches_the_model_and_the_copied_source(trained, 
     assert float((noisy - clean)[inside].std()) == pytest.approx(60 / 255, rel=0.15) and abs(copied[1]["psnr"] - copied[0]["psnr"]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     """Generator, SR-Net, discriminator and both optimisers equal those of the undisturbed run."""
