@@ -742,8 +742,7 @@ METHOD = script.Method(
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
 # From Python: apt.load("runs/apt-brats") is a common.evaluation.Trained, with .fill(images, known).
-load = functools.partial(script.load, METHOD)
-main = functools.partial(script.main, METHOD, __doc__)
+load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":
     script.guarded(main)

@@ -69,7 +69,6 @@ NEEDS  data/ and these files of common/:
   evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py
   script.py table_pages.py tables.py tokenizer.py unet.py
 """
-import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -740,8 +739,7 @@ METHOD = script.Method(
     segmenters=segmenters, choice="--only source,target")
 
 # From Python: metadb.load("runs/metadb-ixi") is a common.evaluation.Trained: .fill(images, known).
-load = functools.partial(script.load, METHOD)
-main = functools.partial(script.main, METHOD, __doc__)
+load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":
     script.guarded(main)

@@ -107,8 +107,11 @@ class Trained:
     def _checked_known(self, known, B):
         """(B, C) bool on the model's device."""
         C = len(self.contrasts)
-        if not torch.is_tensor(known) and np.asarray(known).dtype.kind in "US":
-            names = [str(name) for name in np.atleast_1d(np.asarray(known))]
+        if isinstance(known, (set, frozenset, dict)) or known is None:
+            known = list(known or ())
+        words = not torch.is_tensor(known) and np.asarray(known).dtype.kind in "US"
+        if words or np.size(known) == 0:
+            names = [canonical_contrast(str(name)) for name in np.atleast_1d(np.asarray(known))]
             unknown = [name for name in names if name not in self.contrasts]
             if unknown:
                 raise ValueError(f"fill: known names {', '.join(unknown)}; "

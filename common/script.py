@@ -96,6 +96,18 @@ class Method:
 # ---- entrances -----------------------------------------------------------------------------------
 
 
+def entrances(method, doc):
+    """Return (load, main), the functions that a script offers.  doc: the script's docstring."""
+    def load_run(folder, device="auto", precision="auto", **sampling):
+        return load(method, folder, device, precision, **sampling)
+
+    def main_of(argv=None):
+        return main(method, doc, argv)
+    load_run.__doc__ = load.__doc__
+    main_of.__doc__ = main.__doc__
+    return load_run, main_of
+
+
 def main(method, doc, argv=None):
     """Do what the command line asks for.
 
@@ -142,8 +154,10 @@ def load(method, folder, device="auto", precision="auto", **sampling):
     wrong = [name for name in sampling if name not in method.sampling]
     if wrong:
         raise RunError(f"load: {', '.join(wrong)} cannot be changed after training; "
-                       f"there are {', '.join(method.sampling)}")
+                       f"you can change {', '.join(method.sampling)}")
     folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist; name the folder of a run (its --out)")
     if not any((folder / name).exists() for name in ("last.pt", "last_prev.pt")):
         raise RunError(f"{folder} holds no trained model; train one with --train --out {folder}")
     args = argparse.Namespace(out=folder, seed=None, device=device, precision=precision,

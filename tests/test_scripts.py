@@ -361,8 +361,11 @@ def test_a_model_is_loaded_from_python_without_side_effects(trained, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(RunError, match="lr cannot be changed"):
         apt.load(out, lr=3)
-    with pytest.raises(RunError, match="holds no trained model"):
+    with pytest.raises(RunError, match="does not exist"):
         apt.load(out / "nowhere")
+    with pytest.raises(RunError, match="holds no trained model"):
+        apt.load(out / "previews")
+    assert "sampling: fields of the config" in apt.load.__doc__
 
 
 def test_torchrun_equals_one_process(trained, tmp_path):
