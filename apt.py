@@ -9,11 +9,11 @@ Missing contrasts are then filled in like holes in a picture, but the holes are 
 Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
-  2. Sampling does not start from noise.  It starts from a guess: another contrast, changed by an
-     intensity curve.  A codebook says which contrast and which curve resemble the missing one most.
-     It is computed once, from the training data.  This is stage 1.
-  3. The result is refined.  It gets a little noise and is denoised, many times.  All but the last
-     two results are averaged with the one before.  This is stage 2.
+  2. Sampling does not start from noise.  Stage 1 starts from a guess: another contrast, changed by
+     an intensity curve.  A codebook says which contrast and which curve resemble the missing one
+     most.  The codebook is computed once, from the training data.
+  3. Stage 2 refines the result.  It adds a little noise and denoises, many times.  All but the
+     last two results are averaged with the one before.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
@@ -53,7 +53,7 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D3]  Eq. (4): norm of a sample, not squared; alpha scaled; no step where alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  Curves: the printed numbers are x of control points (--curves scalar: y); see warp.
+  [D6]  Curves: printed numbers are x (--curves scalar: y); decreasing ones spare the background.
   [D7]  The codebook is one table, from cosines between the contrasts of a slice.
   [D8]  The "zero" prior is mid-grey; the "noise" prior is pure noise at step M.
   [D9]  Stage 1 takes S + 1 evaluations; N counts all of stage 2, and Eq. (5) skips its last two.

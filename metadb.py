@@ -16,8 +16,8 @@ contrast, echo times) is written as two prompts.  The prompts enter twice:
 A discriminator, which sees no text, judges pairs of neighbouring states.  It makes them sharp.
 
 PROMPT, and the same with its contrast masked (data/prompts.py):
-  Age: 35; Gender: F; Scanner: GE 3T; Description: T2-weighted MRI of the brain, TR 90 ms, TE 9 ms
-  Age: 35; Gender: F; Scanner: GE 3T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
+  Age: 35; Gender: F; Scanner: GE; Description: T2-weighted MRI of the brain, TR 4000 ms, TE 99 ms
+  Age: 35; Gender: F; Scanner: GE; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
 
 PIPELINE (B slices, H x W pixels, D width of an embedding)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)

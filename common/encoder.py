@@ -99,7 +99,7 @@ class Prompts:
     Each is computed once, because the text encoder is frozen.
 
     encoder    a frozen clip.CLIP, or None with a file
-    subjects   list of layouts.Subject; a prompt of another subject says None everywhere
+    subjects   list of layouts.Subject; for others only the contrast is known
     contrasts  names, in the order of the channels
     fields     what a prompt says (data/prompts.py)
     file       .npz with embeddings of your own, see load_embeddings
