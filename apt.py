@@ -9,11 +9,11 @@ Missing contrasts are then filled in like holes in a picture, but the holes are 
 Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
-  2. Sampling does not start from noise.  Stage 1 starts from a guess: another contrast, changed by
-     an intensity curve.  A codebook says which contrast and which curve resemble the missing one
-     most.  The codebook is computed once, from the training data.
-  3. Stage 2 refines the result.  It adds a little noise and denoises, many times.  All but the
-     last two results are averaged with the one before.
+  2. Sampling does not start from pure noise.  Stage 1 starts from a noisy guess (the prior):
+     another contrast, changed by an intensity curve.  A codebook says which contrast and which
+     curve resemble the missing one most.  It is computed once, from the training data.
+  3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
+     new result is averaged with the one before.  The last two are not averaged.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
@@ -23,7 +23,7 @@ PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L cont
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
-  Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(z_all.z / tau), all slices i
+  Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(<z_all, z> / tau)
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
   Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||
@@ -61,9 +61,9 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D11] Where the paper is silent: clamp, gradient clipping, losses as means, EMA, the weights kept.
 
 NEEDS  data/ and these files of common/:
-  cli.py clip.py contrastive.py device.py downstream.py embeddings.py encoder.py evaluation.py
-  files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py script.py
-  table_pages.py tables.py tokenizer.py unet.py
+  cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py encoder.py
+  evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py
+  script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import functools
 import math
@@ -80,9 +80,9 @@ from common import clip, metrics, pictures, script
 from common.cli import load_presets
 from common.device import seed_of
 from common.encoder import encode, encode_slices, load_encoder, train_encoder
-from common.evaluation import missing_patterns
 from common.loop import EMA, Best
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
+from common.tasks import missing_patterns
 from common.unet import SpatialTransformer, UNet, attention_at, check_sizes
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ class Config:
     ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"            # noise (linear: released scripts)
-    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z, scaled, or one per contrast
-    mif: Literal["trained", "mean", "zero"] = "trained"         # z: fused, mean feature, or nothing
+    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z scaled; one z per contrast
+    mif: Literal["trained", "mean", "zero"] = "trained"         # z is fused; mean of features; 0
     # method, in sampling
-    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: all sets
+    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: any set
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"      # start image (Table 3)
     curves: Literal["points", "scalar"] = "points"              # reading of Eq. (3) [D6]
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5)
@@ -151,7 +151,7 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
+# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -222,8 +222,8 @@ def make_unet(cfg, C, dim):
 def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
-    f: one pooled feature per contrast (the paper speaks of feature maps) [D1].  As in the paper,
-    training uses z of all contrasts; as released, sampling uses z of the known ones.
+    f: one pooled feature per contrast; the paper has feature maps [D1].  L is 1 (tokens: C).
+    Training uses z of all contrasts, as in the paper; sampling that of the known ones, as released.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -279,13 +279,13 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give the identity, because then y(r) = x(r); y reversed gives its inversion.
+# Equal x and y give the identity, because then y(r) = x(r).  With y reversed, bright becomes dark.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
     "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
-               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # and both inverted
+               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # both, bright to dark
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the authors' release
@@ -308,18 +308,19 @@ def warp(u, points):
     position = u.clamp(0, 1) * (len(table) - 1)
     low = position.floor().long().clamp(max=len(table) - 2)
     bent = torch.lerp(table[low], table[low + 1], position - low)
-    return bent if points[1][0] < points[1][3] else bent * (u > FOREGROUND)
+    rises = points[1][0] < points[1][3]                 # the first and the last y
+    return bent if rises else bent * (u > FOREGROUND)
 
 
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table from at most 2,000 training slices, as released.  The contrasts of a slice are
-    compared by the cosine of their features; the paper: attention maps of all image pairs [D7].
-    votes        (C, C, K): [target, source, curve], the slices in which this pair was most alike
-    similarity   (C, C, K): the sum of the cosines
-    level        (C,): sum of the mean intensities of each contrast
-    warped       (C, K): the same after each curve; only ratios of such sums are used
+    It is one table, made from at most 2,000 training slices, as released.  The contrasts of a slice
+    are compared by the cosine of their features.  The paper compares attention maps [D7].
+    votes        (C, C, K) [target, source, curve]: in how many slices this pair was the most alike
+    similarity   (C, C, K): the sum of the cosines over the slices
+    level        (C,): the sum of the mean intensities of each contrast over the slices
+    warped       (C, K): like level, of each contrast after each curve
     """
 
     def __init__(self, C, curves):
@@ -339,7 +340,7 @@ class Codebook(nn.Module):
         plain = F.normalize(encode(encoder, u), dim=2)                      # (B, C, D)
         other = F.normalize(encode(encoder, bent.flatten(1, 2)), dim=2)     # (B, C*K, D)
         other = other.unflatten(1, (C, K))                                  # (B, C, K, D)
-        cosine = torch.einsum("btd,bskd->btsk", plain, other)               # (B, C, C, K)
+        cosine = torch.einsum("bcd,bskd->bcsk", plain, other)               # (B, C, C, K)
         itself = torch.eye(C, dtype=torch.bool, device=u.device)[None, :, :, None]  # (1, C, C, 1)
         cosine = cosine.masked_fill(itself, -1)                             # (B, C, C, K)
         best = cosine.flatten(2).argmax(2)                                # (B, C)  one of C*K pairs
@@ -350,10 +351,10 @@ class Codebook(nn.Module):
         self.warped += bent.mean((3, 4)).sum(0).cpu()
 
     def ranked(self, tgt, sources):
-        """All pairs (source, curve) for a target contrast, best first, as numbers.
+        """All pairs (index of the source, index of the curve) for a target contrast, best first.
 
         The pair with most votes is best.  Votes were counted with all contrasts present, so the
-        pairs of known sources may have none.  With equal votes, the larger similarity decides.
+        pairs of known sources may have no vote.  With equal votes, the larger similarity decides.
         """
         pairs = [(src, curve) for src in sources for curve in range(len(self.curves))]
 
@@ -370,7 +371,7 @@ class Codebook(nn.Module):
 
 
 def time_grid(M, S):
-    """t_j = j M / S for j = 0..S: stage 1 walks all of it down [D9].  Stage 2 stays at t_2."""
+    """t_j = j M / S for j = 0..S.  Stage 1 uses all of them, from t_S down to t_0 [D9]."""
     return [min(round(j * M / S), T - 1) for j in range(S + 1)]
 
 
@@ -409,12 +410,13 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
     start = y if prior is None else A * y + (1 - A) * prior                 # (B, C, H, W)
     x_t = q_sample(start, alpha_bar[grid[-1]], eps)                         # (B, C, H, W)  step M
     if prior is None:
-        # Pure noise, even if M < 1000 and the network expects an image in it, as in Table 3 [D8].
+        # Table 3: the missing contrasts are pure noise, although at M < 1000 the network expects to
+        # find something of an image in them [D8].
         x_t = A * x_t + (1 - A) * eps                                       # (B, C, H, W)
     for j in reversed(range(len(grid))):                  # j = S, ..., 0; step 0 has a little noise
         x0 = guided_x0(eps_model, x_t, grid[j], alpha_bar, y, A, alpha)
         # The paper has Eq. (4) alone here.  As in the release, known contrasts are pasted [D4].
-        # That undoes what guidance did to them; its effect on the missing ones remains.
+        # That undoes what guidance did to them.  What it did to the missing ones remains.
         x0 = A * y + (1 - A) * x0                                           # (B, C, H, W)
         if j > 0:
             x_t = q_sample(x0, alpha_bar[grid[j - 1]], noise())      # fresh noise, as released [D5]
@@ -422,7 +424,7 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
 
 
 def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
-    """Sec. 3.4, stage 2, Eq. (5): noise to step t_2 and denoise, N - 2 times; then two steps down.
+    """Sec. 3.4, stage 2, Eq. (5): N - 2 times noise of step t_2 and denoising; then t_1 and t_0.
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
@@ -443,11 +445,11 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
 
 
 def prior_images(cfg, codebook, u, known, generators):
-    """The start images of stage 1, (B, C, H, W) in [0,1], as u.  known: (B, C) bool.
+    """The start images of missing contrasts, (B, C, H, W) in [0,1] as u; the known ones stay grey.
 
-    generators: one per slice, for --prior random, which takes any known contrast and any curve.
+    known: (B, C) bool.  generators: one per slice; --prior random draws a contrast and a curve.
     """
-    prior = torch.full_like(u, 0.5)                       # --prior zero: mid-grey, 0 in [-1,1] [D8]
+    prior = torch.full_like(u, 0.5)             # mid-grey, 0 in [-1,1]; --prior zero keeps it [D8]
     if cfg.prior == "zero":
         return prior
     for b, row in enumerate(known.tolist()):
@@ -512,8 +514,8 @@ class Model:
             start = 2 * prior - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
-        # The gradient of a norm has about the same length for every image size.  In a small image
-        # fewer pixels share it, so each pixel would move further.  So we scale alpha [D3].
+        # The gradient of a norm is a vector of about the same length for every image size.  If an
+        # image has fewer pixels, each of them moves further.  So alpha falls with the size [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
@@ -527,7 +529,7 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """All stages.  What is finished is loaded; load_model finds it in run.stages.
+    """All stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].  An
     extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
@@ -546,8 +548,8 @@ def train(cfg, run, ds):
 def train_mif(cfg, run, ds, features):
     """Stage "mif": the fusion module, on features (n, C, D) of the frozen encoder, by Eq. (1).
 
-    Every process of torchrun works on the whole batch.  Rate, betas, eps and 0.2 are the release's;
-    that the decay is decoupled (AdamW) and acts on matrices only is ours.
+    Every process of torchrun works on the whole batch.  Learning rate, betas, eps and weight decay
+    are those of the release.  We use AdamW, and the decay acts on matrices only.
     """
     n, C, dim = features.shape
     torch.manual_seed(seed_of(run.seed, "mif"))
@@ -574,7 +576,7 @@ def train_mif(cfg, run, ds, features):
         # run.update is zero_grad, backward, clipping of the gradient at norm 1, and optimiser.step.
         run.update(loss, optimiser)
         with torch.no_grad():
-            mif.log_scale.clamp_(max=math.log(100))       # anatomy_loss clamps it, without gradient
+            mif.log_scale.clamp_(max=math.log(100))       # else it would have no gradient up there
         nearest = (z_sub @ z_all.T).argmax(1)                               # (B,)
         found = nearest == torch.arange(batch, device=run.device)           # (B,)
         run.log(loss=loss, retrieval=found.float().mean())
@@ -582,7 +584,7 @@ def train_mif(cfg, run, ds, features):
 
 
 def make_codebooks(cfg, run, ds, slices, encoder):
-    """Stage "codebook": one for each reading of the curves [D6].  Each process computes all."""
+    """Stage "codebook": one codebook for each reading of the curves [D6]; it is counting only."""
     codebooks = {name: Codebook(len(ds.contrasts), name) for name in CURVES}
     chosen = data.evenly(np.arange(len(slices)), 2000)               # spread over the subjects [D7]
     parts = np.array_split(chosen, math.ceil(len(chosen) / 16))
@@ -615,12 +617,12 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
     for step in run.steps("diffusion", cfg.steps, parts, cfg.batch):
         pick = run.order("diffusion", len(slices), cfg.batch, step)[mine]   # (B,)
         x0 = 2 * run.fetch(slices, pick) - 1                                # (B, C, H, W)
-        # Times and noise are drawn for the whole batch; each process takes its share.
+        # Random numbers are drawn for the whole batch.  Each process takes its share.
         g = run.generator("diffusion", step)
         t = torch.randint(T, (cfg.batch,), generator=g, device=run.device)[mine]  # (B,)
         eps = torch.randn(cfg.batch, *x0.shape[1:], generator=g, device=run.device)[mine]
         z = context[torch.from_numpy(pick).to(run.device)]                  # (B, L, D)
-        def loss_of(part):
+        def loss_of(part):                              # part: a slice of the batch (--micro-batch)
             with run.autocast():
                 return diffusion_loss(network, x0[part], t[part], eps[part], z[part], alpha_bar)
         loss = run.update(loss_of, optimiser, samples=len(x0))

@@ -59,15 +59,15 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D2]  Betas are SelfRDB's (the paper: linear); x_N is exactly y (--bridge soft: with noise).
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
-  [D5]  Losses are means over images in [-1,1]; real pairs are joint; D has an R1 penalty.
+  [D5]  Losses are means over images in [-1,1]; D's real pairs come from the same x_t; R1 penalty.
   [D6]  R passes in training, as in sampling; learning rates fall; the best validation weights stay.
   [D7]  Slices are padded, normalised per volume, and all are trained on (the paper: 100 a subject).
   [D8]  Rivals of Tables 2 and 4 are switches of this script, without text: see --reproduce list.
 
 NEEDS  data/ and these files of common/:
-  cli.py clip.py contrastive.py device.py discriminator.py downstream.py embeddings.py encoder.py
-  evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py
-  script.py table_pages.py tables.py tokenizer.py unet.py
+  cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py embeddings.py
+  encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
+  score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import math
 from dataclasses import dataclass
@@ -82,9 +82,9 @@ from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
 from common.encoder import Prompts, Text, load_encoder, train_encoder
-from common.evaluation import all_directions, chosen_direction
 from common.loop import Best, cosine_rate
 from common.schedules import ddbm_bridge, syndiff_schedule
+from common.tasks import all_directions, chosen_direction
 from common.unet import (
     Attention,
     Chain,
@@ -101,7 +101,8 @@ from data import PROMPT_FIELDS, canonical_contrast, prompt
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1) where it states them.  Phantoms take PRESETS["demo"]."""
+    """The paper (Sec. 4.1) states size, mult, epochs, batch, lr, lr_d, N, R, lambda_adv, lambda_sem
+    and IXI's numbers of subjects.  Other defaults are ours.  Phantoms take PRESETS["demo"]."""
     # data
     source: tuple[str, ...] = ("t1",)           # contrasts to start from
     target: tuple[str, ...] = ("t2",)           # contrasts to make; several: all pairs
@@ -132,7 +133,7 @@ class Config:
     R: int = 2                                  # passes per step, each sees the one before [D6]
     conditioning: Literal["ta", "xattn", "none"] = "ta"         # how prompts enter (Table 4)
     prompts: Literal["both", "source", "target"] = "both"       # which TA-Norm reads (Table 6)
-    share: bool = False                         # one map for both prompts [D3]
+    share: bool = False                         # one affine map for both prompts [D3]
     fields: tuple[str, ...] = PROMPT_FIELDS     # what a prompt says (Table 5)
     text_file: str = ""                         # .npz with your own embeddings of the prompts [D1]
     lambda_adv: float = 0.1                     # lambda_1 of Eq. (9); 0: no discriminator
@@ -140,8 +141,8 @@ class Config:
     pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to 1x1, 2x2, ... squares [D4]
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
-    only: tuple[str, ...] = ()                  # of several directions only source,target
-    eta: float = 1.0                            # new noise of the posterior: 1 Markov, 0 least
+    only: tuple[str, ...] = ()                  # the one direction to make: source,target
+    eta: float = 1.0                            # share of new noise: 1 Markov chain, 0 none
     noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5, below)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
@@ -172,7 +173,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# Stages of training, with the fields that change no earlier stage.  Other fields change them all.
+# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -248,8 +249,8 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has a map of its own.  With one map (share) and two equal prompts, as in rows of
-    Table 5, strip and inject would cancel.  With both prompts TANorm starts as the identity.
+    Each prompt has an affine map of its own.  Some rows of Table 5 have two equal prompts.  With
+    one shared map, inject would then undo strip.  With both prompts TANorm starts as the identity.
     """
 
     def __init__(self, channels, dim, prompts, share):
@@ -327,8 +328,8 @@ class Generator(nn.Module):
 class SRNet(nn.Module):
     """Sec. 3.2.2: the embedding of the whole prompt from the masked one and the picture.
 
-    No skip connection leads from E_mask to the output.  E_mask and E_tgt are almost equal, so the
-    cosine would begin at almost 1.
+    No skip connection leads from E_mask to the output.  E_mask and E_tgt are almost equal, so with
+    such a connection the cosine would begin at almost 1.
     """
 
     def __init__(self, dim, pool):
@@ -363,13 +364,14 @@ class SRNet(nn.Module):
 class Bridge:
     """Eq. (1) and its posterior, as tables over the steps 0..N in float64.
 
-    Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  Its noise is r_t = x_t - a_t x0 - m_t y.  Then
-        x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps
-    keeps Eq. (1) true at t - 1 whenever c_t^2 delta_t^2 + v_t = delta_{t-1}^2.
-    eta = 1 takes v_t of the Markov chain that has these marginals.  It multiplies x_{t-1} by
-    a_t / a_{t-1} and adds noise, which gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
-    eta = 0 adds no new noise.  Exception: if delta_N = 0, step N still adds noise, because x_N
-    contains none to keep.
+    Eq. (1) is x_t = a_t x0 + m_t y + delta_t eps.  The noise in x_t is r_t = x_t - a_t x0 - m_t y;
+    its variance is delta_t^2.  A step back keeps the share c_t of it and adds new noise eps':
+        x_{t-1} = a_{t-1} x0 + m_{t-1} y + c_t r_t + sqrt(v_t) eps'
+    Eq. (1) holds at t - 1, too, if the variances agree: c_t^2 delta_t^2 + v_t = delta_{t-1}^2.
+    With eta = 1, c_t is that of a Markov chain.  Its step from t - 1 to t is
+        x_t = (a_t / a_{t-1}) x_{t-1} + a multiple of y + noise,
+    and Bayes' rule gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
+    With eta = 0, v_t is 0.  One exception: if delta_N = 0, step N adds noise, as x_N has none.
     """
 
     def __init__(self, name, N, eta=1.0):
@@ -383,7 +385,7 @@ class Bridge:
                 self.v[t] = delta[t - 1] ** 2
                 continue
             markov = a[t] / a[t - 1] * delta[t - 1] ** 2 / delta[t] ** 2
-            new = (delta[t - 1] ** 2 - markov ** 2 * delta[t] ** 2).clamp(min=0)
+            new = (delta[t - 1] ** 2 - markov ** 2 * delta[t] ** 2).clamp(min=0)  # for rounding
             self.v[t] = eta ** 2 * new
             self.c[t] = (delta[t - 1] ** 2 - self.v[t]).sqrt() / delta[t]
 
@@ -410,16 +412,16 @@ RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of
 def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
-    hard, our default: no noise at either end, because the text says "x_T = y".  The constants
-    (N = 10, betas from 0.1 to 3.0) come from SelfRDB, where x_N is y with noise of 1.08: soft [D2].
-    Both use the betas of SelfRDB, see mirrored_betas.  s2 and sbar2 are the sums of betas up to t
-    and from t on; beta_t is in both.  The sum of all is kept at its value for N = 10, so that the
-    noise does not depend on N.
+    hard, our default, has no noise at either end, because the paper says "x_T = y".  But its
+    constants come from SelfRDB, where x_N is y with noise of 1.08; this is soft [D2].
+    Both use the betas of SelfRDB, see mirrored_betas.  s2_t is the sum of the betas up to t, and
+    sbar2_t the sum from t on; both contain beta_t.  The betas are scaled so that their total is
+    that of N = 10.  The amount of noise then does not depend on N.
     """
     if name in RIVALS:
         return RIVALS[name](N)
     total = mirrored_betas(10).sum()
-    if N == 1:                                              # the half is empty: straight to the end
+    if N == 1:                                              # there is no step between the two ends
         m = torch.tensor([0.0, 1.0], dtype=torch.float64)
         s2 = total * m
         sbar2 = total * (1 - m)
@@ -433,10 +435,11 @@ def bridge_tables(name, N):
 
 
 def mirrored_betas(N):
-    """The betas of SelfRDB, (N+1,): the first half of a grid, and the same backwards.
+    """The betas of SelfRDB for t = 0..N, (N+1,).  They rise to the middle, then they fall.
 
-    sqrt(beta) takes N + 1 equally spaced values from sqrt(0.1) to sqrt(3 / N), of which the first
-    half is used; up to N = 30 they rise.  N = 4: 0, b1, b2, b1, 0.  N = 10: the largest is 0.167.
+    b1, b2, ... are N + 1 values from 0.1 to 3 / N, whose roots are equally spaced.  Half of them
+    are used.  N = 4 gives 0, b1, b2, b1, 0, and N = 5 gives 0, b1, b2, b2, b1, 0.  For N = 10 the
+    largest beta is 0.167.
     """
     roots = torch.linspace(math.sqrt(0.1), math.sqrt(3 / N), N + 1, dtype=torch.float64)
     first = torch.cat([torch.zeros(1, dtype=torch.float64), roots ** 2])[:N // 2 + 1]
@@ -454,7 +457,7 @@ def adversarial_loss(logits):
 
 
 def discriminator_loss(real, fake):
-    """The discriminator's side of Eq. (8), which the paper leaves out [D5]: real up, made down."""
+    """The discriminator's side of Eq. (8) [D5]: small if real pairs have the larger logits."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -508,7 +511,7 @@ class Model:
         """Make every contrast that is missing and can be made from a known one.
 
         common/evaluation.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
-        see translate.  Returns u with the made contrasts in place, and {}: no further images.
+        see translate.  Returns u with the made contrasts in place, and no further images.
         ValueError if a contrast could be made from two of the known ones.
         """
         names = [name for name, _ in keys]
@@ -536,11 +539,12 @@ class Model:
 
 
 def train(cfg, run, ds):
-    """Both stages.  What is finished is loaded; load_model finds it in run.stages.
+    """Both stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
-    has seen no prompts but those of the training subjects, with all four fields (Table 5 leaves
-    some out).  Fields are masked now and then, so that it learns what [MASK] and None mean.
+    is trained on the prompts of the training subjects, always with all four fields, although rows
+    of Table 5 leave fields out later.  Fields are masked now and then, so that it learns what
+    [MASK] and None mean.
     """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     meta = {subject.name: subject.meta for subject in ds.subjects}
@@ -557,7 +561,7 @@ def train(cfg, run, ds):
 
 
 def train_bridge(cfg, run, ds, encoder):
-    """Stage "bridge": Eq. (9), which begins with Eq. (6).
+    """Stage "bridge": generator, SR-Net and discriminator, by Eq. (9).
 
     The generator with the lowest validation error is kept [D6].  In every step the discriminator is
     updated first.  Then generator and SR-Net are updated together, against the new discriminator.
@@ -600,7 +604,8 @@ def train_bridge(cfg, run, ds, encoder):
     # run.steps continues where a checkpoint ended, shows progress, and saves.
     for step in run.steps("bridge", steps, parts, cfg.batch):
         pick = run.order("bridge", len(slices), cfg.batch, step)[mine]      # (B,)
-        # Directions, times and noise are drawn for the whole batch; each process takes its share.
+        # g gives the random numbers of this step.  They are drawn for the whole batch, and each
+        # process takes its share.
         g = run.generator("bridge", step)
         which = torch.randint(len(pairs), (cfg.batch,), generator=g, device=device).cpu()[mine]
         t = torch.randint(1, cfg.N + 1, (cfg.batch,), generator=g, device=device)[mine]  # (B,)
@@ -644,12 +649,12 @@ def train_bridge(cfg, run, ds, encoder):
             loss = loss + cfg.lambda_sem * sem                              # Eq. (9)
             if cfg.sem_real:
                 # R_M learns from real images of both contrasts, so that it must read pictures [D4].
-                back = prompts(subject[pick], tgt, src)                     # whose target is y
+                back = prompts(subject[pick], tgt, src)         # as if y were the target
                 of_x0 = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
                 of_y = semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
                 loss = loss + cfg.lambda_sem * (of_x0 + of_y) / 2
-            # If the target contrast is always the same (the default), SR-Net can ignore the image
-            # [D4].  sem_gain is L_sem with another image, y, less L_sem: near 0, it is ignored.
+            # If the target contrast is always the same, SR-Net can ignore the image [D4].  sem_gain
+            # is L_sem with y in the place of x0_hat, minus L_sem.  Near 0 it ignores the image.
             with torch.no_grad():
                 other = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(y)))
             run.log(sem=sem, sem_gain=other - sem)

@@ -141,6 +141,8 @@ def add_run_flags(parser, script, presets, tables):
                           f"{', '.join(tables)}; list")
     run.add_argument("--seeds", type=int, default=1,
                      help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")
+    run.add_argument("--external", type=Path, metavar="FOLDER",
+                     help="another cohort: score all its subjects in place of the test subjects")
     run.add_argument("--benchmark", action="store_true",
                      help="time a training step and the sampler, stop")
     run.add_argument("--preset", choices=list(presets), help="[demo for phantoms, else paper]")

@@ -16,11 +16,11 @@ fill(u, known, keys, watch) gets
     keys    (subject, slice number) of each slice; they fix the noise
     watch   a list for the steps of the sampler, or None
 
-and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
-scored and drawn beside the result, for example the prior that a sampler started from.
+and returns (B, C, H, W) in [0,1] and a dict of extras. Extras that are images (B, C, H, W) are
+scored and drawn beside the result, for example the prior that a sampler started from. Extras of
+other shapes (B, ...) are notes, for example a score of confidence. They are kept with the results.
 """
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ import torch
 import data
 from common import downstream, metrics, pictures, score_volumes
 from common.cli import as_command
+from common.cohort import stored_baselines, training_slices
 from common.files import RunError, replace
 from common.table_pages import SHOWN, scores_csv
 from data import canonical_contrast
@@ -165,65 +166,6 @@ def fill(model, u, known, keys, watch=None):
     return model.fill(torch.where(mask, u, 0), known, keys, watch)
 
 
-def missing_patterns(missing, contrasts):
-    """The tasks that --missing asks for, as a list of pairs (known contrasts, missing contrasts).
-
-    missing: ("each",) leaves out one contrast at a time, and ("all",) leaves out every subset.
-    Other words are names of contrasts.
-    RunError if there is no such contrast, or if none would be known or missing.
-    """
-    if len(contrasts) < 2:
-        raise RunError(f"the data give one contrast, {contrasts[0]}; two or more are needed, "
-                       "see --contrasts", status=2)
-    subsets = []
-    if missing == ("each",):
-        subsets = [(c,) for c in contrasts]
-    elif missing == ("all",):
-        for count in range(1, len(contrasts)):
-            subsets += combinations(contrasts, count)
-    else:
-        unknown = [c for c in missing if c not in contrasts]
-        if unknown or not missing or len(set(missing)) >= len(contrasts):
-            raise RunError(f"--missing {','.join(missing)}: name some, but not all, of "
-                           f"{', '.join(contrasts)}; or each; or all", status=2)
-        subsets = [tuple(c for c in contrasts if c in missing)]
-    patterns = []
-    for subset in subsets:
-        rest = tuple(c for c in contrasts if c not in subset)
-        patterns.append((rest, subset))
-    return patterns
-
-
-def all_directions(source, target, contrasts):
-    """Every pair (a source, a target) of different contrasts, as channel numbers.
-
-    source, target: names of contrasts, which must be in `contrasts`.
-    """
-    pairs = []
-    for one in source:
-        for other in target:
-            src = contrasts.index(canonical_contrast(one))
-            tgt = contrasts.index(canonical_contrast(other))
-            if src != tgt:
-                pairs.append((src, tgt))
-    return pairs
-
-
-def chosen_direction(pairs, only, contrasts):
-    """Of such pairs the one that `only` names, as a list; all pairs if `only` is empty.
-
-    only: the names (source, target). RunError if there is no such pair.
-    """
-    if not only:
-        return pairs
-    wanted = tuple(canonical_contrast(c) for c in only)
-    for src, tgt in pairs:
-        if (contrasts[src], contrasts[tgt]) == wanted:
-            return [(src, tgt)]
-    there = ", ".join(f"{contrasts[src]},{contrasts[tgt]}" for src, tgt in pairs)
-    raise RunError(f"--only {','.join(only)}: this model knows {there}", status=2)
-
-
 # ---- test subjects -------------------------------------------------------------------------------
 
 
@@ -238,6 +180,7 @@ class Task:
     subjects    (n,) names
     segmenter   of the target contrast (common/downstream.py), or None
     labels      the true label maps (n, H, W), or None
+    regional    True if lesions and the body are also scored by themselves
     """
 
     sources: dict
@@ -247,17 +190,32 @@ class Task:
     subjects: np.ndarray
     segmenter: torch.nn.Module | None = None
     labels: np.ndarray | None = None
+    regional: bool = False
 
     @property
     def name(self):
         return "+".join(self.sources) + "->" + self.target
 
+    @property
+    def regions(self):
+        """Parts of the slices that are scored by themselves: {name: mask (n, H, W)}.
 
-def evaluate(method, cfg, run, ds, model):
+        The body is where the first source is above a tenth of its range.
+        """
+        if not self.regional:
+            return {}
+        found = {"body": next(iter(self.sources.values())) > 0.1}
+        if self.labels is not None:
+            found["lesion"] = self.labels > 0
+        return found
+
+
+def evaluate(method, cfg, run, ds, model, home=None):
     """Score every test subject once, for every pattern of known contrasts.
 
     Writes results.json, results.npz, scores.csv and pictures into the run folder.
     method: a script.Method. cfg: its config. ds: a data.Dataset. model: see the top of this file.
+    home: the folder of the model's run, if ds is another cohort; see common/cohort.py.
     Each process works on whole subjects. The first process scores all of them.
     """
     contrasts = list(ds.contrasts)
@@ -282,15 +240,25 @@ def evaluate(method, cfg, run, ds, model):
         for target in absent:
             c = contrasts.index(target)
             results = {}
-            for name in done[p, int(rows[0])]:
-                results[name] = np.stack([done[p, int(r)][name][c] for r in rows])
-            labels = ds.labels[rows] if target in segmenters else None
+            notes = {}
+            for name, first in done[p, int(rows[0])].items():
+                found = np.stack([done[p, int(r)][name] for r in rows])     # (n, ...)
+                if first.shape == truth.shape[1:]:
+                    results[name] = found[:, c]                             # (n, H, W)
+                else:
+                    notes[name] = found
+            if method.beside:
+                results.update(method.beside(cfg, run, model, truth[:, c], notes))
+            labels = ds.labels[rows] if ds.labels is not None else None
             tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows],
-                              segmenters.get(target), labels))
-    some = ds.images[ds.rows("train", 2000)].astype(np.float32)             # (m, C, H, W)
-    learned = {name: some[:, c] for c, name in enumerate(contrasts)}
-    report(run, tasks, learned, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
-                                "unit: subject, the mean of its slices")
+                              segmenters.get(target), labels, method.regions))
+    if home is None:
+        learned = training_slices(ds)
+        simple = [metrics.baselines(learned, task.sources, task.target) for task in tasks]
+    else:
+        simple = [stored_baselines(home, task.name, task.sources) for task in tasks]
+    report(run, tasks, simple, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
+                               "unit: subject, the mean of its slices")
     draw_steps(run, ds, model, patterns[:2], rows[len(rows) // 2])
 
 
@@ -323,22 +291,25 @@ def fill_test(method, cfg, run, ds, model, rows, patterns):
     return dict(run.gather(done))
 
 
-def report(run, tasks, train, protocol):
+def report(run, tasks, simple, protocol):
     """Score every task beside the standing baselines, and print a table.
 
     Writes results.json, results.npz, scores.csv and samples.png. If a task has a segmenter,
     segmentation.png is written too.
 
-    tasks: a list of Task. train: {contrast: (m, H, W)}, slices of training subjects, from which the
-    baselines are learned. protocol: in words, what a value is.
+    tasks: a list of Task. simple: for each of them the baselines, {name: images (n, H, W)}.
+    protocol: in words, what a value is.
     """
     rows = []
     kept = {}
     drawn = []
-    for task in tasks:
-        methods = {**task.results, **metrics.baselines(train, task.sources, task.target)}
+    for task, baselines in zip(tasks, simple):
+        methods = {**task.results, **baselines}
         rows += metrics.score_table(task.name, methods, task.truth, task.subjects,
                                     slices=len(task.truth))
+        for region, mask in task.regions.items():
+            rows += metrics.score_table(task.name, methods, task.truth, task.subjects, mask,
+                                        variant=region)
         if task.segmenter:
             more, images, picture = segmented(task, methods)
             rows += more

@@ -14,6 +14,8 @@ kept: images (n, H, W) give n values.  Images lie in [0,1] with background 0, an
 float64.  The slices of one subject are not independent.  The unit of all statistics is therefore
 the subject.
 """
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import ndimage, stats
 
@@ -333,6 +335,15 @@ class IntensityLookup:
         nearest = ndimage.distance_transform_edt(empty, return_distances=False, return_indices=True)
         self.table = table[tuple(nearest)].astype(np.float32)
 
+    @classmethod
+    def of_table(cls, names, table):
+        """A look-up with a table that was learned before.  names: those of its axes, in order."""
+        found = cls.__new__(cls)
+        found.names = list(names)
+        found.bins = table.shape[0] - 1
+        found.table = table
+        return found
+
     def _cells(self, sources):
         """The place in the table of every pixel: one integer array per source."""
         images = [_in_unit_range(f"source {name}", sources[name]) for name in self.names]
@@ -343,18 +354,43 @@ class IntensityLookup:
         return self.table[self._cells(sources)]
 
 
+@dataclass
+class Baselines:
+    """What to beat, learned on training slices.
+
+    copied    name of the source that is copied
+    mean      (H, W), the mean of the training targets
+    lookup    an IntensityLookup
+    """
+    copied: str
+    mean: np.ndarray
+    lookup: IntensityLookup
+
+    def predict(self, sources):
+        """{contrast: (n, H, W)} in [0,1] -> {name of the baseline: (n, H, W)}"""
+        copied = sources[self.copied]
+        return {"copy-source": copied,
+                "mean-of-train": np.broadcast_to(self.mean, (len(copied), *self.mean.shape)),
+                "intensity-lookup": self.lookup.predict(sources)}
+
+
+def learn_baselines(train, names, target):
+    """Learn the Baselines of one task.
+
+    train: {contrast: (m, H, W)} in [0,1].  names: the sources.  target: the wanted contrast.
+    """
+    seen = {name: train[name] for name in names}
+    return Baselines(copy_source(seen, train[target]), mean_of_train(train[target]),
+                     IntensityLookup(seen, train[target]))
+
+
 def baselines(train, sources, target):
     """What to beat: {"copy-source", "mean-of-train", "intensity-lookup"}, each (n, H, W).
 
     train: {contrast: (m, H, W)}, from which they are learned.  sources: {contrast: (n, H, W)}, to
     which they are applied.  target: the name of the wanted contrast.  All images lie in [0,1].
     """
-    seen = {name: train[name] for name in sources}
-    copied = sources[copy_source(seen, train[target])]
-    mean = mean_of_train(train[target])
-    return {"copy-source": copied,
-            "mean-of-train": np.broadcast_to(mean, (len(copied), *mean.shape)),
-            "intensity-lookup": IntensityLookup(seen, train[target]).predict(sources)}
+    return learn_baselines(train, sources, target).predict(sources)
 
 
 # ---- table ---------------------------------------------------------------------------------------

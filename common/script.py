@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from common import pictures
 from common.cli import parse
+from common.cohort import keep_baselines, other_cohort
 from common.device import peak_gigabytes
 from common.evaluation import Trained, evaluate, fill, synthesize
 from common.files import RunError
@@ -61,6 +62,9 @@ class Method:
                 (common/evaluation.py)
     outline     (cfg, ds) -> Outline
     disturb     (cfg, run, u, keys) -> u, changed as the model shall see test slices; or None
+    beside      (cfg, run, model, truth, notes) -> {name: images}, scored beside the results of
+                fill although they need the truth (evaluation.evaluate); or None
+    regions     True if lesions and the body are also scored by themselves, see evaluation.regions
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
     extensible  fields that may be raised to train a run further; nothing else may depend on them
     micro_batches    True if the training steps can be divided by --micro-batch
@@ -82,6 +86,8 @@ class Method:
     load: Callable
     outline: Callable
     disturb: Callable | None = None
+    beside: Callable | None = None
+    regions: bool = False
     segmenters: Callable | None = None
     extensible: tuple = ()
     micro_batches: bool = False
@@ -215,16 +221,10 @@ def work(method, cfg, args, figure=None):
             run.say("training: finished")
         else:
             method.train(cfg, run, ds)
+        keep_baselines(run, ds, method.patterns(cfg, list(ds.contrasts)))
+    results = None
     if args.evaluate:
-        run.refuse_seen(ds)
-        say_how_far(method, run)
-        if figure:
-            if run.rank == 0:
-                figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
-        elif args.reproduce and run.find_results():
-            run.say(f"found: {run.find_results()}")
-        else:
-            evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects))
+        results = score(method, cfg, run, ds, figure)
     if args.export:
         say_how_far(method, run)
         method.load(cfg, run, [])                           # this shows what sampling needs
@@ -242,7 +242,35 @@ def work(method, cfg, args, figure=None):
     elif not (args.train or args.evaluate or args.synthesize or args.export):
         dry_run(method, cfg, run, ds)
     run.close()
-    return run.find_results() if run.rank == 0 else None
+    return results
+
+
+def score(method, cfg, run, ds, figure):
+    """Evaluate on the test subjects, or on another cohort; or call the function of a figure.
+
+    Returns the path of the results, None for a figure and in all processes but the first.
+
+    Raises RunError if a test subject served the training, or if the training is not far enough.
+    """
+    args = run.args
+    if args.external:
+        ds = open_data(method, cfg, argparse.Namespace(**{**vars(args), "data": args.external,
+                                                          "split": None}), run)
+    own = run.out
+    ds, home = other_cohort(run, ds, args.split)
+    run.works_on(ds)
+    run.refuse_seen(ds)
+    say_how_far(method, run)
+    if figure:
+        if run.rank == 0:
+            figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
+    elif args.reproduce and run.find_results():
+        run.say(f"found: {run.find_results()}")
+    else:
+        evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects), home)
+    results = run.find_results() if run.rank == 0 and not figure else None
+    run.out = own
+    return results
 
 
 def asked(method, cfg, contrasts):
@@ -310,15 +338,15 @@ def preview(method, cfg, run, ds):
     u = run.fetch(ds.images, rows)                                      # (2, C, H, W)
     images = []
     labels = []
-    for sources, missing in method.patterns(cfg, contrasts)[:4]:
-        known = torch.tensor([c in sources for c in contrasts], device=run.device)  # (C,)
-        known = known.expand(len(u), -1)                                # (2, C)
-        made, _ = fill(model, u, known, ds.keys(rows))                  # (2, C, H, W)
-        for b, r in enumerate(rows):
-            c = contrasts.index(missing[0])
-            source = u[b, contrasts.index(sources[0])]                  # (H, W)
-            images.append([source.cpu(), made[b, c].cpu(), u[b, c].cpu()])
-            labels.append(f"{missing[0]} of {ds.subject[r]}")
+    # One task is enough to see how far the training is.  Sampling all of them takes long.
+    sources, missing = method.patterns(cfg, contrasts)[0]
+    known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
+    made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))   # (2, C, H, W)
+    c = contrasts.index(missing[0])
+    for b, r in enumerate(rows):
+        source = u[b, contrasts.index(sources[0])]                      # (H, W)
+        images.append([source.cpu(), made[b, c].cpu(), u[b, c].cpu()])
+        labels.append(f"{missing[0]} of {ds.subject[r]}")
     last = list(method.stages)[-1]
     step = run.stages[last]["step"]
     (run.out / "previews").mkdir(exist_ok=True)

@@ -179,7 +179,10 @@ def scores_csv(rows):
     for row in rows:
         if row["metric"] in SCORES:
             for subject, value in row["values"].items():
-                line = lines.setdefault((row["task"], row["method"], subject), {})
+                method = row["method"]
+                if row.get("variant"):
+                    method += f" ({row['variant']})"
+                line = lines.setdefault((row["task"], method, subject), {})
                 line[row["metric"]] = value
     used = set()
     for line in lines.values():

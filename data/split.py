@@ -18,15 +18,17 @@ def make_split(subjects, seed, train_fraction, test_subjects):
     train_fraction: Of n persons, round(train_fraction * n) are for training, but at least 1 and at
         most n - 1.
     test_subjects: Of the others, up to this number are for the test, and the rest for validation.
+        Below 1 it is a share of all persons. Train and validation are then rounded, so that 93
+        persons with 0.7 and 0.2 give 65, 9 and 19.
     In a small set no one is left for validation then. If there are 8 persons or more, about a tenth
     of all persons, at least 1, move from training to validation. The test part stays as it is,
     unless too few persons are for training; they move from the test part then. For example, 20
     persons with the settings 0.8 and 50 give 14 for training, 2 for validation and 4 for the test.
     DataError if a number makes no sense, or if there are fewer than 2 persons.
     """
-    if not 0 < train_fraction < 1 or test_subjects < 1:
+    if not 0 < train_fraction < 1 or test_subjects <= 0:
         raise DataError(f"split: train_fraction {train_fraction} must lie between 0 and 1, "
-                        f"test_subjects {test_subjects} must be at least 1")
+                        f"test_subjects {test_subjects} must be above 0")
 
     def draw(person):
         return hashlib.sha256(f"{seed}:{person}".encode()).hexdigest()
@@ -37,7 +39,11 @@ def make_split(subjects, seed, train_fraction, test_subjects):
         raise DataError(f"split: all subjects are visits of {people[0]}; "
                         "at least 2 persons are needed")
     n_train = min(max(1, round(train_fraction * n)), n - 1)
-    n_test = min(test_subjects, n - n_train)
+    if test_subjects < 1:
+        n_val = round(max(0, 1 - train_fraction - test_subjects) * n)
+        n_test = max(1, n - n_train - n_val)
+    else:
+        n_test = min(int(test_subjects), n - n_train)
     train = people[:n_train]
     test = people[n_train:n_train + n_test]
     val = people[n_train + n_test:]

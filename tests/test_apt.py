@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import apt
-from common.evaluation import missing_patterns
+from common.tasks import missing_patterns
 from common.files import RunError
 from common.schedules import cosine_alpha_bar, ddim_step, eps_from_x0, linear_alpha_bar, q_sample
 from common.script import asked

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from common import evaluation, metrics, table_pages
-from common.evaluation import Trained, all_directions, chosen_direction, missing_patterns
+from common.evaluation import Trained
+from common.tasks import all_directions, chosen_direction, missing_patterns
 from common.files import RunError
 
 CONTRASTS = ("flair", "t1", "t2")
@@ -218,7 +219,8 @@ def test_a_report_leaves_the_same_numbers_in_json_and_csv(tmp_path):
         (tmp_path / "results.json").write_text(json.dumps({"rows": rows, "protocol": protocol}))
     run = SimpleNamespace(out=tmp_path, say=said.append, results=keep)
     (tmp_path / "scores.csv").write_text("of an earlier evaluation")
-    evaluation.report(run, [task], {"t1": images[:, 0], "t2": images[:, 1]}, "words")
+    simple = [metrics.baselines({"t1": images[:, 0], "t2": images[:, 1]}, task.sources, task.target)]
+    evaluation.report(run, [task], simple, "words")
     lines = {(line["subject"], line["method"]): line for line in read((tmp_path / "scores.csv").read_text(encoding="utf-8"))}
     assert len(lines) == 2 * 4                          # two subjects; the method and three baselines
     for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
@@ -262,7 +264,7 @@ def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives
 
     def disturb(cfg, run, u, keys):
         return u * 0.5
-    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb)
+    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb, beside=None, regions=False)
     monkeypatch.setattr(evaluation, "draw_steps", lambda *what: None)       # FakeModel takes no steps
     ds = FakeData()
     evaluation.evaluate(method, SimpleNamespace(test_slices=2, sample_batch=4), run, ds, FakeModel())

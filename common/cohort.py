@@ -1,0 +1,91 @@
+"""Another cohort: a trained model is scored on a data set that it was not trained on.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+    python SCRIPT.py --data OTHER --out RUN --evaluate
+
+scores every subject of OTHER, or the test subjects of --split. The results are written into the
+folder RUN/on-OTHER, and those of the run itself stay. The baselines are those that were learned on
+the run's own training subjects. They are kept in RUN/baselines.npz when the training ends.
+"""
+import dataclasses
+
+import numpy as np
+
+from common import metrics
+from common.files import replace
+
+FILE = "baselines.npz"
+MOST = 2000             # training slices from which baselines are learned
+
+
+def training_slices(ds):
+    """At most MOST training slices, {contrast: (m, H, W)}, from which baselines are learned."""
+    some = ds.images[ds.rows("train", MOST)].astype(np.float32)             # (m, C, H, W)
+    return {name: some[:, c] for c, name in enumerate(ds.contrasts)}
+
+
+def keep_baselines(run, ds, patterns):
+    """Learn the baselines of every task on the training subjects, and write them into the run.
+
+    ds: a data.Dataset. patterns: the tasks, pairs (known contrasts, contrasts to make).
+    RunError if the file cannot be written. Nothing happens if it exists.
+    """
+    if run.rank > 0 or (run.out / FILE).exists():
+        return
+    train = training_slices(ds)
+    content = {}
+    for sources, missing in patterns:
+        for target in missing:
+            learned = metrics.learn_baselines(train, sources, target)
+            task = "+".join(sources) + "->" + target
+            content[f"{task}|copied"] = np.array(learned.copied)
+            content[f"{task}|mean"] = learned.mean.astype(np.float32)
+            content[f"{task}|table"] = learned.lookup.table
+
+    def save(temporary):
+        # The file is opened here, because numpy would add .npz to a name.
+        with open(temporary, "wb") as f:
+            np.savez_compressed(f, **content)
+    replace(run.out / FILE, save)
+
+
+def stored_baselines(home, task, sources):
+    """The baselines that a run keeps, applied to sources: {name: (n, H, W)}; {} if there are none.
+
+    home: folder of the run. task: its name. sources: {contrast: (n, H, W)} in [0,1].
+    """
+    path = home / FILE
+    if not path.exists():
+        return {}
+    with np.load(path) as content:
+        if f"{task}|mean" not in content:
+            return {}
+        lookup = metrics.IntensityLookup.of_table(list(sources), content[f"{task}|table"])
+        learned = metrics.Baselines(str(content[f"{task}|copied"]), content[f"{task}|mean"], lookup)
+    return learned.predict(sources)
+
+
+def other_cohort(run, ds, split_typed):
+    """The data set as it shall be scored. It is another one than the run's, if it is not its own.
+
+    Data are another cohort if their content differs and if no subject has a name of the training.
+    All its subjects are then scored, unless the user typed a --split. The run then writes into
+    RUN/on-NAME.
+
+    Returns (ds, home), with home the folder of the run if this is another cohort, else None.
+    """
+    if not run.about or ds.fingerprint == run.about["data"]:
+        return ds, None
+    used = {*run.about["train"], *run.about["val"]}
+    names = sorted(subject.name for subject in ds.complete)
+    if used & set(names):
+        return ds, None
+    if not split_typed:
+        ds = dataclasses.replace(ds, split={"train": [], "val": [], "test": names})
+    home = run.out
+    run.out = home / f"on-{ds.folder.resolve().name}"
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.say(f"{ds.folder} is another cohort: {len(ds.split['test'])} subjects are scored; "
+            f"results go to {run.out}")
+    return ds, home

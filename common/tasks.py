@@ -1,0 +1,67 @@
+"""Which contrasts are made from which: the tasks of a model, in the words of the flags.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+"""
+from itertools import combinations
+
+from common.files import RunError
+from data import canonical_contrast
+
+
+def missing_patterns(missing, contrasts):
+    """The tasks that --missing asks for, as a list of pairs (known contrasts, missing contrasts).
+
+    missing: ("each",) leaves out one contrast at a time, and ("all",) leaves out every subset.
+    Other words are names of contrasts.
+    RunError if there is no such contrast, or if none would be known or missing.
+    """
+    if len(contrasts) < 2:
+        raise RunError(f"the data give one contrast, {contrasts[0]}; two or more are needed, "
+                       "see --contrasts", status=2)
+    subsets = []
+    if missing == ("each",):
+        subsets = [(c,) for c in contrasts]
+    elif missing == ("all",):
+        for count in range(1, len(contrasts)):
+            subsets += combinations(contrasts, count)
+    else:
+        unknown = [c for c in missing if c not in contrasts]
+        if unknown or not missing or len(set(missing)) >= len(contrasts):
+            raise RunError(f"--missing {','.join(missing)}: name some, but not all, of "
+                           f"{', '.join(contrasts)}; or each; or all", status=2)
+        subsets = [tuple(c for c in contrasts if c in missing)]
+    patterns = []
+    for subset in subsets:
+        rest = tuple(c for c in contrasts if c not in subset)
+        patterns.append((rest, subset))
+    return patterns
+
+
+def all_directions(source, target, contrasts):
+    """Every pair (a source, a target) of different contrasts, as channel numbers.
+
+    source, target: names of contrasts, which must be in `contrasts`.
+    """
+    pairs = []
+    for one in source:
+        for other in target:
+            src = contrasts.index(canonical_contrast(one))
+            tgt = contrasts.index(canonical_contrast(other))
+            if src != tgt:
+                pairs.append((src, tgt))
+    return pairs
+
+
+def chosen_direction(pairs, only, contrasts):
+    """Of such pairs the one that `only` names, as a list; all pairs if `only` is empty.
+
+    only: the names (source, target). RunError if there is no such pair.
+    """
+    if not only:
+        return pairs
+    wanted = tuple(canonical_contrast(c) for c in only)
+    for src, tgt in pairs:
+        if (contrasts[src], contrasts[tgt]) == wanted:
+            return [(src, tgt)]
+    there = ", ".join(f"{contrasts[src]},{contrasts[tgt]}" for src, tgt in pairs)
+    raise RunError(f"--only {','.join(only)}: this model knows {there}", status=2)
