@@ -296,8 +296,8 @@ class VQAE(nn.Module):
             zq, loss = gaussian(mean, logvar, eps)                      # (B, z, h, w), ()
             idx = None
         else:
-            zq, loss, idx = self.quantise(h)                            # (B, z, h, w), (), (B, h, w)
-        return self.decode(zq, quantised=True), loss, idx               # (B, c, H, W), (), (B, h, w)
+            zq, loss, idx = self.quantise(h)                            # (B, z, h, w)
+        return self.decode(zq, quantised=True), loss, idx               # (B, c, H, W)
 
     def to_latent(self, x):
         """Return L (B, z, h, w), with mean 0 and deviation 1 per channel over the training set.
@@ -496,8 +496,8 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         codebooks = [ae.codebook, ema.model.codebook]
         use = CodeUse(len(ae.codebook.weight), device)
         parts["use"] = use
-    start = 3 * steps // 10                         # from here on the discriminator's opinion counts
-    lead = min(2000, steps // 10)                   # so long before, its training begins
+    start = 3 * steps // 10                     # from here on the adversarial loss counts
+    lead = min(2000, steps // 10)               # so long before, the discriminator's training begins
     D = None
     if disc_weight:
         channels = ae.decoder.head[-1].out_channels
@@ -507,7 +507,7 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         parts.update(discriminator=D, optimiser_d=optimiser_d)
     warm_up = max(1, min(500, steps // 10))
     validate = validation(run, val)
-    mine = run.shard(batch)                                         # this process's share of a batch
+    mine = run.shard(batch)                                     # this process's share of a batch
     for step in run.steps(STAGE, steps, parts, batch):
         x = picture(run.order(STAGE, count, batch, step)[mine])         # (B, c, H, W)
         if step == 0 and codebooks:
@@ -520,7 +520,7 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
             g = run.generator(STAGE, step)
             eps = torch.randn(batch, ae.z, h, w, generator=g, device=device)[mine]
         with run.autocast():
-            x_hat, bottleneck, idx = ae(x, eps)                         # (B, c, H, W), (), (B, h, w)
+            x_hat, bottleneck, idx = ae(x, eps)                         # (B, c, H, W)
         x_hat = x_hat.float()                                           # (B, c, H, W)
         rec = reconstruction_loss(x, x_hat)                             # ()
         loss = rec + (KL_WEIGHT if ae.bottleneck == "kl" else 1) * bottleneck
@@ -598,7 +598,7 @@ def everywhere(run, rows):
 
 @torch.no_grad()
 def all_sites(run, ae, x):
-    """Return the sites (N, z) of a batch in all processes, before quantisation.  x: (B, c, H, W)."""
+    """Return the sites (N, z) of the whole batch, before quantisation.  x: (B, c, H, W)."""
     return everywhere(run, sites_of(ae.encode(x)))
 
 
