@@ -13,7 +13,14 @@ from data.layouts.adni import ADNI_FILE, collect_adni
 from data.layouts.folders import collect_subjects, edition_of, person_of, read_patients
 from data.layouts.ixi import IXI_FILE, collect_ixi
 from data.layouts.slices import collect_slices
-from data.layouts.words import CONTRASTS, Subject, canonical_contrast, few, role_of
+from data.layouts.words import (
+    CONTRASTS,
+    Subject,
+    canonical_contrast,
+    few,
+    preferred_grid,
+    role_of,
+)
 
 __all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of",
            "role_of"]
@@ -198,11 +205,16 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
     """Keep the chosen contrasts of every subject, and note what is missing -> Layout."""
     kept = []
     skipped = []
+    grid = preferred_grid(contrasts)
+    pets = [subject.files["pet"] for subject in subjects if "pet" in subject.files]
     lacking = {}                        # missing contrasts -> names of the subjects
     for subject in subjects:
         chosen = [contrast for contrast in contrasts if contrast in subject.files]
         missing = [contrast for contrast in contrasts if contrast not in subject.files]
         subject.files = {contrast: subject.files[contrast] for contrast in chosen}
+        subject.grid = subject.grid or grid
+        if pets and grid == ("pet",) and "pet" not in chosen:
+            subject.like = pets[0]
         if not chosen:
             skipped.append((subject.name, f"has none of {', '.join(contrasts)}"))
             continue
