@@ -1,8 +1,8 @@
 """The intensities of a volume: what is background, and how all else is scaled to [0, 1] and back.
 
-MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU) and PET is
-in standardized uptake values (SUV), so all of their volumes share one fixed window. Two MR volumes
-before and after a contrast agent share the scale of the first one.
+MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU), and PET
+is in standardized uptake values (SUV), so all of their volumes share one fixed window. Two MR
+volumes before and after a contrast agent share the scale of the first one.
 """
 
 from typing import NamedTuple

@@ -110,7 +110,7 @@ def load_subject(subject, contrasts, size, use=None, picture=None):
                         "add a file")
     body = shows_body(contrasts)
     notes = []
-    reference = _grid_of_missing_pet(subject, contrasts, read, picture, notes)
+    reference = _grid_of_missing_pet(subject, contrasts, size, read, picture, notes)
     anchor = anchor_name(read, contrasts) if reference is None else "pet"
     images = None
     reference_mask = None
@@ -168,15 +168,15 @@ def picture_of(path):
     return Picture(volume.array.shape[:2], tuple(float(edge) for edge in volume.spacing))
 
 
-def _grid_of_missing_pet(subject, contrasts, read, picture, notes):
+def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
     """The grid to use if a PET should be the reference but is not read -> Volume, or None.
 
     A network that makes PET from CT was trained on grids of PETs, with pixels of about 5 mm in a
     wide field of view. The CT must be shown to it at the same size.
     If the subject has a PET, which shall be made again, the grid of that PET is used: its shape and
     affine, and none of its voxels. Otherwise a grid with the pixels of another PET (`picture`, or
-    that of Subject.like) is laid around the CT. If there is none either, the CT keeps its own grid.
-    A note then says so.
+    that of Subject.like) is laid around the CT. It is as wide as the picture that `fit` makes of
+    that PET. If there is no other PET either, the CT keeps its own grid, and a note says so.
 
     read: The contrasts that are read. notes: A list that gets (file, sentence) pairs.
     """
@@ -195,7 +195,8 @@ def _grid_of_missing_pet(subject, contrasts, read, picture, notes):
     edges = " x ".join(f"{edge:.2f}" for edge in picture.spacing)
     notes.append((source.path.name, "has no PET beside it; it is resampled to voxels of "
                   f"{edges} mm, which are those of another PET"))
-    return grid_around(source, *picture)
+    side = max(size, *picture.pixels)
+    return grid_around(source, (side, side), picture.spacing)
 
 
 # ---- Any files -----------------------------------------------------------------------------------
@@ -265,8 +266,8 @@ def read_scan(subject, contrast):
         sheet = "correct its factor in suv.csv"
     high = cannot_be_suv(volume.array)
     if high is not None:
-        raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel in "
-                        f"a thousand is above {high:.4g}); {sheet}")
+        raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel "
+                        f"in a thousand is above {high:.4g}); {sheet}")
     return volume
 
 

@@ -82,14 +82,12 @@ def role_of(file_name, subject):
     Whole words of the file name decide. The name of the subject is removed first, because it may
     contain t1 or ct. The names of the folders above do not matter.
     """
-    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
-    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
-    words = re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+    words = words_of(file_name, subject)
     if SEGMENTATION_WORDS & set(words):
         return "seg"
     if LABEL_WORDS & set(words):
         return None
-    found = _named_contrasts(words)
+    found = named_contrasts(words)
     if found == ["t1"] and AGENT_WORDS & set(words):
         return "t1ce"
     if len(found) == 1:
@@ -97,7 +95,14 @@ def role_of(file_name, subject):
     return None                     # T2_to_FLAIR names two contrasts, so we do not guess
 
 
-def _named_contrasts(words):
+def words_of(file_name, subject):
+    """The words of a NIfTI file's name, in lower case and without the name of the subject."""
+    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
+    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
+    return re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+
+
+def named_contrasts(words):
     """The contrasts that the words of a file name mean, as a list."""
     text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
     found = {"strong": [], "weak": []}
