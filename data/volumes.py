@@ -274,19 +274,29 @@ def resample_to(moving, fixed, order=1, fill=None, average=False):
 
 
 def _averaged(array, to_moving):
-    """Blur a volume so that each voxel is about the mean over a voxel of a coarser grid.
+    """Replace each voxel of an array by the mean over a box as wide as a voxel of a coarser grid.
 
-    to_moving: (4, 4), index of the coarser grid -> index of the array. A voxel of the coarser grid
-        is `width` voxels of the array wide. An axis with a width below COARSER is not blurred.
+    The mean is taken along one axis after the other. An axis along which the coarser voxel is less
+    than COARSER voxels of the array wide is left as it is.
 
-    The mean over a box of w voxels has a spread (variance) of w^2 / 12, and a voxel itself has one
-    of 1 / 12. scipy's own box is a whole number of voxels wide, and shifts the image if that number
-    is even. We take the Gaussian of the same spread, which has any width and no shift.
+    to_moving: (4, 4), index of the coarser grid -> index of the array.
     """
-    widths = np.linalg.norm(to_moving[:3, :3], axis=1)
-    sigmas = np.sqrt(np.maximum(widths**2 - 1, 0) / 12)
-    sigmas[widths < COARSER] = 0
-    return ndimage.gaussian_filter(array, sigmas, mode="nearest")
+    widths = np.linalg.norm(to_moving[:3, :3], axis=1)          # in voxels of the array
+    for axis, width in enumerate(widths):
+        if width >= COARSER:
+            array = ndimage.correlate1d(array, _box(width), axis, mode="nearest")
+    return array
+
+
+def _box(width):
+    """The weights of a mean over `width` voxels, which need not be a whole number.
+
+    The weights are symmetric, so nothing is shifted. The two outer voxels count in part: a width of
+    4 gives (1/2, 1, 1, 1, 1/2) / 4.
+    """
+    whole = int((width - 1) // 2)               # voxels on each side that count in full
+    part = (width - 1) / 2 - whole
+    return np.array([part] + [1] * (2 * whole + 1) + [part]) / width
 
 
 # ---- Slices --------------------------------------------------------------------------------------
