@@ -8,7 +8,7 @@ from data.dataset import grouped, make_phantom
 from data.files import DataError
 from data.intensities import find_background, foreground, normalise
 from data.layouts import find_layout
-from data.subject import anchor_name, reference_first
+from data.subject import anchor_name, read_scan, reference_first, require_pre
 from data.volumes import read_slices, read_volume, resample_to, same_grid
 
 # The columns of the table: subject, contrast, shape, spacing, axes, range, background, foreground.
@@ -70,17 +70,19 @@ def _check_subject(subject, contrasts, say):
     notes = []
     reference = None
     reference_mask = None
+    scales = {}
     read = reference_first(subject, contrasts)
     for contrast in read:
         path = subject.files[contrast]
         try:
-            volume = read_volume(path, echo=subject.echoes.get(contrast), contrast=contrast)
+            volume = read_scan(subject, contrast)
             background = find_background(volume.array)
             mask = foreground(volume.array, background, contrast)
             say(_table_row(subject, contrast, volume, background, mask))
             name = f"{subject.name} {contrast}"
             notes += [(name, note) for note in volume.notes]
-            normalise(volume.array, background, contrast)
+            require_pre(subject, contrast, scales)
+            _, scales[contrast] = normalise(volume.array, background, contrast, scales.get("pre"))
             if reference is None:
                 reference = volume
                 reference_mask = mask

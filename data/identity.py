@@ -9,7 +9,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from data.files import DataError, Progress, write_atomically
-from data.intensities import CT_WINDOW
+from data.intensities import CT_WINDOW, ENHANCEMENT, PET_WINDOW
+from data.layouts.words import BODY_CONTRASTS
 
 VERSION = 4             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
@@ -138,6 +139,10 @@ def subject_key(subject, digests, contrasts, size):
              "echoes": subject.echoes, "grid": subject.grid}
     if "ct" in contrasts:
         about["window"] = CT_WINDOW
+    if not BODY_CONTRASTS.isdisjoint(contrasts):
+        about["body"] = [CT_WINDOW, PET_WINDOW, ENHANCEMENT]
+    if "pet" in contrasts:
+        about["suv_factor"] = subject.suv_factor
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
 
 

@@ -1,7 +1,8 @@
 """The intensities of a volume: what is background, and how all else is scaled to [0, 1] and back.
 
-MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU), so all
-volumes share one fixed window.
+MR has arbitrary units, so every volume gets its own scale. CT is in Hounsfield units (HU), and PET
+is in standardized uptake values (SUV), so all of their volumes share one fixed window. Two MR
+volumes before and after a contrast agent share the scale of the first one.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,18 @@ class Scale(NamedTuple):
 CT_WINDOW = Scale(-1000.0, 1500.0)
 # HU. The body is above. Air, lung and the foam of the table are far below.
 CT_BODY = -500
+# SUV. Above are the bladder and some tumours and parts of the brain; all of it becomes 1.
+PET_WINDOW = Scale(0.0, 10.0)
+# SUV. The body is above; air is below. See _pet_body.
+PET_BODY = 0.2
+# SUV. Hardly a voxel in a thousand of any patient is brighter. Raw PET, in Bq/ml, is far brighter.
+PET_IMPOSSIBLE = 200.0
+# Contrasts in physical units: one window for all volumes, and the unit.
+WINDOWS = {"ct": CT_WINDOW, "cta": CT_WINDOW, "pet": PET_WINDOW}
+UNITS = {"ct": "HU", "cta": "HU", "pet": "SUV"}
+# Before a contrast agent, tissue is scaled to 1 / ENHANCEMENT. This leaves room for what the agent
+# adds.
+ENHANCEMENT = 1.5
 
 
 class Background(NamedTuple):
@@ -80,15 +93,14 @@ def foreground(array, background=None, contrast=None):
     The background need not be 0, and tissue need not be positive.
 
     background: What find_background returns; it is found here if it is not given.
-    contrast: For "ct" the array is in HU. The foreground is then the body, which is the largest
-        connected piece above CT_BODY. The table is another, smaller piece.
+    contrast: For "ct" and "cta" the array is in HU. The foreground is then the body, which is the
+        largest connected piece above CT_BODY. The table is another, smaller piece. For "pet" the
+        array is in SUV, and the foreground is the body in the same way; see _pet_body.
     """
-    if contrast == "ct":
-        pieces, count = ndimage.label(array > CT_BODY)
-        if count == 0:
-            return pieces > 0
-        sizes = np.bincount(pieces.ravel())[1:]
-        return pieces == 1 + np.argmax(sizes)
+    if contrast in ("ct", "cta"):
+        return _largest_piece(array > CT_BODY)
+    if contrast == "pet":
+        return _pet_body(array)
     background = background or find_background(array)
     distance = array - background.level
     if background.constant:
@@ -98,10 +110,41 @@ def foreground(array, background=None, contrast=None):
     return distance > background.reach
 
 
-def normalise(array, background=None, contrast=None):
+def _largest_piece(mask):
+    """The largest connected piece of a mask (X, Y, Z) -> bool (X, Y, Z)."""
+    pieces, count = ndimage.label(mask)
+    if count == 0:
+        return pieces > 0
+    sizes = np.bincount(pieces.ravel())[1:]
+    return pieces == 1 + np.argmax(sizes)
+
+
+def _pet_body(array):
+    """The body in a PET (X, Y, Z) in SUV -> bool (X, Y, Z).
+
+    We take the largest connected piece above PET_BODY. The noise in air is made of small pieces.
+    Cold parts of the body (lung, fat, bone) have holes, which are filled in every axial slice.
+    """
+    body = _largest_piece(array > PET_BODY)
+    for z in range(body.shape[2]):
+        body[:, :, z] = ndimage.binary_fill_holes(body[:, :, z])
+    return body
+
+
+def cannot_be_suv(array):
+    """The 99.9th percentile of a PET (X, Y, Z), if no SUV is so high; None if it can be SUV.
+
+    One hot spot does not count.
+    """
+    high = float(np.percentile(array, 99.9))
+    return high if high > PET_IMPOSSIBLE else None
+
+
+def normalise(array, background=None, contrast=None, pre=None):
     """Scale the intensities of a volume (X, Y, Z) -> (u float32 (X, Y, Z) in [0, 1], Scale).
 
-    CT (contrast "ct", in HU) is scaled by CT_WINDOW. All else is MR and has arbitrary units:
+    CT and CTA (contrasts "ct" and "cta", in HU) are scaled by CT_WINDOW, and PET ("pet", in SUV) by
+    PET_WINDOW. All else is MR and has arbitrary units:
 
     u = clip((v - background) / (p99.5 of the foreground - background), 0, 1)
 
@@ -109,12 +152,27 @@ def normalise(array, background=None, contrast=None):
     to it, u does not change. If the background is one constant value, u is exactly 0 outside of the
     foreground. If more than 2 % of the foreground is darker than the background, as in z-scores
     around 0, the scale starts at the 0.5th percentile of the foreground.
+
+    For "pre", MR before an agent, p99.5 - background is multiplied by ENHANCEMENT. "post" is scaled
+    by the Scale of "pre". The difference of both is then the enhancement. A scale that used voxels
+    of "post" would tell a network something of the target, because it changes the source image.
+
+    pre: For the contrast "post", the Scale of the volume "pre" of the same subject.
     DataError if the volume is constant, or if nothing stands out from its background.
+    ValueError for "post" without `pre`.
     """
     if array.min() == array.max():
         raise DataError(f"is constant (every voxel is {array.min():g})")
-    if contrast == "ct":
-        return _normalise_ct(array)
+    if contrast in ("ct", "cta") and array.max() <= CT_BODY:
+        raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
+    if contrast == "pet" and array.max() <= PET_BODY:
+        raise DataError(f"has an empty foreground (nothing is above SUV {PET_BODY})")
+    if contrast in WINDOWS:
+        return _clipped(array, WINDOWS[contrast]), WINDOWS[contrast]
+    if contrast == "post":
+        if pre is None:
+            raise ValueError("normalise: post is scaled by the scale of pre, which is not given")
+        return _clipped(array, pre), pre
     background = background or find_background(array)
     mask = foreground(array, background)
     if not mask.any():
@@ -127,17 +185,19 @@ def normalise(array, background=None, contrast=None):
     high = float(np.percentile(inside, HIGH_PERCENTILE))
     if not high > low:
         raise DataError(f"has no foreground brighter than its background {low:g}")
-    u = np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    if contrast == "pre":
+        high = low + ENHANCEMENT * (high - low)
+    u = _clipped(array, Scale(low, high))
     if background.constant:
         u[~mask] = 0
     return u, Scale(low, high)
 
 
-def _normalise_ct(array):
-    if array.max() <= CT_BODY:
-        raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
-    low, high = CT_WINDOW
-    return np.clip((array - low) / (high - low), 0, 1), CT_WINDOW
+def _clipped(array, scale):
+    """(v - background) / (high - background), clipped to [0, 1], as float32."""
+    low = np.float32(scale.background)
+    width = np.float32(scale.high - scale.background)
+    return np.clip((array - low) / width, 0, 1).astype(np.float32)
 
 
 def denormalise(u, scale):

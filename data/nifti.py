@@ -3,6 +3,7 @@
 import gzip
 import os
 import zlib
+from contextlib import contextmanager
 from io import BytesIO
 
 import nibabel as nib
@@ -21,8 +22,26 @@ def decode(path, max_voxels, echoes):
     DataError if the file is missing, damaged, too large or no NIfTI-1 or NIfTI-2 file with real
     numbers in it.
     """
+    with _in_plain_words(path):
+        header, packed = _open_header(path)
+        return _decode(path, header, packed, max_voxels, echoes)
+
+
+def decode_header(path, max_voxels):
+    """Read the header of a file of one volume -> (header, shape (X, Y, Z)); no voxel is read.
+
+    DataError as decode, as far as the header shows it.
+    """
+    with _in_plain_words(path):
+        header, _ = _open_header(path)
+        return header, _checked_shape(header, path, max_voxels, echoes=1)
+
+
+@contextmanager
+def _in_plain_words(path):
+    """Turn what Python raises for a file that cannot be read into a DataError."""
     try:
-        return _decode(path, max_voxels, echoes)
+        yield
     except FileNotFoundError:
         if path.is_symlink():
             raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist; "
@@ -43,12 +62,16 @@ def decode(path, max_voxels, echoes):
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _decode(path, max_voxels, echoes):
+def _open_header(path):
+    """The header of a file, and True if the file is compressed."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    # We check the header first, so that a file that is too large is refused before it is unpacked.
     with gzip.open(path) if packed else open(path, "rb") as file:
-        header = _read_header(file.read(nib.Nifti2Header.sizeof_hdr), path)
+        return _read_header(file.read(nib.Nifti2Header.sizeof_hdr), path), packed
+
+
+def _decode(path, header, packed, max_voxels, echoes):
+    # We check the header first, so that a file that is too large is refused before it is unpacked.
     shape = _checked_shape(header, path, max_voxels, echoes)
     dtype = _checked_dtype(header, path)
     content = path.read_bytes()

@@ -10,11 +10,15 @@ from data.files import DataError
 
 # The words for a contrast in a caption.
 MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": "PDw",
-              "t2star": "T2star", "ct": "CT", "pet": "PET"}
+              "t2star": "T2star", "ct": "CT", "cta": "CTA", "pet": "PET",
+              "pre": "T1w before contrast", "post": "T1w after contrast"}
 # The words for a contrast in a prompt.
 DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI",
                 "t1ce": "contrast-enhanced T1-weighted MRI", "t2": "T2-weighted MRI",
-                "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI", "ct": "CT", "pet": "PET"}
+                "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI", "ct": "CT",
+                "cta": "CT angiography", "pet": "PET",
+                "pre": "T1-weighted MRI before contrast agent",
+                "post": "T1-weighted MRI after contrast agent"}
 # Facts in the order of a caption. Only those that are known are written.
 META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("TE", "TE: {} ms"),
                ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))

@@ -5,17 +5,29 @@ What there is to synthesise: to_synthesize.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data.files import DataError, is_nifti
-from data.intensities import CT_WINDOW, denormalise, find_background, foreground, normalise
+from data.intensities import (
+    UNITS,
+    WINDOWS,
+    cannot_be_suv,
+    denormalise,
+    find_background,
+    foreground,
+    normalise,
+)
 from data.layouts import CONTRASTS, Subject, canonical_contrast
+from data.layouts.words import BODY_CONTRASTS, preferred_grid
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
     fit,
     fit_slices,
+    grid_around,
+    read_geometry,
     read_slices,
     read_volume,
     resample_to,
@@ -25,7 +37,10 @@ from data.volumes import (
     write_volume,
 )
 
-KEEP = 1 / 3            # a slice is kept if its foreground is this share of the largest; see kept_slices
+# A slice is kept if its foreground is this share of the largest foreground; see kept_slices.
+KEEP = 1 / 3
+# In sets that show bodies, it is kept if its foreground is this share of the field of view.
+KEEP_BODY = 0.02
 
 
 @dataclass
@@ -52,31 +67,38 @@ class SubjectSlices:
     def write(self, path, slices, description, overwrite=False, contrast=None):
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
 
-        contrast: If it is given, the unit follows the description in the header, and CT is written
-        in HU. MR stays normalised. Its own intensities are arbitrary, and where there was no scan
-        nobody knows them.
+        contrast: If it is given, the unit follows the description in the header. CT and CTA are
+        written in HU and PET in SUV. A scan after an agent is written in the units of the scan
+        before it, so that the two can be subtracted. Other MR stays normalised. Its own intensities
+        are arbitrary, and where there was no scan nobody knows them.
         DataError if the file exists and `overwrite` is False, or if it cannot be written.
         """
         array = unfit(slices, self.reference.array.shape)
         unit = "normalised"
-        if contrast == "ct":
-            array = denormalise(array, CT_WINDOW)
-            unit = "HU"
+        if contrast in WINDOWS:
+            array = denormalise(array, WINDOWS[contrast])
+            unit = UNITS[contrast]
+        elif contrast in ("pre", "post") and "pre" in self.scales:
+            array = denormalise(array, self.scales["pre"])
+            unit = "units of the pre scan"
         if contrast:
             description = f"{description[:50]}, {unit}"         # the field in the header is short
         write_volume(path, array, self.reference, description, overwrite)
 
 
-def load_subject(subject, contrasts, size, use=None):
+def load_subject(subject, contrasts, size, use=None, picture=None):
     """Read one subject -> SubjectSlices, with all contrasts on the grid of the reference.
 
     Every contrast is normalised on its own grid first. Its scale therefore does not depend on the
     grid of the reference. Outside of its own box a contrast is 0, which is air in CT.
+    A scan after an agent ("post") is normalised by the scale of the scan before it ("pre").
     subject: A layouts.Subject.
     contrasts: The names of the channels, in order.
     size: The height and width of a slice in pixels.
     use: The contrasts whose files are opened, by default all. The others count as missing, and
-    cannot influence anything.
+    cannot influence anything. There is one exception: of a PET that is not used, the header is
+    read, because the grid of the PET is the reference; see _grid_of_missing_pet.
+    picture: A Picture for a subject that has no PET, instead of that of Subject.like.
     DataError, naming subject and contrast, if a file cannot be used or none is there.
     """
     if subject.in_slices:
@@ -86,31 +108,35 @@ def load_subject(subject, contrasts, size, use=None):
     if not read:
         raise DataError(f"subject {subject.name}: has none of {', '.join(use or contrasts)}; "
                         "add a file")
-    reference = None
+    body = shows_body(contrasts)
+    notes = []
+    reference = _grid_of_missing_pet(subject, contrasts, size, read, picture, notes)
+    anchor = anchor_name(read, contrasts) if reference is None else "pet"
     images = None
+    reference_mask = None
     areas = []                                          # per contrast: (Z,) pixels of foreground
     scales = {}
-    notes = []
     for contrast in read:
-        volume, u, mask, scales[contrast] = _read_normalised(subject, contrast)
+        volume, u, mask, scales[contrast] = _read_normalised(subject, contrast, scales)
         notes += [(volume.path.name, note) for note in volume.notes]
         if reference is None:
             reference = volume
-            reference_mask = mask
-            depth = volume.array.shape[2]
-            images = np.zeros((depth, len(contrasts), size, size), np.float32)
-        elif not same_grid(volume, reference):
-            anchor = anchor_name(read, contrasts)
+        if not same_grid(volume, reference):
             notes.append((volume.path.name,
                           f"is on another grid than {anchor}; resampled by the affines"))
-            u = resample_to(replace(volume, array=u), reference, fill=0)
+            u = resample_to(replace(volume, array=u), reference, fill=0, average=body)
             mask = replace(volume, array=mask.astype(np.float32))
             mask = resample_to(mask, reference, order=0, fill=0) > 0
+        if images is None:
+            reference_mask = mask
+            depth = reference.array.shape[2]
+            images = np.zeros((depth, len(contrasts), size, size), np.float32)
         images[:, contrasts.index(contrast)] = fit(u, size)
         areas.append(mask.sum((0, 1)))
     present = np.array([contrast in read for contrast in contrasts])
     flat = _flat_slices(images[:, present])
-    kept = kept_slices(np.stack(areas)) & ~flat
+    width, height = reference.array.shape[:2]
+    kept = kept_slices(np.stack(areas), width * height if body else None) & ~flat
     lesion = None
     labels = None
     if subject.segmentation:
@@ -118,10 +144,62 @@ def load_subject(subject, contrasts, size, use=None):
         planes = upright(resample_to(segmentation, reference, order=0, fill=0))     # (Z, H, W)
         lesion = _lesions(planes, reference, reference_mask)
         labels = fit_slices(planes, size, labels=True).astype(np.uint8)
-    frame = max(size, *reference.array.shape[:2]) ** 2          # source pixels that the picture covers
+    frame = max(size, width, height) ** 2               # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
                          areas[0] / frame, lesion, labels, reference, notes)
 
+
+# ---- The grid of a PET that is not there ---------------------------------------------------------
+
+class Picture(NamedTuple):
+    """The pixels of a PET: how many there are along x and y, and their edges in mm.
+
+    A script stores the Picture of its training data, so that a CT of another folder is shown to the
+    network at the same size; see picture_of.
+    """
+
+    pixels: tuple                   # (X, Y)
+    spacing: tuple                  # (3,) mm along x, y and z
+
+
+def picture_of(path):
+    """The Picture of a PET file; its header is read, and no voxel. DataError if that is damaged."""
+    volume = read_geometry(path)
+    return Picture(volume.array.shape[:2], tuple(float(edge) for edge in volume.spacing))
+
+
+def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
+    """The grid to use if a PET should be the reference but is not read -> Volume, or None.
+
+    A network that makes PET from CT was trained on grids of PETs, with pixels of about 5 mm in a
+    wide field of view. The CT must be shown to it at the same size.
+    If the subject has a PET, which shall be made again, the grid of that PET is used: its shape and
+    affine, and none of its voxels. Otherwise a grid with the pixels of another PET (`picture`, or
+    that of Subject.like) is laid around the CT. It is as wide as the picture that `fit` makes of
+    that PET. If there is no other PET either, the CT keeps its own grid, and a note says so.
+
+    read: The contrasts that are read. notes: A list that gets (file, sentence) pairs.
+    """
+    if subject.grid != ("pet",) or "pet" not in contrasts or "pet" in read:
+        return None
+    if "pet" in subject.files:
+        return read_geometry(subject.files["pet"])
+    source = read_geometry(subject.files[read[0]])
+    if picture is None and subject.like is not None:
+        picture = picture_of(subject.like)
+    if picture is None:
+        edge = source.spacing[0]
+        notes.append((source.path.name, f"has no PET beside it and keeps its own pixels of "
+                      f"{edge:.2f} mm; a model that was trained on the grids of PETs saw others"))
+        return None
+    edges = " x ".join(f"{edge:.2f}" for edge in picture.spacing)
+    notes.append((source.path.name, "has no PET beside it; it is resampled to voxels of "
+                  f"{edges} mm, which are those of another PET"))
+    side = max(size, *picture.pixels)
+    return grid_around(source, (side, side), picture.spacing)
+
+
+# ---- Any files -----------------------------------------------------------------------------------
 
 def load_scans(files, contrasts, size):
     """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
@@ -151,7 +229,8 @@ def load_scans(files, contrasts, size):
     if not paths:
         raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
     name = next(iter(paths.values())).parent.name
-    return load_subject(Subject(name, name, paths), channels, size)
+    subject = Subject(name, name, paths, grid=preferred_grid(channels))
+    return load_subject(subject, channels, size)
 
 
 def _canonical_names(names):
@@ -169,17 +248,51 @@ def _canonical_names(names):
     return found
 
 
-def _read_normalised(subject, contrast):
-    """Read one contrast -> (Volume, u, mask, Scale), on its own grid; u and mask are (X, Y, Z)."""
+# ---- One file ------------------------------------------------------------------------------------
+
+def read_scan(subject, contrast):
+    """Read the file of one contrast -> Volume, in HU, in SUV or in the units of its file.
+
+    DataError if the file cannot be read, or if it is a PET whose voxels cannot be SUV.
+    """
     volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast),
                          contrast=contrast)
+    if contrast != "pet":
+        return volume
+    sheet = "give the factor from its unit to SUV in suv.csv"
+    if subject.suv_factor is not None:
+        volume.array = volume.array * np.float32(subject.suv_factor)
+        volume.notes.append("is multiplied by its factor in suv.csv, which gives SUV")
+        sheet = "correct its factor in suv.csv"
+    high = cannot_be_suv(volume.array)
+    if high is not None:
+        raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel "
+                        f"in a thousand is above {high:.4g}); {sheet}")
+    return volume
+
+
+def _read_normalised(subject, contrast, scales):
+    """Read one contrast -> (Volume, u, mask, Scale), on its own grid; u and mask are (X, Y, Z).
+
+    scales: {contrast: Scale} of what was read before.
+    """
+    require_pre(subject, contrast, scales)
+    volume = read_scan(subject, contrast)
     background = find_background(volume.array)
     try:
-        u, scale = normalise(volume.array, background, contrast)
+        u, scale = normalise(volume.array, background, contrast, scales.get("pre"))
     except DataError as error:
         raise DataError(f"subject {subject.name}, {contrast} ({volume.path}) {error}; "
                         "remove or replace it") from None
     return volume, u, foreground(volume.array, background, contrast), scale
+
+
+def require_pre(subject, contrast, scales):
+    """DataError if `contrast` is post, and pre was not read before it. See normalise."""
+    if contrast == "post" and "pre" not in scales:
+        raise DataError(f"subject {subject.name}, post ({subject.files['post']}) cannot be scaled "
+                        "alone, because its scale is that of the scan before the agent; "
+                        "add pre to the files and to the contrasts")
 
 
 def _load_slices(subject, contrasts, size, use):
@@ -209,12 +322,14 @@ def _flat_slices(images):
 
 
 def reference_first(subject, contrasts):
-    """Those of the contrasts that the subject has.
+    """Those of the contrasts that the subject has, in the order in which to read them.
 
-    The first is the reference, onto whose grid all others are resampled.
+    The first is the reference, onto whose grid all others are resampled. pre comes before post,
+    which is scaled like it.
     """
     def rank(contrast):
-        return subject.grid.index(contrast) if contrast in subject.grid else len(subject.grid)
+        place = subject.grid.index(contrast) if contrast in subject.grid else len(subject.grid)
+        return place, contrast == "post"
 
     return sorted([contrast for contrast in contrasts if contrast in subject.files], key=rank)
 
@@ -224,7 +339,7 @@ def anchor_name(read, contrasts):
     return "the first contrast" if read[0] == contrasts[0] else read[0]
 
 
-def to_synthesize(subjects, contrasts, asked, size, folder, say):
+def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None):
     """Yield what there is to synthesise, subject by subject.
 
     Each item is (subject, sources, absent, SubjectSlices of the sources, {absent: output path}).
@@ -232,6 +347,7 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say):
     out if it lacks nothing or has no source. It is also left out, and this is said, if all its
     outputs exist already in folder/<subject>.
     say: A function that gets every line for the user.
+    picture: A Picture for subjects without PET, see load_subject.
     DataError if a source cannot be read.
     """
     made = 0
@@ -247,23 +363,34 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say):
             say(f"{subject.name}: {', '.join(absent)} is already in {home}; "
                 "delete it to make it again")
             continue
-        slices = load_subject(subject, contrasts, size, use=sources)
+        slices = load_subject(subject, contrasts, size, sources, picture)
         yield subject, sources, absent, slices, paths
     if not made:
         say("nothing to synthesise: every subject has every contrast; "
             "name one to be made although it exists")
 
 
-def kept_slices(areas):
+def shows_body(contrasts):
+    """True if slices are chosen by the rule for bodies, see kept_slices."""
+    return not BODY_CONTRASTS.isdisjoint(contrasts)
+
+
+def kept_slices(areas, field_of_view=None):
     """Which slices to use -> bool (Z,).
 
     areas: (C, Z), the number of foreground pixels of each contrast and slice.
+    field_of_view: The number of pixels of a slice, if the rule for bodies is to be used.
 
-    A slice is kept if in every contrast its foreground is at least a third of the largest
-    foreground in that volume. On BraTS (240x240, 155 slices) this keeps about 100 slices. So does
-    the rule "10 % of a 256x256 picture is brain". Our rule does not depend on the empty border of a
-    scan, so phantoms, cropped scans and padded scans are treated alike.
+    For brains, a slice is kept if in every contrast its foreground is at least a third of the
+    largest foreground in that volume. On BraTS (240x240, 155 slices) this keeps about 100 slices.
+    So does the rule "10 % of a 256x256 picture is brain". Our rule does not depend on the empty
+    border of a scan, so phantoms, cropped scans and padded scans are treated alike.
+
+    In a body that rule would leave out the neck, because the shoulders are much larger. There, a
+    slice is kept if in every contrast its foreground is at least 2 % of the field of view.
     """
+    if field_of_view is not None:
+        return (areas >= KEEP_BODY * field_of_view).all(0)
     largest = areas.max(1, keepdims=True)
     enough = (areas >= KEEP * largest) & (largest > 0)
     return enough.all(0)

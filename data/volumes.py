@@ -17,15 +17,17 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.processing import resample_from_to
 from PIL import Image
+from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
 from data.intensities import CT_BODY, background_value
-from data.nifti import checked_affine, decode
+from data.nifti import checked_affine, decode, decode_header
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
 GRID_TOLERANCE = 1e-3       # mm; two grids that are closer than this everywhere are the same grid
 BAD_VOXELS = 1e-3           # a file with a larger share of NaN or infinite voxels is refused
 ECHO_CONTRAST = 0.1         # of the mean; see split_echoes
+COARSER = 1.5               # a grid is coarser than another one from this ratio of the voxels on
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])      # nibabel's way to write RAS+
 
 
@@ -59,7 +61,7 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
     A 2-D image becomes a volume of one slice. Axes of length 1 behind the third are dropped.
 
     echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
-    contrast: The notes depend on it, because "ct" has other normal values than MR.
+    contrast: The notes depend on it, because CT and PET have other normal values than MR.
     DataError if the file is missing, damaged, not NIfTI, too large, complex or coloured. It is also
     raised if the file has more than one volume (two with `echo`), a singular affine, or many NaN.
     """
@@ -86,14 +88,58 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append("has no orientation in its header; the NIfTI default is assumed, "
                      "left and right may be swapped")
-    if contrast == "ct" and array.min() > CT_BODY:
-        notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
-    if contrast != "ct" and array.min() < 0:
+    if contrast in ("ct", "cta"):
+        if array.min() > CT_BODY:
+            notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
+    elif contrast == "pet":
+        if array.min() < 0:
+            notes.append("has negative voxels; they become 0")
+    elif array.min() < 0:
         notes.append("has negative voxels; they are kept, the scale starts at the background")
     orientation = io_orientation(affine)
     turned = np.ascontiguousarray(apply_orientation(array, orientation))
     turned_affine = affine @ inv_ornt_aff(orientation, array.shape)
     return Volume(turned, turned_affine, path, header, orientation, notes)
+
+
+def read_geometry(path):
+    """Read where a NIfTI file lies in space, and no voxel of it -> Volume whose voxels are all 0.
+
+    DataError as read_volume, as far as the header shows it.
+    """
+    path = Path(path)
+    header, shape = decode_header(path, MAX_VOXELS)
+    affine = checked_affine(header, path)
+    orientation = io_orientation(affine)
+    # The zeros are one number in memory, which looks like an array of this shape.
+    zeros = apply_orientation(np.broadcast_to(np.float32(0), shape), orientation)
+    return Volume(zeros, affine @ inv_ornt_aff(orientation, shape), path, header, orientation)
+
+
+def grid_around(volume, pixels, spacing):
+    """A grid of given pixels around a volume -> Volume whose voxels are all 0.
+
+    In the plane of the slices, its centre is the centre of the box of `volume`. Its slices cover
+    the height of that box. Its axes are those of the patient.
+
+    pixels: (X, Y), their numbers. spacing: The edges of a voxel along x, y and z in mm.
+    """
+    edges = nib.affines.apply_affine(volume.affine, _corners(volume.array.shape, margin=0.5))
+    low = edges.min(0)
+    high = edges.max(0)
+    spacing = np.asarray(spacing, float)
+    depth = max(1, round((high[2] - low[2]) / spacing[2]))
+    shape = (*pixels, depth)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = (low + high) / 2 - spacing * (np.array(shape) - 1) / 2
+    header = nib.Nifti1Header()
+    header["magic"] = b"n+1"
+    header.set_data_shape(shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(affine, code=1)            # 1: the coordinates of the scanner
+    header.set_qform(affine, code=1)
+    zeros = np.broadcast_to(np.float32(0), shape)
+    return Volume(zeros, affine, volume.path, header, CANONICAL)
 
 
 def split_echoes(array, path):
@@ -178,9 +224,9 @@ def read_slices(paths):
 
 # ---- Grids ---------------------------------------------------------------------------------------
 
-def _corners(shape):
-    """The indices (8, 3) of the corner voxels."""
-    ends = [(0, n - 1) for n in shape]
+def _corners(shape, margin=0.0):
+    """The indices (8, 3) of the corner voxels, moved outwards by `margin` voxels."""
+    ends = [(-margin, n - 1 + margin) for n in shape]
     return np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
 
 
@@ -195,7 +241,7 @@ def same_grid(first, second):
     return bool(gaps.max() <= GRID_TOLERANCE)
 
 
-def resample_to(moving, fixed, order=1, fill=None):
+def resample_to(moving, fixed, order=1, fill=None, average=False):
     """Resample `moving` onto the grid of `fixed` by their affines -> float32 (X, Y, Z) of `fixed`.
 
     This is no registration: nothing is moved in the world. If the grids are equal, the result is
@@ -203,6 +249,9 @@ def resample_to(moving, fixed, order=1, fill=None):
 
     order: 1 is linear; 0 takes the nearest voxel, for labels.
     fill: The value outside of the box of `moving`, by default its background.
+    average: True if a voxel of a coarser grid shall be the mean of what lies in it. Otherwise it is
+        the value at its centre, and details that are finer than the voxels cause false patterns
+        (aliasing).
     DataError if the two boxes do not overlap.
     """
     if same_grid(moving, fixed):
@@ -215,12 +264,39 @@ def resample_to(moving, fixed, order=1, fill=None):
                         "register the two first")
     if fill is None:
         fill = background_value(moving.array)
-    image = nib.Nifti1Image(moving.array, moving.affine)
+    array = _averaged(moving.array, to_moving) if average else moving.array
+    image = nib.Nifti1Image(array, moving.affine)
     target = (fixed.array.shape, fixed.affine)
     # "grid-constant" blends with the fill at the rim. "constant" would blank a whole border slice
     # that lies outside by a rounding error of 1e-9.
     moved = resample_from_to(image, target, order=order, mode="grid-constant", cval=fill)
     return np.asarray(moved.dataobj, np.float32)
+
+
+def _averaged(array, to_moving):
+    """Replace each voxel of an array by the mean over a box as wide as a voxel of a coarser grid.
+
+    The mean is taken along one axis after the other. An axis along which the coarser voxel is less
+    than COARSER voxels of the array wide is left as it is.
+
+    to_moving: (4, 4), index of the coarser grid -> index of the array.
+    """
+    widths = np.linalg.norm(to_moving[:3, :3], axis=1)          # in voxels of the array
+    for axis, width in enumerate(widths):
+        if width >= COARSER:
+            array = ndimage.correlate1d(array, _box(width), axis, mode="nearest")
+    return array
+
+
+def _box(width):
+    """The weights of a mean over `width` voxels, which need not be a whole number.
+
+    The weights are symmetric, so nothing is shifted. The two outer voxels count in part: a width of
+    4 gives (1/2, 1, 1, 1, 1/2) / 4.
+    """
+    whole = int((width - 1) // 2)               # voxels on each side that count in full
+    part = (width - 1) / 2 - whole
+    return np.array([part] + [1] * (2 * whole + 1) + [part]) / width
 
 
 # ---- Slices --------------------------------------------------------------------------------------

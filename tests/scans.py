@@ -198,3 +198,55 @@ def look_up(source, target, image):
     total = np.bincount(bins(source).ravel(), target.ravel(), 64)
     count = np.bincount(bins(source).ravel(), minlength=64)
     return (total / np.maximum(count, 1))[bins(image)]
+
+
+# ---- Pairs: CT and PET, CT and CTA, before and after an agent --------------------------------------------------------
+
+PET_SHAPE = (12, 12, 6)
+PET_AFFINE = np.array([[6, 0, 0, -33], [0, 6, 0, -33], [0, 0, 5, 0], [0, 0, 0, 1]], float)
+CT_SHAPE = (48, 48, 10)
+# 1.5 mm pixels and 3 mm slices; the box of the CT is that of the PET.
+CT_AFFINE = np.array([[1.5, 0, 0, -35.25], [0, 1.5, 0, -35.25], [0, 0, 3, -1], [0, 0, 0, 1]], float)
+
+
+def cylinder(shape, radius=0.7):
+    """True in a cylinder along z; radius is a share of half the width."""
+    x, y = np.meshgrid(*[(np.arange(n) + 0.5) * 2 / n - 1 for n in shape[:2]], indexing="ij")
+    return np.repeat((x**2 + y**2 < radius**2)[..., None], shape[2], axis=2)
+
+
+def body_ct(seed=0, shape=CT_SHAPE):
+    """A body of -100 to 1400 HU in air."""
+    hu = np.random.default_rng(seed).uniform(-100, 1400, shape)
+    return np.where(cylinder(shape), hu, -1000).astype(np.float32)
+
+
+def body_pet(seed=0, shape=PET_SHAPE):
+    """A body of SUV 0.5 to 4 in air with SUV up to 0.15, and one voxel of SUV 30."""
+    rng = np.random.default_rng(seed)
+    suv = np.where(cylinder(shape), rng.uniform(0.5, 4, shape), rng.uniform(0, 0.15, shape))
+    suv[shape[0] // 2, shape[1] // 2, shape[2] // 2] = 30
+    return suv.astype(np.float32)
+
+
+def make_pet_ct(folder, subjects=3, names=("CT", "PET")):
+    for s in range(subjects):
+        save(folder / f"p{s}" / f"{names[0]}.nii.gz", body_ct(s), CT_AFFINE)
+        save(folder / f"p{s}" / f"{names[1]}.nii.gz", body_pet(s), PET_AFFINE)
+    return folder
+
+
+def breast(seed=0):
+    """MR before and after an agent, on one arbitrary scale; a box enhances to more than twice its value."""
+    pre = head(seed=seed)
+    post = pre.copy()
+    post[6:9, 8:11, 3:6] *= 2.2
+    return pre, post
+
+
+def make_breasts(folder, subjects=3):
+    for s in range(subjects):
+        pre, post = breast(s)
+        save(folder / f"p{s}" / "pre.nii.gz", pre)
+        save(folder / f"p{s}" / "post.nii.gz", post)
+    return folder

@@ -8,10 +8,14 @@ import pytest
 
 import data
 from data import dataset as dataset_module
-from data import load_subject, phantom
+from data import identity, load_subject, phantom
 from data.files import DataError
+from data.intensities import CT_WINDOW, PET_WINDOW
+from data.layouts import CONTRASTS
+from data.prompts import DESCRIPTIONS
 from data.stack import Stack
-from scans import SHAPE, head, make_set, opened, save
+from data.volumes import fit
+from scans import SHAPE, body_pet, head, make_breasts, make_pet_ct, make_set, opened, save
 
 
 def test_constant_slices_are_skipped_and_counted(tmp_path):  # row 30
@@ -112,3 +116,58 @@ def test_folders_of_code_are_no_data_sets(tmp_path, name):
     with pytest.raises(DataError, match="no subjects found") as caught:
         opened(folder, cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+# ---- Pairs -----------------------------------------------------------------------------------------------------------
+
+def test_a_data_set_of_pet_and_ct(tmp_path):
+    """In SUV / 10 on the PET's grid, for both orders of the channels; the first row of p0 is its lowest slice."""
+    folder = make_pet_ct(tmp_path / "set", subjects=4)
+    for contrasts in (("ct", "pet"), ("pet", "ct")):
+        dataset, said = opened(folder, contrasts=contrasts, size=16)
+        assert "pet is read in SUV" in said and "CT.nii.gz and 3 more: is on another grid than " in said
+        rows = dataset.subject == "p0"
+        assert dataset.slice_number[rows].tolist() == [0, 1, 2, 3, 4, 5]
+        wanted = fit(body_pet().clip(0, 10) / 10, 16)
+        np.testing.assert_allclose(dataset.images[rows][:, contrasts.index("pet")], wanted, atol=1e-3)
+        assert dataset.scales["p0"]["pet"] == PET_WINDOW and dataset.scales["p0"]["ct"] == CT_WINDOW
+        assert dataset.fingerprint == opened(folder, contrasts=contrasts, size=16)[0].fingerprint
+
+
+def test_factors_of_pet_are_part_of_the_fingerprint(tmp_path):
+    folder = make_pet_ct(tmp_path / "set", subjects=4)
+    before = {contrasts: opened(folder, contrasts=contrasts)[0] for contrasts in (("ct",), ("ct", "pet"))}
+    (folder / "suv.csv").write_text("subject,factor\np0,0.5\n")
+    for contrasts, dataset in before.items():
+        after = opened(folder, contrasts=contrasts)[0]
+        assert (after.fingerprint == dataset.fingerprint) == (contrasts == ("ct",))
+    rows = after.subject == "p0"
+    darker = before["ct", "pet"].images[rows][:, 1]
+    inside = (darker > 0) & (darker < 1)
+    np.testing.assert_allclose(after.images[rows][:, 1][inside], darker[inside] / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PET_WINDOW", (0, 20)), ("CT_WINDOW", (-1000, 2000)), ("ENHANCEMENT", 2)])
+def test_windows_of_pairs_are_part_of_the_fingerprint(tmp_path, monkeypatch, name, value):
+    folder = make_pet_ct(tmp_path / "set", subjects=2)
+    before = opened(folder)[0].fingerprint
+    monkeypatch.setattr(identity, name, value)
+    assert opened(folder)[0].fingerprint != before
+
+
+def test_a_data_set_before_and_after_an_agent(tmp_path):
+    dataset, _ = opened(make_breasts(tmp_path / "set", subjects=4))
+    assert dataset.contrasts == ("pre", "post")
+    for scales in dataset.scales.values():
+        assert scales["pre"] == scales["post"]
+    difference = dataset.images[:, 1].astype(float) - dataset.images[:, 0]
+    assert difference.min() > -1e-3 and difference.max() > 0.25
+    in_place = np.isin(dataset.slice_number, (3, 4, 5))
+    assert (difference.max((1, 2)) > 0.1).tolist() == in_place.tolist()
+    texts = dataset.captions(np.array([0]))[0]
+    assert texts[0].startswith("Modality: T1w before contrast; ") and texts[1].startswith("Modality: T1w after contrast; ")
+
+
+def test_every_contrast_has_its_words():
+    for contrast in CONTRASTS:
+        assert data.caption(contrast, 0.5, 0.5) and data.prompt(contrast, {}).endswith(f"Description: {DESCRIPTIONS[contrast]}")

@@ -5,9 +5,18 @@ import pytest
 
 from data import check, denormalise, load_subject, read_volume
 from data.files import DataError
-from data.intensities import CT_WINDOW, Scale, background_value, find_background, foreground, normalise
+from data.intensities import (
+    CT_WINDOW,
+    PET_WINDOW,
+    Scale,
+    background_value,
+    cannot_be_suv,
+    find_background,
+    foreground,
+    normalise,
+)
 from data.layouts import Subject
-from scans import SHAPE, head, save, scan
+from scans import SHAPE, body_pet, breast, cylinder, head, save, scan
 
 
 def test_volume_darker_than_its_background():  # row 45
@@ -130,3 +139,63 @@ def test_odd_values_of_ct_are_noted(tmp_path):
     assert not check(tmp_path / "set", say=lines.append) and "subject b, ct" in lines[-2] and "is constant" in lines[-2]
     row = next(line for line in lines if line.startswith("a "))
     assert float(row.split()[-1]) == pytest.approx(scan()[1].mean(), abs=1e-3)
+
+
+# ---- Fixed windows and shared scales ---------------------------------------------------------------------------------
+
+def test_pet_has_one_window_for_all_volumes():
+    values = np.array([-0.1, 0, 0.5, 2.5, 5, 9.9, 10, 31], np.float32)
+    u, scale = normalise(values.reshape(2, 2, 2), contrast="pet")
+    np.testing.assert_allclose(u.ravel(), [0, 0, 0.05, 0.25, 0.5, 0.99, 1, 1], atol=1e-6)
+    assert scale == PET_WINDOW == (0, 10) and u.dtype == np.float32
+    np.testing.assert_allclose(denormalise(u, scale).ravel(), values.clip(0, 10), atol=1e-5)
+    with pytest.raises(DataError, match=r"nothing is above SUV 0\.2"):
+        normalise(np.linspace(0, 0.15, 8).reshape(2, 2, 2), contrast="pet")
+
+
+def test_cta_has_the_window_of_ct():
+    hu = np.linspace(-1200, 2000, 64, dtype=np.float32).reshape(4, 4, 4)
+    ct, cta = normalise(hu, contrast="ct"), normalise(hu, contrast="cta")
+    np.testing.assert_array_equal(ct[0], cta[0])
+    assert ct[1] == cta[1] == CT_WINDOW
+    np.testing.assert_array_equal(foreground(scan()[0], contrast="cta"), scan()[1])
+
+
+def test_units_of_pet_are_judged_by_many_voxels():
+    suv = body_pet(shape=(30, 30, 10))
+    suv[0, 0, 0] = 5000  # one voxel in 9000
+    assert cannot_be_suv(suv) is None
+    assert cannot_be_suv(suv * 5000) == pytest.approx(np.percentile(suv * 5000, 99.9))
+
+
+def test_body_in_pet():
+    suv = body_pet(shape=(40, 40, 8))
+    truth = cylinder((40, 40, 8))
+    np.testing.assert_array_equal(foreground(suv, contrast="pet"), truth)
+    suv[18:23, 18:23] = 0.05  # a cold lung
+    suv[0:2, 0:2] = 3  # a hot spot in air is another, smaller piece
+    np.testing.assert_array_equal(foreground(suv, contrast="pet"), truth)
+
+
+@pytest.mark.parametrize("offset", [0, 40])
+def test_pre_leaves_room_for_the_agent_and_post_has_its_scale(offset):
+    pre, post = breast()
+    u_pre, scale = normalise(pre + offset, contrast="pre")
+    high = np.percentile(pre[pre > 0], 99.5)
+    assert scale == pytest.approx((offset, offset + 1.5 * high), rel=1e-5)
+    np.testing.assert_allclose(u_pre, pre.clip(max=1.5 * high) / (1.5 * high), atol=1e-5)
+    u_post, shared = normalise(post + offset, contrast="post", pre=scale)
+    assert shared == scale
+    wanted = (post / (1.5 * high)).clip(max=1) - pre / (1.5 * high)
+    np.testing.assert_allclose(u_post - u_pre, wanted, atol=1e-5)
+    assert (u_post > 1 - 1e-6).any() and (u_post - u_pre).max() > 0.3
+    with pytest.raises(ValueError, match="scale of pre"):
+        normalise(post, contrast="post")
+
+
+def test_odd_values_of_pet_and_cta_are_noted(tmp_path):
+    path = save(tmp_path / "a.nii", body_pet() - 0.1)
+    assert read_volume(path, contrast="pet").notes == ["has negative voxels; they become 0"]
+    assert read_volume(save(tmp_path / "b.nii", body_pet()), contrast="pet").notes == []
+    path = save(tmp_path / "c.nii", scan()[0].clip(-1000) + 1000)
+    assert read_volume(path, contrast="cta").notes == ["holds no air, its lowest value is 0; is it in HU?"]

@@ -15,14 +15,20 @@ from data.layouts import canonical_contrast, find_layout, person_of, role_of
 from data.volumes import fit
 from scans import (
     ADNI_NAMES,
+    CT_AFFINE,
     HEADER,
     IXI_NAMES,
+    PET_AFFINE,
+    PET_SHAPE,
+    body_ct,
+    body_pet,
     echoes,
     fine_head,
     head,
     make_adni,
     make_ixi,
     make_patients,
+    make_pet_ct,
     make_set,
     make_slices,
     opened,
@@ -455,3 +461,193 @@ def test_adni_in_dicom(tmp_path):
     (place / "ADNI_002_S_0413.dcm").write_bytes(b"")
     with pytest.raises(DataError, match="holds DICOM files; convert with dcm2niix"):
         find_layout(tmp_path)
+
+
+# ---- Pairs: CT and PET, CT and CTA, before and after an agent --------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "role"), [
+    ("CTA.nii.gz", "cta"), ("pre.nii.gz", "pre"), ("post.nii.gz", "post"), ("dce_pre-contrast.nii", "pre"),
+    ("dce_postcontrast.nii", "post"), ("CTres.nii.gz", "ct"), ("SUV.nii.gz", "pet"), ("PT.nii.gz", "pet"),
+    ("PET_SUV.nii.gz", "pet"), ("T1_pre.nii", "t1"), ("T1_post.nii", "t1ce"), ("T1post.nii", "t1ce"),
+    ("T2_post.nii", "t2"), ("CT_post.nii", "ct"), ("PT_07_CT.nii", "ct"), ("post_T1_gd.nii", "t1ce"),
+    ("pre_to_post.nii", None), ("CT_to_PET.nii", None), ("CT_to_CTA.nii", None), ("preprocessed.nii", None),
+    ("pre_mask.nii", None), ("post_seg.nii", "seg"),
+])
+def test_words_of_pairs(name, role):
+    assert role_of(name, "p") == role
+
+
+@pytest.mark.parametrize(("names", "contrasts", "grid"), [
+    (("PET", "CT"), ("ct", "pet"), ("pet",)), (("CTA", "CT"), ("ct", "cta"), ("ct",)),
+    (("post", "pre", "seg"), ("pre", "post"), ("pre",)), (("T1", "CT"), ("t1", "ct"), ()),
+])
+def test_canonical_pairs(tmp_path, names, contrasts, grid):
+    for subject, name in itertools.product(("p1", "p2"), names):
+        save(tmp_path / subject / f"{name}.nii.gz", head())
+    layout = find_layout(tmp_path)
+    assert layout.contrasts == contrasts and [s.grid for s in layout.subjects] == [grid] * 2
+    assert (layout.subjects[0].segmentation is not None) == ("seg" in names) and layout.ignored == []
+    turned = find_layout(tmp_path, contrasts[::-1]).subjects[0]
+    assert turned.grid == grid and list(turned.files) == list(contrasts[::-1])
+    assert find_layout(tmp_path, contrasts[:1]).subjects[0].grid == ()
+
+
+def test_hecktor_as_downloaded(tmp_path):
+    folder = tmp_path / "hecktor2022_training"
+    for name, label in (("CHUM-001", "CHUM_001"), ("CHUM-002", "CHUM-002"), ("HGJ-010", None)):
+        save(folder / "imagesTr" / f"{name}__CT.nii.gz", head())
+        save(folder / "imagesTr" / f"{name}__PT.nii.gz", head())
+        if label:
+            save(folder / "labelsTr" / f"{label}.nii.gz", (head() > 0).astype(np.uint8))
+    save(folder / "imagesTr" / "average.nii.gz", head())
+    (folder / "meta.csv").write_text("patient,age,sex\nCHUM-002,61,F\n")
+    (folder / "labels.csv").write_text("subject,label\nchum_001,1\nHGJ-010,0\n")
+    layout = find_layout(folder)
+    assert layout.name == "HECKTOR" and layout.contrasts == ("ct", "pet")
+    assert [s.name for s in layout.subjects] == [s.person for s in layout.subjects] == ["CHUM-001", "CHUM-002", "HGJ-010"]
+    assert layout.subjects[0].files == {"ct": folder / "imagesTr" / "CHUM-001__CT.nii.gz",
+                                        "pet": folder / "imagesTr" / "CHUM-001__PT.nii.gz"}
+    assert [s.segmentation and s.segmentation.name for s in layout.subjects] == ["CHUM_001.nii.gz", "CHUM-002.nii.gz", None]
+    place = {"body": "head and neck"}
+    assert [s.meta for s in layout.subjects] == [{**place, "label": 1}, {**place, "age": 61, "sex": "F"},
+                                                 {**place, "label": 0}]
+    assert [s.grid for s in layout.subjects] == [("pet",)] * 3 and [p.name for p in layout.ignored] == ["average.nii.gz"]
+    assert "1 subjects have no mask of the tumour: HGJ-010" in layout.notes
+    save(folder / "imagesTs" / "CHUM_001__CT.nii", head())
+    with pytest.raises(DataError, match=r"CHUM-001 has another ct, .*CHUM-001__CT\.nii\.gz|has another ct.*remove one"):
+        find_layout(folder)
+
+
+def test_mamamia_as_downloaded(tmp_path):
+    for name in ("DUKE_001", "ispy1_1001", "NACT_01"):
+        for phase in range(4):
+            save(tmp_path / "images" / name / f"{name.lower()}_{phase:04d}.nii.gz", head(seed=phase))
+        for kind in ("automatic", "expert"):
+            save(tmp_path / "segmentations" / kind / f"{name}.nii.gz", (head() > 0).astype(np.uint8))
+    os.remove(tmp_path / "images" / "NACT_01" / "nact_01_0001.nii.gz")
+    layout = find_layout(tmp_path)
+    assert layout.name == "MAMA-MIA" and layout.contrasts == ("pre", "post")
+    assert [s.name for s in layout.subjects] == ["DUKE_001", "ISPY1_1001", "NACT_01"]
+    assert {c: path.name for c, path in layout.subjects[1].files.items()} == {
+        "pre": "ispy1_1001_0000.nii.gz", "post": "ispy1_1001_0001.nii.gz"}
+    assert list(layout.subjects[2].files) == ["pre"]
+    assert [s.segmentation.parent.name for s in layout.subjects] == ["expert"] * 3
+    assert [path.parent.name for path in layout.ignored] == ["automatic"] * 3
+    assert layout.notes[:2] == ["6 scans of later phases (_0002 and so on) are not used", "1 subjects lack post: NACT_01"]
+    assert [s.meta for s in layout.subjects] == [{"body": "breast"}] * 3
+    slices = load_subject(layout.subjects[0], ("pre", "post"), 20)
+    assert slices.scales["pre"] == slices.scales["post"] == normalise(head(), contrast="pre")[1]
+    save(tmp_path / "old" / "DUKE_001_0000.nii", head())
+    with pytest.raises(DataError, match="DUKE_001 has another pre, .*remove one"):
+        find_layout(tmp_path)
+
+
+def make_autopet(folder):
+    """Two studies of one patient and one of another; the last has no CTres, and one file of PETs is unlike the rest."""
+    for patient, study in (("PETCT_0a", "03-23-2003-NA-PET-CT Ganzkoerper mit KM-10445"),
+                           ("PETCT_0a", "09-01-2004-NA-PET-CT Ganzkoerper mit KM-20001"), ("PETCT_1b", "01-01-2005-NA-Y-30")):
+        place = folder / patient / study
+        save(place / "CT.nii.gz", body_ct(), CT_AFFINE)
+        save(place / "PET.nii.gz", body_pet() / 2e-4, PET_AFFINE)
+        save(place / "SUV.nii.gz", body_pet(), PET_AFFINE)
+        save(place / "SEG.nii.gz", (body_pet() > 3).astype(np.uint8), PET_AFFINE)
+        if patient == "PETCT_0a":
+            save(place / "CTres.nii.gz", body_ct(1, PET_SHAPE), PET_AFFINE)
+    return folder
+
+
+def test_autopet_as_downloaded(tmp_path):
+    layout = find_layout(make_autopet(tmp_path / "FDG-PET-CT-Lesions"))
+    assert layout.name == "autoPET" and layout.contrasts == ("ct", "pet") and layout.ignored == []
+    assert [(s.name, s.person) for s in layout.subjects] == [
+        ("PETCT_0a_03-23-2003_10445", "PETCT_0a"), ("PETCT_0a_09-01-2004_20001", "PETCT_0a"),
+        ("PETCT_1b_01-01-2005_30", "PETCT_1b")]
+    assert [[path.name[:-7] for path in s.files.values()] for s in layout.subjects] == [
+        ["CTres", "SUV"], ["CTres", "SUV"], ["CT", "SUV"]]
+    assert [s.segmentation.name for s in layout.subjects] == ["SEG.nii.gz"] * 3
+    names = "PETCT_0a_03-23-2003_10445, PETCT_0a_09-01-2004_20001"
+    assert f"CTres.nii.gz is used as ct, not CT.nii.gz, in 2 subjects: {names}" in layout.notes
+    assert f"SUV.nii.gz is used as pet, not PET.nii.gz, in 3 subjects: {names}, PETCT_1b_01-01-2005_30" in layout.notes
+    slices = load_subject(layout.subjects[0], ("ct", "pet"), 12)
+    np.testing.assert_allclose(slices.images[:, 1], fit(body_pet().clip(0, 10) / 10, 12), atol=1e-5)
+    assert slices.notes == [] and slices.labels.max() == 1
+    lines = []
+    assert check(tmp_path / "FDG-PET-CT-Lesions", say=lines.append)
+    assert "3 complete subjects of 2 persons" in lines[-1]
+
+
+def test_the_files_of_autopet_in_plain_folders(tmp_path):
+    for name in ("p1", "p2"):
+        for file in ("CT", "CTres", "PET", "SUV", "SEG"):
+            save(tmp_path / name / f"{file}.nii.gz", head())
+    layout = find_layout(tmp_path)
+    assert layout.name == "one folder per subject" and [s.name for s in layout.subjects] == ["p1", "p2"]
+    assert [path.name for path in layout.subjects[0].files.values()] == ["CTres.nii.gz", "SUV.nii.gz"]
+    assert layout.notes[:2] == ["CTres.nii.gz is used as ct, not CT.nii.gz, in 2 subjects: p1, p2",
+                                "SUV.nii.gz is used as pet, not PET.nii.gz, in 2 subjects: p1, p2"]
+
+
+def test_masks_of_tumours(tmp_path):
+    """A mask counts if it is drawn on the grid that is used; other sets keep ignoring such names."""
+    for name in ("p1", "p2"):
+        for file in ("CT", "PET", "T1", "CT_tumour", "PET_tumour", "T1_tumour", "PET_lesion"):
+            save(tmp_path / name / f"{file}.nii.gz", head())
+    layout = find_layout(tmp_path, ("ct", "pet"))
+    assert [s.segmentation.name for s in layout.subjects] == ["PET_tumour.nii.gz"] * 2
+    assert "PET_tumour.nii.gz is used as segmentation, in 2 subjects: p1, p2" in layout.notes
+    assert {path.name for path in layout.ignored} == {"CT_tumour.nii.gz", "T1_tumour.nii.gz", "PET_lesion.nii.gz"}
+    layout = find_layout(tmp_path, ("t1", "ct"))
+    assert [s.segmentation for s in layout.subjects] == [None] * 2 and len(layout.ignored) == 8
+    save(tmp_path / "p1" / "seg.nii.gz", head())
+    layout = find_layout(tmp_path, ("ct", "pet"))
+    assert [s.segmentation.name for s in layout.subjects] == ["seg.nii.gz", "PET_tumour.nii.gz"]
+
+
+# ---- labels.csv and suv.csv ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("text", "labels", "note"), [
+    ("subject,label\np0,1\np1,0\np2,1\n", [1, 0, 1], None),
+    ("\ufeffSubject;Label\np0;1.0\nP1;0\n\n p2 ; 1 \n", [1, 0, 1], None),
+    ("subject,label\np0,1\np0,1\np2,0\n", [1, None, 0], "labels.csv: 1 subjects have no label: p1"),
+    ("subject,label,site\np0,1,a\np1,n/a,b\np2,\np9,1\n", [1, None, None], "labels.csv: 2 subjects have no label: p1, p2"),
+    ("label,subject\n1,p0\n0,p1\n1,p2\n0,p9\n", [1, 0, 1], "labels.csv: 1 rows are of no subject here: p9"),
+])
+def test_labels(tmp_path, text, labels, note):
+    folder = make_pet_ct(tmp_path / "set")
+    (folder / "labels.csv").write_text(text, encoding="utf-8")
+    layout = find_layout(folder)
+    assert [s.meta.get("label") for s in layout.subjects] == labels
+    assert all(type(s.meta["label"]) is int for s in layout.subjects if "label" in s.meta)
+    assert note in [None, *layout.notes] and (note is not None or len(layout.notes) == 1)
+
+
+@pytest.mark.parametrize(("sheet", "text", "sentence"), [
+    ("labels.csv", "subject,label\np0,1\np1,yes\n", r"labels\.csv, line 3: the label of p1 is 'yes'; write 0 or 1"),
+    ("labels.csv", "subject,label\np0,2\n", r"labels\.csv, line 2: the label of p0 is '2'"),
+    ("labels.csv", "subject,label\np0,1\np1,0\np0,0\n", r"labels\.csv, line 4: p0 has another label in an earlier line"),
+    ("labels.csv", "subject,class\np0,1\n", r"labels\.csv: has no column label; its first line must be subject,label"),
+    ("labels.csv", "", r"labels\.csv: has no column subject"),
+    ("suv.csv", "subject,factor\np0,0\n", r"suv\.csv, line 2: the factor of p0 is '0'; write a positive number"),
+    ("suv.csv", "subject,factor\np0,-1\n", "write a positive number"), ("suv.csv", "subject,factor\np0,inf\n", "positive"),
+    ("suv.csv", "subject,factor\np0,1e-4 g/Bq\n", "positive"), ("suv.csv", "name,factor\np0,1\n", "no column subject"),
+    ("suv.csv", "subject,factor\np0,1\np0,2\n", r"suv\.csv, line 3: p0 has another factor"),
+])
+def test_bad_labels_and_factors(tmp_path, sheet, text, sentence):
+    folder = make_pet_ct(tmp_path / "set")
+    (folder / sheet).write_text(text)
+    with pytest.raises(DataError, match=sentence) as caught:
+        find_layout(folder)
+    assert "\n" not in str(caught.value)
+    assert sheet == "labels.csv" or find_layout(folder, ("ct",)).contrasts == ("ct",)  # no PET, so no factor is needed
+
+
+def test_suv_factors(tmp_path):
+    folder = make_pet_ct(tmp_path / "set")
+    (folder / "suv.csv").write_text("subject;factor\np0;0,0002\np2;2e-4\n")
+    layout = find_layout(folder)
+    assert [s.suv_factor for s in layout.subjects] == [0.0002, None, 0.0002]
+    assert layout.notes == ["pet is read in SUV; 0 to 10 SUV become 0 to 1", "suv.csv: 1 subjects have no factor: p1",
+                            "suv.csv: the PET of 2 subjects is multiplied by its factor, which gives SUV"]
+    autopet = make_autopet(tmp_path / "autopet")
+    (autopet / "suv.csv").write_text("subject,factor\nPETCT_0a,2\nPETCT_1b_01-01-2005_30,3\n")  # by patient or by study
+    assert [s.suv_factor for s in find_layout(autopet).subjects] == [2, 2, 3]

@@ -9,7 +9,30 @@ from data import load_subject
 from data.files import DataError
 from data.intensities import normalise
 from data.layouts import Subject, find_layout
-from scans import AFFINE, IXI_NAMES, SHAPE, echoes, fine_head, head, make_ixi, make_set, opened, oriented, save, scan, shifted
+from data.subject import picture_of
+from data.volumes import fit, read_volume
+from scans import (
+    AFFINE,
+    CT_AFFINE,
+    IXI_NAMES,
+    PET_AFFINE,
+    SHAPE,
+    body_pet,
+    breast,
+    cylinder,
+    echoes,
+    fine_head,
+    head,
+    make_breasts,
+    make_ixi,
+    make_pet_ct,
+    make_set,
+    opened,
+    oriented,
+    save,
+    scan,
+    shifted,
+)
 
 
 def test_one_slice_subject(tmp_path):  # row 31
@@ -154,3 +177,194 @@ def test_bad_scans(tmp_path, files, contrasts, sentence):
     with pytest.raises(DataError, match=sentence) as caught:
         data.load_scans({contrast: tmp_path / name for contrast, name in files.items()}, contrasts, 24)
     assert "\n" not in str(caught.value)
+
+
+# ---- Pairs -----------------------------------------------------------------------------------------------------------
+
+def of_layout(folder, contrasts, number=0):
+    return find_layout(folder, contrasts).subjects[number]
+
+
+def test_nothing_of_post_is_in_pre(tmp_path):
+    """The leak that a scale of both volumes would be: other voxels in post must not move a bit of pre."""
+    folder = make_breasts(tmp_path / "set", subjects=1)
+    before = load_subject(of_layout(folder, ("post", "pre")), ("post", "pre"), 20)
+    pre, post = breast()
+    save(folder / "p0" / "post.nii.gz", 50 * post[::-1] + 3)
+    after = load_subject(of_layout(folder, ("post", "pre")), ("post", "pre"), 20)
+    np.testing.assert_array_equal(after.images[:, 1], before.images[:, 1])
+    assert after.scales["pre"] == before.scales["pre"] == before.scales["post"] == after.scales["post"]
+    assert not np.array_equal(after.images[:, 0], before.images[:, 0])
+    (folder / "p0" / "post.nii.gz").write_bytes(b"not even an image")
+    alone = load_subject(of_layout(folder, ("post", "pre")), ("post", "pre"), 20, use=("pre",))
+    np.testing.assert_array_equal(alone.images[:, 1], before.images[:, 1])
+    assert alone.scales == {"pre": before.scales["pre"]} and not alone.images[:, 0].any()
+
+
+def test_pre_is_the_reference_and_is_read_first(tmp_path):
+    folder = make_breasts(tmp_path / "set", subjects=1)
+    save(folder / "p0" / "post.nii.gz", breast()[1][2:-2], shifted(AFFINE, (2, 0, 0)))
+    for subject in (of_layout(folder, ("post", "pre")),
+                    Subject("p", "p", {name: folder / "p0" / f"{name}.nii.gz" for name in ("post", "pre")})):
+        slices = load_subject(subject, ("post", "pre"), 20)
+        assert slices.reference.path.name == "pre.nii.gz" and slices.images.shape == (9, 2, 20, 20)
+
+
+@pytest.mark.parametrize("use", [None, ("post",)])
+def test_post_alone_has_no_scale(tmp_path, use):
+    folder = make_breasts(tmp_path / "set", subjects=1)
+    subject = of_layout(folder, ("pre", "post"))
+    if use is None:
+        del subject.files["pre"]
+    with pytest.raises(DataError, match=r"subject p0, post \(.*post\.nii\.gz\) cannot be scaled alone.*add pre"):
+        load_subject(subject, ("pre", "post"), 20, use=use)
+
+
+def test_post_is_written_in_the_units_of_pre(tmp_path):
+    pre, post = breast()
+    slices = load_subject(of_layout(make_breasts(tmp_path / "set", subjects=1), None), ("pre", "post"), 24)
+    slices.write(tmp_path / "post.nii", slices.images[:, 1], "synthetic post, " + "x" * 90, contrast="post")
+    written = nib.load(tmp_path / "post.nii")
+    high = slices.scales["pre"].high
+    np.testing.assert_allclose(written.get_fdata(), post.clip(0, high), rtol=1e-5, atol=1e-3)
+    assert (post > high).any()
+    assert written.header["descrip"].item().decode().endswith("x, units of the pre scan")
+
+
+def test_pet_and_cta_are_written_in_their_units(tmp_path):
+    slices = load_subject(of_layout(make_pet_ct(tmp_path / "set", 1), None), ("ct", "pet"), 16)
+    slices.write(tmp_path / "pet.nii", slices.images[:, 1], "synthetic pet, me", contrast="pet")
+    written = nib.load(tmp_path / "pet.nii")
+    np.testing.assert_allclose(written.get_fdata(), body_pet().clip(0, 10), atol=1e-4)
+    np.testing.assert_array_equal(written.affine, PET_AFFINE)
+    assert written.header["descrip"].item().decode() == "synthetic pet, me, SUV"
+    files = {"CT": save(tmp_path / "p" / "a.nii", scan(seed=1)[0]), "CTA": save(tmp_path / "p" / "b.nii", scan()[0])}
+    slices = data.load_scans(files, ("ct", "cta"), 24)
+    slices.write(tmp_path / "cta.nii", slices.images[:, 1], "synthetic cta, me", contrast="cta")
+    written = nib.load(tmp_path / "cta.nii")
+    np.testing.assert_allclose(written.get_fdata(), scan()[0].clip(-1000, 1500), atol=0.01)
+    assert written.header["descrip"].item().decode() == "synthetic cta, me, HU"
+
+
+def test_raw_pet_needs_its_factor(tmp_path):
+    folder = make_pet_ct(tmp_path / "set", 2)
+    save(folder / "p0" / "PET.nii.gz", body_pet() / 2e-4, PET_AFFINE)
+    with pytest.raises(DataError, match=r"p0, pet \(.*PET\.nii\.gz\) cannot be in SUV .* suv\.csv"):
+        load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
+    (folder / "suv.csv").write_text("subject,factor\np0,0.0002\n")
+    slices = load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
+    assert ("PET.nii.gz", "is multiplied by its factor in suv.csv, which gives SUV") in slices.notes
+    np.testing.assert_allclose(slices.images[:, 1], fit(body_pet().clip(0, 10) / 10, 16), atol=1e-5)
+    (folder / "suv.csv").write_text("subject,factor\np0,1000\n")
+    with pytest.raises(DataError, match=r"correct its factor in suv\.csv"):
+        load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
+
+
+@pytest.mark.parametrize("contrasts", [("ct", "pet"), ("pet", "ct")])
+def test_ct_is_averaged_onto_the_grid_of_the_pet(tmp_path, contrasts):
+    """Noise of single CT voxels: a PET voxel gets the mean of its 4 x 4, not the values at its centre."""
+    folder = make_pet_ct(tmp_path / "set", 1)
+    hu = np.random.default_rng(0).uniform(-1000, 1500, (48, 48, 1)).astype(np.float32).repeat(10, 2)
+    save(folder / "p0" / "CT.nii.gz", hu, CT_AFFINE)
+    means = (hu[..., 0].reshape(12, 4, 12, 4).mean((1, 3)) + 1000) / 2500
+    wanted = fit(means[..., None], 12)[0, 1:-1, 1:-1]
+
+    def error(slices, channel):
+        return np.sqrt(np.mean((slices.images[2, channel, 1:-1, 1:-1] - wanted) ** 2))
+
+    slices = load_subject(of_layout(folder, contrasts), contrasts, 12)
+    assert slices.reference.path.name == "PET.nii.gz" and slices.images.shape == (6, 2, 12, 12)
+    other = load_subject(Subject("p", "p", {"t2": folder / "p0" / "PET.nii.gz", "ct": folder / "p0" / "CT.nii.gz"}),
+                         ("t2", "ct"), 12)  # MR and CT are resampled as before, without averaging
+    assert error(slices, contrasts.index("ct")) < 0.03 < 0.1 < error(other, 1)
+
+
+def test_only_the_place_of_a_pet_that_is_not_used_counts(tmp_path):
+    """What is made from CT lies on the grid that training had; no voxel of the PET is read for it."""
+    folder = make_pet_ct(tmp_path / "set", 1)
+    subject = of_layout(folder, ("ct", "pet"))
+    trained = load_subject(subject, ("ct", "pet"), 16)
+    whole = nib.Nifti1Image(body_pet(), PET_AFFINE)
+    header = whole.header.copy()
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    subject.files["pet"] = tmp_path / "set" / "p0" / "PET.nii"
+    subject.files["pet"].write_bytes(header.binaryblock + bytes(4))  # a header without voxels
+    slices = load_subject(subject, ("ct", "pet"), 16, use=("ct",))
+    np.testing.assert_array_equal(slices.images[:, 0], trained.images[:, 0])
+    assert slices.present.tolist() == [True, False] and not slices.images[:, 1].any()
+    assert slices.notes[-1] == ("CT.nii.gz", "is on another grid than pet; resampled by the affines")
+    slices.write(tmp_path / "out.nii", trained.images[:, 1], "pet, me", contrast="pet")
+    np.testing.assert_allclose(nib.load(tmp_path / "out.nii").get_fdata(), body_pet().clip(0, 10), atol=1e-4)
+    np.testing.assert_array_equal(nib.load(tmp_path / "out.nii").affine, PET_AFFINE)
+
+
+def test_ct_without_pet_is_shown_at_the_size_of_the_others(tmp_path):
+    """The CT of p0 is laid on PET pixels although p0 has no PET: it looks as it would beside its own PET."""
+    folder = make_pet_ct(tmp_path / "set", 3)
+    trained = load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
+    (folder / "p0" / "PET.nii.gz").unlink()
+    subject = of_layout(folder, ("ct", "pet"))
+    assert subject.like == folder / "p1" / "PET.nii.gz" and of_layout(folder, ("ct", "pet"), 1).like is None
+    slices = load_subject(subject, ("ct", "pet"), 16)
+    np.testing.assert_allclose(slices.images[:, 0], trained.images[:, 0], atol=1e-5)
+    assert "resampled to voxels of 6.00 x 6.00 x 5.00 mm, which are those of another PET" in slices.notes[0][1]
+    slices.write(tmp_path / "out.nii.gz", slices.images[:, 0], "ct, me", contrast="ct")
+    back = read_volume(tmp_path / "out.nii.gz")
+    assert back.array.shape == (16, 16, 6) and back.spacing.tolist() == [6, 6, 5]
+    middle = back.array[..., 3] > -500  # the body lies where it lay
+    place = nib.affines.apply_affine(back.affine, [*np.argwhere(middle).mean(0), 3])
+    np.testing.assert_allclose(place[:2], [0, 0], atol=0.5)
+    picture = picture_of(folder / "p1" / "PET.nii.gz")
+    assert picture == ((12, 12), (6, 6, 5))
+    subject.like = None
+    given = load_subject(subject, ("ct", "pet"), 16, picture=picture)
+    np.testing.assert_array_equal(given.images, slices.images)
+    own = load_subject(subject, ("ct", "pet"), 16)
+    assert own.reference.path.name == "CT.nii.gz" and len(own.images) == 10
+    assert own.notes[0][1] == ("has no PET beside it and keeps its own pixels of 1.50 mm; a model that was trained on "
+                               "the grids of PETs saw others")
+    assert load_subject(subject, ("ct",), 16).notes == []  # no PET is wanted, so none is missed
+
+
+def test_what_is_synthesised_lies_on_the_grid_of_training(tmp_path):
+    folder = make_pet_ct(tmp_path / "set", 3)
+    (folder / "p2" / "PET.nii.gz").unlink()
+    subjects = find_layout(folder, ("ct", "pet")).subjects
+    made = list(data.to_synthesize(subjects, ("ct", "pet"), ("pet",), 16, tmp_path / "out", print))
+    assert [(item[0].name, item[1], item[2]) for item in made] == [(f"p{s}", ["ct"], ["pet"]) for s in range(3)]
+    for s, item in enumerate(made[:2]):
+        np.testing.assert_array_equal(item[3].images[:, 0], load_subject(subjects[s], ("ct", "pet"), 16).images[:, 0])
+    assert made[2][3].reference.spacing.tolist() == [6, 6, 5]
+
+
+def test_scans_of_a_pair_from_any_files(tmp_path):
+    folder = make_pet_ct(tmp_path / "set", 1)
+    files = {"CTres": folder / "p0" / "CT.nii.gz", "SUV": folder / "p0" / "PET.nii.gz"}
+    slices = data.load_scans(files, ("ct", "pet"), 16)
+    wanted = load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
+    np.testing.assert_array_equal(slices.images, wanted.images)
+    assert slices.reference.path.name == "PET.nii.gz"
+
+
+def test_a_neck_is_kept_in_bodies_but_not_by_the_rule_for_brains(tmp_path):
+    """A neck of 2.3 % of the view under shoulders of 40 %; a last slice has less than 2 %."""
+    areas = np.array([[1, 19, 20, 400, 1000], [1000, 1000, 1000, 1000, 19]])
+    assert data.kept_slices(areas, 1000).tolist() == [False, False, True, True, False]
+    shape = (60, 60, 6)
+    shares = (0, 0.015, 0.023, 0.023, 0.4, 0.4)
+    radii = [2 * np.sqrt(share / np.pi) for share in shares]
+    body = np.stack([cylinder((*shape[:2], 1), radius)[..., 0] for radius in radii], -1)
+    found = body.sum((0, 1)) / 3600
+    assert found[1] < 0.02 <= found[2] and found[2] < found[4] / 3
+    texture = np.random.default_rng(0).uniform(0, 1, shape)
+    hu = np.where(body, 1000 * texture, -1000).astype(np.float32)
+    suv = np.where(body, 1 + texture, 0.01 * texture).astype(np.float32)
+    files = {"ct": save(tmp_path / "p" / "CT.nii", hu), "pet": save(tmp_path / "p" / "PET.nii", suv),
+             "cta": save(tmp_path / "p" / "CTA.nii", hu), "t2": save(tmp_path / "p" / "T2.nii", suv)}
+    for contrasts in (("ct", "pet"), ("ct", "cta"), ("pet",)):
+        for size in (32, 60, 128):  # neither the border nor the resampling counts
+            slices = load_subject(Subject("p", "p", dict(files)), contrasts, size)
+            assert slices.kept.tolist() == [False, False, True, True, True, True], (contrasts, size)
+    for contrasts in (("ct",), ("t2", "ct")):
+        slices = load_subject(Subject("p", "p", dict(files)), contrasts, 60)
+        assert slices.kept.tolist() == [False, False, False, False, True, True], contrasts

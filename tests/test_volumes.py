@@ -11,7 +11,7 @@ import pytest
 
 from data import read_volume, write_volume
 from data.files import DataError
-from data.volumes import canonical, fit, resample_to, same_grid, unfit, upright
+from data.volumes import canonical, fit, grid_around, read_geometry, resample_to, same_grid, unfit, upright
 from scans import AFFINE, SHAPE, echoes, head, in_one_file, oriented, save, shifted
 
 # ---- Bad files -------------------------------------------------------------------------------------------------------
@@ -434,3 +434,81 @@ def test_two_echoes_without_orientation(tmp_path):
     stacked = read_volume(bare("both.nii", in_one_file(pd, t2, "halves")), echo=1)
     single = read_volume(bare("t2.nii", t2))
     np.testing.assert_array_equal(stacked.affine, single.affine)
+
+
+# ---- Coarser grids and grids without voxels --------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("ratio", "error"), [(4, 1e-5), (3, 1e-5), (2.5, 0.3)])
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+def test_averaging_keeps_mass_and_place(tmp_path, codes, ratio, error):
+    """A point is shared by the coarse voxels around it: no mass is lost, and it is not moved by half of their edge."""
+    point = np.zeros((40, 40, 40), np.float32)
+    point[17, 22, 19] = 1000
+    affine = oriented(codes, None)
+    moving = read_volume(save(tmp_path / "fine.nii", point, affine))
+    shape = tuple(int(n / ratio) for n in point.shape)
+    coarse = shifted(affine, [(ratio - 1) / 2] * 3) @ np.diag([ratio, ratio, ratio, 1])
+    fixed = read_volume(save(tmp_path / "coarse.nii", np.zeros(shape, np.float32), coarse))
+    mean = resample_to(moving, fixed, fill=0, average=True)
+    assert mean.sum() * ratio**3 == pytest.approx(1000, rel=error)
+    place = sum(w * nib.affines.apply_affine(fixed.affine, i) for i, w in np.ndenumerate(mean / mean.sum()))
+    gap = np.abs(place - nib.affines.apply_affine(affine, [17, 22, 19]))
+    assert (gap <= ratio * moving.spacing / 2 + 1e-4).all()
+    assert abs(resample_to(moving, fixed, fill=0).sum() * ratio**3 - 1000) > 250  # what lies between the centres is lost
+
+
+def test_averaging_of_finer_and_equal_voxels_changes_nothing(tmp_path):
+    moving = read_volume(save(tmp_path / "a.nii", head()))
+    for scale in (0.5, 1, 1.4):
+        affine = shifted(AFFINE, (0.3, 0.1, 0.2)) @ np.diag([scale, scale, scale, 1])
+        fixed = read_volume(save(tmp_path / "b.nii", np.zeros((9, 9, 5), np.float32), affine))
+        np.testing.assert_array_equal(resample_to(moving, fixed, average=True), resample_to(moving, fixed))
+    one_axis = AFFINE @ np.diag([3, 1, 1, 1])  # only x is coarser, so only x is averaged
+    fixed = read_volume(save(tmp_path / "c.nii", np.zeros((4, 18, 9), np.float32), one_axis))
+    along_x = (np.arange(14) % 2 * 100).astype(np.float32)[:, None, None] * np.ones((1, 18, 9), np.float32)
+    along_y = (np.arange(18) % 2 * 100).astype(np.float32)[None, :, None] * np.ones((14, 1, 9), np.float32)
+    moving = read_volume(save(tmp_path / "d.nii", along_x))
+    means = resample_to(moving, fixed, average=True)[1:-1]
+    assert np.ptp(means) < 40 and np.ptp(resample_to(moving, fixed)[1:-1]) == 100  # a third or two thirds of three voxels
+    moving = read_volume(save(tmp_path / "e.nii", along_y))
+    np.testing.assert_array_equal(resample_to(moving, fixed, average=True), resample_to(moving, fixed))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+@pytest.mark.parametrize("end", [".nii", ".nii.gz"])
+def test_geometry_needs_no_voxel(tmp_path, codes, end):
+    path = save(tmp_path / f"a{end}", head(), oriented(codes, SHAPE, 0.2))
+    whole = read_volume(path)
+    if end == ".nii":
+        path.write_bytes(path.read_bytes()[:400])
+    place = read_geometry(path)
+    assert same_grid(place, whole) and not place.array.any() and place.axes == whole.axes
+    np.testing.assert_array_equal(place.affine, whole.affine)
+    write_volume(tmp_path / "out.nii", whole.array, place, "test")
+    np.testing.assert_array_equal(nib.load(tmp_path / "out.nii").get_fdata(), head())
+    np.testing.assert_allclose(nib.load(tmp_path / "out.nii").affine, oriented(codes, SHAPE, 0.2), atol=1e-5)
+
+
+def test_geometry_of_bad_files(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_geometry(tmp_path / "a.nii")
+    (tmp_path / "b.nii").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="looks like HTML"):
+        read_geometry(tmp_path / "b.nii")
+    with pytest.raises(DataError, match="is 4-D"):
+        read_geometry(save(tmp_path / "c.nii", np.stack([head(), head()], -1)))
+
+
+def test_grid_around_a_volume(tmp_path):
+    """28 x 54 x 36 mm, stored in any order: the grid has its centre and its height."""
+    volume = read_volume(save(tmp_path / "a.nii", head().transpose(1, 2, 0).copy(), AFFINE[:, [1, 2, 0, 3]]))
+    grid = grid_around(volume, (20, 30), (5, 5, 6))
+    assert grid.array.shape == (20, 30, 6) and grid.spacing.tolist() == [5, 5, 6] and grid.axes == "RAS"
+    for some in (volume, grid):
+        ends = nib.affines.apply_affine(some.affine, [[-0.5] * 3, np.array(some.array.shape) - 0.5])
+        np.testing.assert_allclose(ends.mean(0), [0, 0.5, 23])
+    moved = resample_to(volume, grid, fill=0)
+    write_volume(tmp_path / "out.nii.gz", moved, grid, "test")
+    back = read_volume(tmp_path / "out.nii.gz")
+    assert same_grid(back, grid) and back.notes == []
+    np.testing.assert_array_equal(back.array, moved)

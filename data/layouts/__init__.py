@@ -1,7 +1,8 @@
 """Which file is which: the names of files and folders in data sets. No voxel is read here.
 
-Each family of data sets has a reader of its own, in folders.py, ixi.py, adni.py and slices.py. What
-they share is in words.py. find_layout looks at a folder and calls the reader that fits.
+Each family of data sets has a reader of its own, in folders.py, ixi.py, adni.py, hecktor.py,
+mamamia.py, autopet.py and slices.py. What they share is in words.py. Sheets beside the scans are
+read in sheets.py. find_layout looks at a folder and calls the reader that fits.
 """
 
 import os
@@ -10,10 +11,22 @@ from pathlib import Path
 
 from data.files import DataError, is_nifti
 from data.layouts.adni import ADNI_FILE, collect_adni
-from data.layouts.folders import collect_subjects, edition_of, person_of, read_patients
+from data.layouts.autopet import AUTOPET_FILE, collect_autopet
+from data.layouts.folders import collect_subjects, edition_of, person_of, take_tumour_masks
+from data.layouts.hecktor import HECKTOR_FILE, collect_hecktor
 from data.layouts.ixi import IXI_FILE, collect_ixi
+from data.layouts.mamamia import MAMAMIA_FILE, collect_mamamia
+from data.layouts.sheets import read_labels, read_patients, read_suv_factors
 from data.layouts.slices import collect_slices
-from data.layouts.words import CONTRASTS, Subject, canonical_contrast, few, role_of
+from data.layouts.words import (
+    BODY_CONTRASTS,
+    CONTRASTS,
+    Subject,
+    canonical_contrast,
+    few,
+    preferred_grid,
+    role_of,
+)
 
 __all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of",
            "role_of"]
@@ -60,16 +73,33 @@ def find_layout(folder, contrasts=None):
     elif any(ADNI_FILE.search(path.as_posix()) for path in images):
         name = "ADNI"
         subjects, ignored = collect_adni(images, notes)
+    elif any(HECKTOR_FILE.fullmatch(path.name) for path in images):
+        name = "HECKTOR"
+        subjects, ignored = collect_hecktor(images, notes)
+    elif any(MAMAMIA_FILE.fullmatch(path.name) for path in images):
+        name = "MAMA-MIA"
+        subjects, ignored = collect_mamamia(images, notes)
+    elif any(AUTOPET_FILE.search(path.as_posix()) for path in images):
+        name = "autoPET"
+        subjects, ignored = collect_autopet(folder, images, notes)
     else:
         subjects, ignored = collect_subjects(folder, images, notes)
         name = edition_of(subjects)
-        read_patients(folder, files, subjects, notes)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as "
                         f"{examples}; name them with one of the words {', '.join(CONTRASTS)}")
+    if name not in ("IXI", "ADNI"):                 # they have sheets of their own, or none
+        read_patients(folder, files, subjects, notes)
+    read_labels(folder, files, subjects, notes)
     chosen = _choose_contrasts(folder, subjects, contrasts, notes)
-    return _with_contrasts(name, subjects, chosen, ignored, notes)
+    if "pet" in chosen:
+        notes.append("pet is read in SUV; 0 to 10 SUV become 0 to 1")
+        read_suv_factors(folder, files, subjects, notes)
+    layout = _with_contrasts(name, subjects, chosen, ignored, notes)
+    if not BODY_CONTRASTS.isdisjoint(chosen):
+        layout.ignored = take_tumour_masks(layout.subjects, chosen, ignored, notes)
+    return layout
 
 
 def _find_slices(folder, files, contrasts, notes):
@@ -142,9 +172,9 @@ def _why_no_images(folder, files):
     if others:
         return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
                 "convert them to NIfTI")
-    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, slices "
-            "named like T1/train/slice_0.npy and one folder per subject with one .nii or .nii.gz "
-            f"per contrast; the folder holds {_entries(folder)}")
+    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, HECKTOR, "
+            "MAMA-MIA, autoPET, slices named like T1/train/slice_0.npy and one folder per subject "
+            f"with one .nii or .nii.gz per contrast; the folder holds {_entries(folder)}")
 
 
 def _is_dicom(path):
@@ -198,11 +228,16 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
     """Keep the chosen contrasts of every subject, and note what is missing -> Layout."""
     kept = []
     skipped = []
+    grid = preferred_grid(contrasts)
+    pets = [subject.files["pet"] for subject in subjects if "pet" in subject.files]
     lacking = {}                        # missing contrasts -> names of the subjects
     for subject in subjects:
         chosen = [contrast for contrast in contrasts if contrast in subject.files]
         missing = [contrast for contrast in contrasts if contrast not in subject.files]
         subject.files = {contrast: subject.files[contrast] for contrast in chosen}
+        subject.grid = subject.grid or grid
+        if pets and grid == ("pet",) and "pet" not in chosen:
+            subject.like = pets[0]
         if not chosen:
             skipped.append((subject.name, f"has none of {', '.join(contrasts)}"))
             continue

@@ -2,30 +2,39 @@
 
 BraTS 2020, 2021 and 2023+ have this layout as downloaded, and so have many other data sets. One
 reader serves them all. It takes the subject's own name off a file name, and the contrast is a whole
-word of what remains. A sheet beside the folders may say who the patients are.
+word of what remains. Sheets beside the folders may say more; see sheets.py.
 """
 
 import re
 
 from data.files import DataError
-from data.layouts.words import Subject, few, positive, read_sheet, role_of
+from data.layouts.words import (
+    Subject,
+    few,
+    is_preferred,
+    named_contrasts,
+    preferred_first,
+    role_of,
+    words_of,
+)
 
 # Name of the edition, and the pattern of its subjects' names. All show the brain.
 EDITIONS = (("BraTS 2020", r"BraTS20_(Training|Validation)_\d+"),
             ("BraTS 2021", r"BraTS2021_\d+"),
             ("BraTS 2023", r"BraTS-[A-Za-z]+-\d+-\d+"))
-PATIENT_SHEETS = ("meta.csv", "patient_info.csv")
-PATIENT_COLUMNS = ("PATIENT", "PATIENT_ID")
-UNKNOWN = {"", "-", "none", "nan", "n/a", "na", "unknown"}
+# The words for a mask of a tumour; see take_tumour_masks.
+TUMOUR_WORDS = {"tumour", "tumor"}
 
 
-def collect_subjects(folder, images, notes):
+def collect_subjects(folder, images, notes, name_of=None):
     """Take every folder with at least one contrast as a subject -> (subjects, ignored files).
 
     Subjects are sorted by name.
 
     images: The paths of all NIfTI files.
     notes: A list that gets sentences for the user.
+    name_of: A function from the path of a folder to the name of its subject. By default a subject
+        is called like its folder.
     DataError if two folders have one name, or if all subjects seem to lie in one folder.
     """
     by_folder = {}
@@ -34,8 +43,9 @@ def collect_subjects(folder, images, notes):
     subjects = []
     places = {}
     ignored = []
+    preferred = {}                      # sentence -> names of the subjects
     for place, paths in sorted(by_folder.items()):
-        name = place.name or place.resolve().name
+        name = name_of(place) if name_of else place.name or place.resolve().name
         roles = {}
         for path in paths:
             roles.setdefault(role_of(path.name, name), []).append(path)
@@ -52,14 +62,24 @@ def collect_subjects(folder, images, notes):
             raise DataError(f"{folder}: subject {name} is there twice, in {places[name]} and "
                             f"{place}; rename or remove one")
         places[name] = place
+        files = {}
         for role, same in [*roles.items(), ("seg", segmentations)]:
-            if len(same) > 1:
-                others = ", ".join(path.name for path in same[1:])
+            same = preferred_first(same)
+            if same and role != "seg":
+                files[role] = same[0]
+            if len(same) < 2:
+                continue
+            others = ", ".join(path.name for path in same[1:])
+            if is_preferred(same[0]) and not is_preferred(same[1]):
+                sentence = f"{same[0].name} is used as {role}, not {others}"
+                preferred.setdefault(sentence, []).append(name)
+            else:
                 notes.append(f"{name}: {len(same)} files for {role}, {same[0].name} is used, "
                              f"not {others}")
-        files = {role: same[0] for role, same in roles.items()}
         segmentation = segmentations[0] if segmentations else None
         subjects.append(Subject(name, person_of(name), files, segmentation))
+    for sentence, names in preferred.items():
+        notes.append(f"{sentence}, in {len(names)} subjects: {few(names)}")
     return sorted(subjects, key=lambda subject: subject.name), sorted(ignored)
 
 
@@ -83,72 +103,31 @@ def edition_of(subjects):
     return "one folder per subject"
 
 
-def read_patients(folder, files, subjects, notes):
-    """Write what a sheet says of the patients into Subject.meta; unknown facts are left out.
+def take_tumour_masks(subjects, contrasts, ignored, notes):
+    """Take masks of tumours as segmentations, for subjects that have none -> files still ignored.
 
-    The sheet is meta.csv or patient_info.csv in `folder`. It has a column patient (or patient_id)
-    and any of these: age, sex, scanner, body. The body is the part of the body. If the contrasts
-    have different scanners, the columns are called scanner_t2, scanner_ct and so on.
+    A mask is a file such as PET_tumour.nii.gz beside the contrast whose grid is used, and it names
+    this contrast, or none. It is drawn on that grid then. Masks of other words stay ignored,
+    because nobody knows what they show.
 
-    notes: A list that gets sentences for the user.
+    contrasts: The chosen ones; the first is used if Subject.grid names none.
+    ignored: Files that are no contrast. notes: A list that gets sentences for the user.
     """
-    sheets = [path for path in files
-              if path.parent == folder and path.name.lower() in PATIENT_SHEETS]
-    if not sheets:
-        return
-    sheet = sheets[0]
-    rows, columns = read_sheet(sheet)
-    patient = next((columns[name] for name in PATIENT_COLUMNS if name in columns), None)
-    if patient is None:
-        notes.append(f"{sheet.name}: has no column patient; age, sex and scanner stay unknown")
-        return
-    known = {}
-    contradictory = set()
-    for row in rows:
-        facts = {}
-        for column, name in columns.items():
-            fact = _fact(column, row[name])
-            if fact is not None:
-                facts[column.lower()] = fact
-        who = (row[patient] or "").strip()
-        if who and known.setdefault(who, facts) != facts:
-            contradictory.add(who)
-    for who in sorted(contradictory):
-        known[who] = {}
-        notes.append(f"{sheet.name}: the rows of {who} contradict each other; "
-                     "its facts stay unknown")
-    known, keys = _matched(known, subjects)
-    absent = [subject.name for subject in subjects if keys[subject.name] not in known]
-    if absent:
-        notes.append(f"{len(absent)} subjects have no row in {sheet.name}: {few(absent)}")
+    taken = {}                          # name of the file -> names of the subjects
+    left = set(ignored)
     for subject in subjects:
-        subject.meta.update(known.get(keys[subject.name], {}))
-
-
-def _matched(known, subjects):
-    """Match the rows of a sheet with the subjects -> (known, {subject's name: its key in known}).
-
-    A row names a patient by the name of the folder. If the sheet has only numbers, a row names the
-    patient by the last number in the folder's name.
-    """
-    last = {}
-    for subject in subjects:
-        last[subject.person] = re.search(r"(\d+)\D*$", subject.person)
-    numbers = {person: int(found[1]) for person, found in last.items() if found}
-    unique = len(set(numbers.values())) == len(last)            # there are no two patients 1
-    if unique and all(who.isdecimal() for who in known):
-        by_number = {int(who): facts for who, facts in known.items()}
-        return by_number, {subject.name: numbers[subject.person] for subject in subjects}
-    return known, {subject.name: subject.name for subject in subjects}
-
-
-def _fact(column, cell):
-    """What a cell says: the age in years, "M" or "F", or words. None if it is unknown."""
-    cell = (cell or "").strip()
-    if column == "AGE":
-        return positive(cell)
-    if column == "SEX":
-        return {"m": "M", "male": "M", "f": "F", "female": "F"}.get(cell.lower())
-    if column.startswith(("SCANNER", "BODY")) and cell.lower() not in UNKNOWN:
-        return cell
-    return None
+        anchor = (subject.grid or contrasts)[0]
+        if subject.segmentation or anchor not in subject.files:
+            continue
+        place = subject.files[anchor].parent
+        for path in ignored:
+            words = words_of(path.name, subject.name)
+            drawn = path.parent == place and not TUMOUR_WORDS.isdisjoint(words)
+            if drawn and named_contrasts(words) in ([], [anchor]):
+                subject.segmentation = path
+                left.discard(path)
+                taken.setdefault(path.name, []).append(subject.name)
+                break
+    for name, names in taken.items():
+        notes.append(f"{name} is used as segmentation, in {len(names)} subjects: {few(names)}")
+    return sorted(left)

@@ -8,7 +8,8 @@ from pathlib import Path
 from data.files import DataError
 
 # The name of a contrast in this project -> the words of file names that mean it. The order is that
-# of BraTS, and contrasts are listed in it.
+# of BraTS, and contrasts are listed in it. In pairs for a translation the source comes first.
+# pre and post are MR before and after a contrast agent was given, on one scale of intensities.
 CONTRASTS = {
     "flair": {"flair", "t2f", "t2flair"},
     "t1": {"t1", "t1n", "t1w", "mprage"},
@@ -16,9 +17,21 @@ CONTRASTS = {
     "t2": {"t2", "t2w"},
     "pd": {"pd", "pdw"},
     "t2star": {"t2star", "t2starw"},
-    "ct": {"ct"},
-    "pet": {"pet"},
+    "ct": {"ct", "ctres"},
+    "cta": {"cta"},
+    "pet": {"pet", "suv", "pt"},
+    "pre": {"pre", "precontrast"},
+    "post": {"post", "postcontrast"},
 }
+# These words often mean something else, such as a visit before a treatment, or a patient. They name
+# a contrast only if no other word of the file does: T1_pre is t1, T1_post is t1ce, PT_07_CT is ct.
+WEAK_WORDS = {"pre", "precontrast", "post", "postcontrast", "pt"}
+# Where two files show one contrast, a file with one of these words is taken. In autoPET, CTres is
+# the CT on the grid of the PET, and SUV is the PET in SUV.
+PREFERRED_WORDS = {"ctres", "suv"}
+# These contrasts show bodies, or the effect of an agent. Their slices are chosen by another rule
+# than those of brains (subject.kept_slices), and they are averaged before they are made coarser.
+BODY_CONTRASTS = {"cta", "pet", "pre", "post"}
 # With one of these words, t1 means t1ce, as in T1_gd or ce-gadolinium_T1w.
 AGENT_WORDS = {"ce", "gd", "gad", "gadolinium", "post", "postcontrast"}
 SEGMENTATION_WORDS = {"seg", "segm", "segmentation"}
@@ -43,6 +56,9 @@ class Subject:
     meta: dict = field(default_factory=dict)        # what a reader knows of the person and the scan
     echoes: dict = field(default_factory=dict)      # contrast -> echo; see volumes.read_volume
     grid: tuple = ()                # contrasts whose grid to use, best first; () is the first one's
+    suv_factor: float | None = None     # of suv.csv: voxels of the PET times this number are SUV
+    like: Path | None = None        # a PET of another subject, if this one should have one but has
+                                    # none; see subject.load_subject
 
     @property
     def in_slices(self):
@@ -66,20 +82,64 @@ def role_of(file_name, subject):
     Whole words of the file name decide. The name of the subject is removed first, because it may
     contain t1 or ct. The names of the folders above do not matter.
     """
-    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
-    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
-    words = re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+    words = words_of(file_name, subject)
     if SEGMENTATION_WORDS & set(words):
         return "seg"
     if LABEL_WORDS & set(words):
         return None
-    text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
-    found = [name for name, aliases in CONTRASTS.items() if aliases & set(text.split())]
+    found = named_contrasts(words)
     if found == ["t1"] and AGENT_WORDS & set(words):
         return "t1ce"
     if len(found) == 1:
         return found[0]
     return None                     # T2_to_FLAIR names two contrasts, so we do not guess
+
+
+def words_of(file_name, subject):
+    """The words of a NIfTI file's name, in lower case and without the name of the subject."""
+    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
+    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
+    return re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+
+
+def named_contrasts(words):
+    """The contrasts that the words of a file name mean, as a list."""
+    text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
+    found = {"strong": [], "weak": []}
+    for name, aliases in CONTRASTS.items():
+        named = aliases & set(text.split())
+        if named - WEAK_WORDS:
+            found["strong"].append(name)
+        elif named:
+            found["weak"].append(name)
+    return found["strong"] or found["weak"]
+
+
+def preferred_first(paths):
+    """Sort the files of one contrast, the one to take first."""
+    return sorted(paths, key=lambda path: (not is_preferred(path), path))
+
+
+def is_preferred(path):
+    """True if the name of the file has one of PREFERRED_WORDS."""
+    words = re.findall(r"[a-z0-9]+", path.name.lower())
+    return not PREFERRED_WORDS.isdisjoint(words)
+
+
+def preferred_grid(contrasts):
+    """The contrasts whose grid to use, for Subject.grid: () is that of the first contrast.
+
+    A PET is coarse. If a CT is made from it or turned into it, the PET's grid is used, because
+    resampling the PET to the CT's grid would invent detail. Of the pairs before and after an agent,
+    the grid of the source is used.
+    """
+    if "ct" in contrasts and "pet" in contrasts:
+        return ("pet",)
+    if "ct" in contrasts and "cta" in contrasts:
+        return ("ct",)
+    if "pre" in contrasts and "post" in contrasts:
+        return ("pre",)
+    return ()
 
 
 def canonical_contrast(name):
