@@ -1,4 +1,4 @@
-"""What heads and pelves share: an Anatomy, and how labels become fractions of tissue."""
+"""What all bodies share: an Anatomy, and how labels become fractions of tissue."""
 
 from dataclasses import dataclass
 
@@ -26,13 +26,13 @@ class Anatomy:
     traits: dict                # age, sex, ...; see draw_traits and draw_pelvis
 
 
-def mixture(labels, grid, tissues):
-    """Labels at the points of grid.axes(OVERSAMPLE) -> (mask (X, Y, Z), maps as in Anatomy).
+def mixture(labels, grid, tissues, points=OVERSAMPLE):
+    """Labels at the points of grid.axes(points) -> (mask (X, Y, Z), maps as in Anatomy).
 
     tissues: The names that the labels may hold.
     """
     nx, ny, nz = grid.shape
-    blocks = labels.reshape(nx, OVERSAMPLE, ny, OVERSAMPLE, nz)
+    blocks = labels.reshape(nx, points, ny, points, nz)
     inside = (blocks > 0).mean(axis=(1, 3), dtype=np.float32)
     mask = inside >= 0.5
     maps = {}
@@ -44,10 +44,13 @@ def mixture(labels, grid, tissues):
     return mask, maps
 
 
-def tissue_fields(rng, axes, reach=160.0):
-    """Draw how one subject's tissues vary in space -> (variation, texture) as in Anatomy."""
+def tissue_fields(rng, axes, reach=160.0, spreads=(0.015, 0.05, 0.05)):
+    """Draw how one subject's tissues vary in space -> (variation, texture) as in Anatomy.
+
+    spreads: The standard deviations of PD, T1 and T2 in space, relative.
+    """
     variation = []
-    for spread in (0.015, 0.05, 0.05):          # standard deviations of PD, T1, T2 in space
+    for spread in spreads:
         variation.append(np.exp(spread * smooth_field(rng, 30, axes, reach)))
     texture = np.exp(0.15 * smooth_field(rng, 7, axes, reach))
     return np.stack(variation).astype(np.float32), texture.astype(np.float32)

@@ -1,19 +1,22 @@
-"""Tissues, protocols and signal equations: what MR and CT show of an anatomy."""
+"""Tissues, protocols and signal equations: what MR, CT and PET show of an anatomy."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """What a tissue is to MR and to CT."""
+    """What a tissue is to MR, to CT and to FDG-PET."""
 
     pd: float                       # proton density relative to water
     t1: tuple[float, float]         # ms at (1.5 T, 3 T)
     t2: tuple[float, float]         # ms at (1.5 T, 3 T)
     hu: float                       # attenuation of X-rays at 120 kV, in HU; water 0, air -1000
     gd: float = 0.0                 # mM of contrast agent after one dose
+    suv: float = 0.0                # FDG an hour after the injection, relative to its mean in the
+                                    # body: the standardised uptake value by body weight
 
 
 # Sources:
@@ -25,7 +28,8 @@ class Tissue:
 #   T1 of csf                 Rooney et al. 2007, MRM 57:308
 #   T1 of fat; T1 and T2 of the prostate
 #                             de Bazelaire et al. 2004, Radiology 230:652
-# All others, every hu and every gd are our own round numbers. We chose them so that each tissue
+#   T1 and T2 of parenchyma   Rakow-Penner et al. 2006, JMRI 23:87 (fibroglandular tissue)
+# All others, every hu, gd and suv are our own round numbers. We chose them so that each tissue
 # looks as it does in clinical images:
 #   - Iron shortens T2 of the pallidum.
 #   - Veins carry deoxygenated blood and lose signal by flow. They stand for arteries as well.
@@ -35,37 +39,68 @@ class Tissue:
 #   - Marrow is mostly fat to MR, but to CT it is fat with trabeculae of bone in it.
 #   - The glands in the outer zone of the prostate are watery.
 #   - Muscle stands for skin and for the walls of organs as well.
+#   - Grey matter takes up four times as much FDG as white matter.
+#   - Muscle, tongue, tonsils, nodes and tumours differ by less than 10 HU, which is about the noise
+#     of CT, but the tumours take up eight times as much FDG as muscle.
+#   - Before contrast agent, a tumour of the breast is as bright as the parenchyma around it.
+#   - The blood of a chest is one tissue to CT. It has several names, because an injection reaches
+#     the parts of the circulation one after the other.
 # T1 and T2 of gas do not matter.
 TISSUES = {
-    "csf":       Tissue(1.00, (4330, 4330), (2000, 2000), 8),
-    "gm":        Tissue(0.86, (1197, 1607), (95, 99), 38, gd=0.015),
-    "wm":        Tissue(0.77, (646, 838), (72, 69), 28, gd=0.008),
-    "deep":      Tissue(0.83, (1095, 1360), (88, 82), 36, gd=0.012),
-    "pallidum":  Tissue(0.79, (850, 1050), (72, 58), 40, gd=0.012),
-    "vein":      Tissue(0.75, (1441, 1932), (110, 50), 45, gd=0.60),
-    "gliosis":   Tissue(0.86, (950, 1200), (120, 120), 24),
+    "csf":       Tissue(1.00, (4330, 4330), (2000, 2000), 8, suv=0.4),
+    "gm":        Tissue(0.86, (1197, 1607), (95, 99), 38, gd=0.015, suv=8.0),
+    "wm":        Tissue(0.77, (646, 838), (72, 69), 28, gd=0.008, suv=2.0),
+    "deep":      Tissue(0.83, (1095, 1360), (88, 82), 36, gd=0.012, suv=8.0),
+    "pallidum":  Tissue(0.79, (850, 1050), (72, 58), 40, gd=0.012, suv=4.5),
+    "vein":      Tissue(0.75, (1441, 1932), (110, 50), 45, gd=0.60, suv=1.5),
+    "gliosis":   Tissue(0.86, (950, 1200), (120, 120), 24, suv=1.8),
     "oedema":    Tissue(0.92, (1300, 1700), (135, 135), 20),
     "enhancing": Tissue(0.90, (1250, 1600), (120, 120), 38, gd=0.35),
-    "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), 15, gd=0.02),
-    "bone":      Tissue(0.15, (250, 300), (0.5, 0.5), 1300),
-    "marrow":    Tissue(0.80, (450, 500), (80, 80), 220),
-    "fat":       Tissue(1.00, (343, 382), (100, 100), -100),
-    "muscle":    Tissue(0.80, (1008, 1412), (44, 50), 55, gd=0.02),
-    "cartilage": Tissue(0.70, (1024, 1168), (30, 27), 90),
+    "necrosis":  Tissue(0.96, (2200, 2800), (280, 280), 15, gd=0.02, suv=1.5),
+    "bone":      Tissue(0.15, (250, 300), (0.5, 0.5), 1300, suv=0.5),
+    "marrow":    Tissue(0.80, (450, 500), (80, 80), 220, suv=1.3),
+    "fat":       Tissue(1.00, (343, 382), (100, 100), -100, suv=0.25),
+    "muscle":    Tissue(0.80, (1008, 1412), (44, 50), 55, gd=0.02, suv=0.7),
+    "cartilage": Tissue(0.70, (1024, 1168), (30, 27), 90, suv=0.5),
     "urine":     Tissue(0.98, (3500, 3800), (1200, 1200), 5),
     "prostate":  Tissue(0.86, (1317, 1597), (88, 74), 42),
     "glands":    Tissue(0.92, (1600, 1900), (170, 150), 34),
     "stool":     Tissue(0.60, (800, 900), (75, 65), 20),
     "gas":       Tissue(0.00, (1000, 1000), (100, 100), -1000),
+    # head and neck
+    "salivary":  Tissue(0.88, (950, 1150), (75, 70), 42, gd=0.06, suv=2.0),
+    "tonsil":    Tissue(0.88, (1200, 1450), (90, 85), 50, gd=0.10, suv=3.2),
+    "tongue":    Tissue(0.82, (1000, 1350), (46, 50), 52, gd=0.03, suv=1.5),
+    "mucosa":    Tissue(0.88, (1200, 1400), (80, 75), 48, gd=0.12, suv=1.8),
+    "thyroid":   Tissue(0.86, (1000, 1250), (75, 70), 98, gd=0.15, suv=1.4),
+    "node":      Tissue(0.86, (1100, 1350), (80, 75), 46, gd=0.06, suv=1.0),
+    "tumour":    Tissue(0.88, (1250, 1480), (68, 64), 47, gd=0.30, suv=6.0),
+    "tooth":     Tissue(0.05, (300, 300), (0.5, 0.5), 2300, suv=0.3),
+    # breast
+    "parenchyma": Tissue(0.86, (1266, 1445), (58, 54), 40, gd=0.035, suv=1.2),
+    # chest
+    "lung":      Tissue(0.18, (1000, 1200), (30, 25), -850, suv=0.5),
+    "myocardium": Tissue(0.82, (1030, 1470), (50, 45), 46, gd=0.06, suv=2.5),
+    "right heart": Tissue(0.75, (1441, 1932), (110, 50), 42, suv=1.5),
+    "left heart": Tissue(0.75, (1441, 1932), (250, 150), 42, suv=1.5),
+    "aorta":     Tissue(0.75, (1441, 1932), (250, 150), 42, suv=1.5),
+    "artery":    Tissue(0.75, (1441, 1932), (110, 50), 42, suv=1.5),
+    "lung vein": Tissue(0.75, (1441, 1932), (250, 150), 42, suv=1.5),
+    "coronary":  Tissue(0.75, (1441, 1932), (250, 150), 42, suv=1.5),
+    "liver":     Tissue(0.80, (586, 809), (46, 34), 58, gd=0.03, suv=2.2),
 }
 BRAIN = ("csf", "gm", "wm", "deep", "pallidum", "vein", "gliosis", "oedema", "enhancing",
          "necrosis")
 SCALP = ("bone", "marrow", "fat", "muscle")     # all that a skull-stripped head lacks
 PELVIS = (*SCALP, "vein", "cartilage", "urine", "prostate", "glands", "stool", "gas")
+NECK = ("csf", "gm", "wm", "deep", "pallidum", "gliosis", *SCALP, "vein", "cartilage", "gas",
+        "salivary", "tonsil", "tongue", "mucosa", "thyroid", "node", "tumour", "necrosis", "tooth")
+BREAST = (*SCALP, "vein", "parenchyma", "tumour", "necrosis", "lung", "myocardium")
 # The numbers of tissues in arrays of labels. 0 is outside of the body.
 CODE = {name: number for number, name in enumerate(TISSUES, 1)}
 # The numbers that BraTS gives to tumours. Gliosis of age is no tumour.
 LESION_LABELS = {"necrosis": 1, "oedema": 2, "enhancing": 4}
+TEXTURED = (*LESION_LABELS, "tumour")       # Anatomy.texture holds for these
 
 # The relaxivity r1 of gadoterate in plasma, 1/(mM s) at (1.5 T, 3 T): Szomolanyi et al. 2019,
 # Invest Radiol 54:559.
@@ -150,41 +185,64 @@ def signal(pd, t1, t2, concentration, protocol):
     raise ValueError(f"Protocol: unknown sequence {protocol.sequence!r}; use 'se', 'ir' or 'gre'")
 
 
-def render(anatomy, protocol):
+def render(anatomy, protocol, uptake=None):
     """The image of a subject under a protocol, without noise and shading.
 
     The result is (X, Y, Z) float32, and 0 outside of the mask. The tissues of one voxel add before
     the magnitude is taken, because their magnetisations add in the receiver coil.
+
+    uptake: {tissue: how much contrast agent it takes up in this subject, relative to TISSUES}, 1
+        for a tissue not named.
     """
+    uptake = uptake or {}
     image = np.zeros(anatomy.grid.shape)
     for name, fraction in anatomy.maps.items():
         tissue = TISSUES[name]
         pd, t1, t2 = anatomy.factors[name]
         # Water is the same everywhere.
         varied = (1.0, 1.0, 1.0) if name == "csf" else anatomy.variation
-        texture = anatomy.texture if name in LESION_LABELS else 1.0
+        texture = anatomy.texture if name in TEXTURED else 1.0
         image += fraction * signal(
             pd * tissue.pd * varied[0],
             t1 * at_field(tissue.t1, protocol.field) * varied[1] * texture,
             t2 * at_field(tissue.t2, protocol.field) * varied[2] * texture,
-            tissue.gd * texture, protocol)
+            tissue.gd * uptake.get(name, 1.0) * texture, protocol)
     return np.abs(image).astype(np.float32)
 
 
-def render_ct(anatomy, density):
+def render_ct(anatomy, density, added=None):
     """The CT of a subject without noise: (X, Y, Z) float32 in HU, air outside of the mask.
 
     The attenuations in one voxel add; the attenuation is 1 + HU / 1000, which is 1 for water. They
     vary in space as the proton density does. Marrow also has the texture of its trabeculae.
 
     density: The mineral in this subject's bone, relative to TISSUES.
+    added: {tissue: HU that this subject has more than TISSUES}. Iodine in the blood is the usual
+        reason.
     """
+    added = added or {}
     attenuation = np.zeros(anatomy.grid.shape)
     for name, fraction in anatomy.maps.items():
         mineral = {"bone": density, "marrow": density * anatomy.texture}.get(name, 1.0)
-        of_tissue = 1 + TISSUES[name].hu * mineral / 1000
+        of_tissue = 1 + (TISSUES[name].hu * mineral + added.get(name, 0.0)) / 1000
         attenuation += fraction * of_tissue * anatomy.variation[0]
     return (1000 * (attenuation - 1)).astype(np.float32)
+
+
+def render_pet(anatomy, uptake):
+    """The uptake of FDG of a subject, without blur and noise: (X, Y, Z) float32 in SUV.
+
+    The tissues of one voxel add. The uptake varies slowly in space, independently of CT. Tumours
+    have a texture as well. Air takes up nothing.
+
+    uptake: {tissue: the uptake of this subject relative to TISSUES}, 1 for a tissue not named.
+    """
+    image = np.zeros(anatomy.grid.shape)
+    for name, fraction in anatomy.maps.items():
+        texture = anatomy.texture if name in TEXTURED else 1.0
+        of_tissue = TISSUES[name].suv * uptake.get(name, 1.0)
+        image += fraction * of_tissue * anatomy.variation[1] * texture
+    return image.astype(np.float32)
 
 
 def acquire_ct(rng, image, noise):
@@ -195,6 +253,33 @@ def acquire_ct(rng, image, noise):
     """
     seen = image + noise * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(np.rint(seen), -1024, 3071).astype(np.int16)
+
+
+def acquire_pet(rng, image, grid, fwhm, noise, shrink):
+    """What a PET scanner makes of the true uptake: (X / shrink, Y / shrink, Z) float32 in SUV.
+
+    The scanner blurs the uptake. Its voxels are `shrink` times as wide as those of the image, and
+    each shows the mean. The variance of the noise is in proportion to the signal, as in counting.
+    The reconstruction smooths the noise, so neighbours share some of it.
+
+    image: (X, Y, Z) in SUV, on `grid`.
+    fwhm: The width of the blur at half of its maximum, in mm.
+    noise: The standard deviation of the noise where the SUV is 1.
+    """
+    sigma = fwhm / np.sqrt(8 * np.log(2))                   # mm
+    blurred = gaussian_filter(image, [sigma / abs(step) for step in grid.step], truncate=4)
+    nx, ny, nz = grid.shape
+    blocks = blurred.reshape(nx // shrink, shrink, ny // shrink, shrink, nz)
+    signal = blocks.mean(axis=(1, 3))
+    smooth = 0.6                                            # pixels, of the reconstruction
+    grain = rng.standard_normal(signal.shape, dtype=np.float32)
+    grain = gaussian_filter(grain, (smooth, smooth, 0))
+    # A Gaussian of this width leaves the standard deviation below of white noise.
+    offsets = np.arange(-4, 5)
+    weights = np.exp(-0.5 * (offsets / smooth) ** 2)
+    left = (weights ** 2).sum() / weights.sum() ** 2
+    seen = signal + noise * np.sqrt(signal) * grain / left
+    return np.maximum(seen, 0).astype(np.float32)
 
 
 def acquire(rng, image, mask, shading, noise, level):

@@ -1,18 +1,15 @@
 """The sets: which scanners image the subjects, and in which files a data set keeps the images."""
 
-import csv
-import gzip
-import io
 from dataclasses import asdict, replace
 from datetime import date, timedelta
 from functools import partial
 
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from data.phantom.files import write_nifti, write_sheet
 from data.phantom.geometry import rng_for, smooth_field
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
+from data.phantom.metabolic import write_breast, write_petct
 from data.phantom.pelvis import PELVIS_REACH, pelvis_anatomy, pelvis_grid
 from data.phantom.physics import (
     TISSUES,
@@ -24,30 +21,6 @@ from data.phantom.physics import (
     render,
     render_ct,
 )
-
-# ---- Files ---------------------------------------------------------------------------------------
-
-
-def write_nifti(path, array, grid, axes="LPS"):
-    """Write an array (X, Y, Z) as .nii.gz. The same content always gives the same bytes.
-
-    The gzip header holds no time and no file name.
-
-    axes: Where the stored axes are to point. The place of every voxel in the world stays.
-    """
-    image = nib.Nifti1Image(array, grid.affine())
-    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(axes))
-    image = image.as_reoriented(turn)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"digital phantom (synthetic)"
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
-
-
-def write_sheet(path, rows):
-    """Write lists of values as CSV, with the same bytes on every system."""
-    sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows(rows)
-    path.write_text(sheet.getvalue(), encoding="utf-8", newline="\n")
 
 
 def _as_dicts(protocols):
@@ -307,4 +280,8 @@ def write_pelvis(folder, subjects, size, slices, seed):
 SETS = {"brats": write_brats,
         "ixi": write_ixi,
         "ixi-hidden": partial(write_ixi, hidden=True),
-        "pelvis": write_pelvis}
+        "pelvis": write_pelvis,
+        "petct": write_petct,
+        "petct-external": partial(write_petct, external=True),
+        "breast": write_breast,
+        "breast-external": partial(write_breast, external=True)}
