@@ -29,7 +29,7 @@ import data
 from common import downstream, metrics, pictures, score_volumes
 from common.cli import as_command
 from common.cohort import stored_baselines, training_slices
-from common.files import RunError, replace
+from common.files import replace
 from common.table_pages import SHOWN, scores_csv
 from data import canonical_contrast
 
@@ -252,13 +252,17 @@ def evaluate(method, cfg, run, ds, model, home=None):
             labels = ds.labels[rows] if ds.labels is not None else None
             tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows],
                               segmenters.get(target), labels, method.regions))
+    further = []
+    if method.judge:
+        for task in tasks:
+            further += method.judge(cfg, run, ds, task)
     if home is None:
         learned = training_slices(ds)
         simple = [metrics.baselines(learned, task.sources, task.target) for task in tasks]
     else:
         simple = [stored_baselines(home, task.name, task.sources) for task in tasks]
     report(run, tasks, simple, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
-                               "unit: subject, the mean of its slices")
+                               "unit: subject, the mean of its slices", further)
     draw_steps(run, ds, model, patterns[:2], rows[len(rows) // 2])
 
 
@@ -291,14 +295,33 @@ def fill_test(method, cfg, run, ds, model, rows, patterns):
     return dict(run.gather(done))
 
 
-def report(run, tasks, simple, protocol):
+def fill_rows(run, ds, model, rows, sources, batch):
+    """Fill rows of a data set from these sources -> (made, notes).
+
+    made: {name: (n, C, H, W)}, "result" and the extras that are images.  notes: the other extras,
+    {name: (n, ...)}.  batch: slices at once.
+    """
+    known = torch.tensor([c in sources for c in ds.contrasts], device=run.device)   # (C,)
+    made = {}
+    notes = {}
+    for part in run.batches("sampling", rows, batch):
+        u = run.fetch(ds.images, part)                                      # (B, C, H, W)
+        result, extras = fill(model, u, known.expand(len(u), -1), ds.keys(part))
+        for name, found in {"result": result, **extras}.items():
+            kind = made if found.shape == u.shape else notes
+            kind.setdefault(name, []).append(found.cpu().numpy())
+    made = {name: np.concatenate(parts) for name, parts in made.items()}
+    return made, {name: np.concatenate(parts) for name, parts in notes.items()}
+
+
+def report(run, tasks, simple, protocol, further=()):
     """Score every task beside the standing baselines, and print a table.
 
     Writes results.json, results.npz, scores.csv and samples.png. If a task has a segmenter,
     segmentation.png is written too.
 
     tasks: a list of Task. simple: for each of them the baselines, {name: images (n, H, W)}.
-    protocol: in words, what a value is.
+    protocol: in words, what a value is. further: more rows of results.json.
     """
     rows = []
     kept = {}
@@ -319,7 +342,12 @@ def report(run, tasks, simple, protocol):
         for method, images in task.results.items():
             kept[f"{task.name}|{method}"] = images[middle].astype(np.float16)
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
-    run.say("\n" + metrics.markdown_table(rows) + "\n")
+    rows += further
+    whole = [row for row in rows if not row.get("variant")]
+    run.say("\n" + metrics.markdown_table(whole) + "\n")
+    for region in tasks[0].regions:
+        own = [row for row in rows if row.get("variant") == region]
+        run.say(metrics.markdown_table(own, f"{region} only") + "\n")
     run.results(rows, kept, protocol)
     table = scores_csv(rows)
     replace(run.out / "scores.csv",

@@ -65,3 +65,35 @@ def chosen_direction(pairs, only, contrasts):
             return [(src, tgt)]
     there = ", ".join(f"{contrasts[src]},{contrasts[tgt]}" for src, tgt in pairs)
     raise RunError(f"--only {','.join(only)}: this model knows {there}", status=2)
+
+
+def typed_pair(source, target):
+    """The canonical names of a typed source and target; None if nothing was typed.
+
+    ValueError if only one was typed, or if both are the same contrast.
+    """
+    if not source and not target:
+        return None
+    if not source or not target:
+        raise ValueError("--source and --target belong together; give both or none")
+    pair = (canonical_contrast(source), canonical_contrast(target))
+    if pair[0] == pair[1]:
+        raise ValueError(f"--source {source} and --target {target} are the same contrast; "
+                         "name two different ones")
+    return pair
+
+
+def pair_in(contrasts, typed, pairs):
+    """The names (source, target) of a task.
+
+    contrasts: those of the data.  typed: (source, target) as typed, perhaps empty.  pairs: those
+    that need not be typed.  RunError if the data do not say which pair is meant.
+    """
+    wanted = typed_pair(*typed)
+    if wanted:
+        return wanted
+    for pair in pairs:
+        if sorted(pair) == sorted(contrasts):
+            return pair
+    raise RunError(f"the data hold {', '.join(contrasts)}; say which to make from which, "
+                   "for example --source ct --target pet", status=2)

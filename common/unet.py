@@ -96,18 +96,19 @@ class Attention(nn.Module):
     """Multi-head attention from x to context, or to x itself if there is no context.
 
     The layout is that of latent diffusion (Rombach et al., 2022).  There are channels / head_dim
-    heads.  Raises ValueError if head_dim does not divide channels.
+    heads.  bias: queries, keys and values get one, as in ADM.  Raises ValueError if head_dim does
+    not divide channels.
     """
 
-    def __init__(self, channels, head_dim, context_dim=None):
+    def __init__(self, channels, head_dim, context_dim=None, bias=False):
         super().__init__()
         if channels % head_dim:
             raise ValueError(f"attention: {channels} channels cannot be divided into heads of "
                              f"{head_dim}; choose a head_dim that divides {channels}")
         self.heads = channels // head_dim
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
         self.out = nn.Linear(channels, channels)
 
     def split(self, h):
@@ -166,10 +167,10 @@ class SelfAttention(nn.Module):
     It does not read the condition.
     """
 
-    def __init__(self, channels, head_dim, groups):
+    def __init__(self, channels, head_dim, groups, bias=False):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
-        self.attention = Attention(channels, head_dim)
+        self.attention = Attention(channels, head_dim, bias=bias)
         zeroed(self.attention.out)
 
     def forward(self, h, condition):
