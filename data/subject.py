@@ -11,9 +11,11 @@ import numpy as np
 
 from data.files import DataError, is_nifti
 from data.intensities import (
+    PET_DARK,
+    PET_IMPOSSIBLE,
     UNITS,
     WINDOWS,
-    cannot_be_suv,
+    brightest_of,
     denormalise,
     find_background,
     foreground,
@@ -264,10 +266,13 @@ def read_scan(subject, contrast):
         volume.array = volume.array * np.float32(subject.suv_factor)
         volume.notes.append("is multiplied by its factor in suv.csv, which gives SUV")
         sheet = "correct its factor in suv.csv"
-    high = cannot_be_suv(volume.array)
-    if high is not None:
+    high = brightest_of(volume.array)
+    if high > PET_IMPOSSIBLE:
         raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel "
                         f"in a thousand is above {high:.4g}); {sheet}")
+    if high < PET_DARK:
+        volume.notes.append(f"is dark for a PET, one voxel in a thousand is above {high:.2g}; "
+                            "is it in SUV?")
     return volume
 
 
