@@ -203,7 +203,7 @@ def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
 
 # ---- Any files -----------------------------------------------------------------------------------
 
-def load_scans(files, contrasts, size):
+def load_scans(files, contrasts, size, picture=None):
     """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
 
     files: {contrast: path of a NIfTI file}. A contrast of `contrasts` that is not in files is
@@ -211,6 +211,7 @@ def load_scans(files, contrasts, size):
     contrasts: The names of the channels, in order. In both arguments other words for a contrast are
     understood, such as t1gd for t1ce.
     size: The height and width of a slice in pixels.
+    picture: A Picture for a CT without PET, see load_subject.
     DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
     `contrasts`, if there is no file, or if a file cannot be used.
     """
@@ -232,7 +233,7 @@ def load_scans(files, contrasts, size):
         raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
     name = next(iter(paths.values())).parent.name
     subject = Subject(name, name, paths, grid=preferred_grid(channels))
-    return load_subject(subject, channels, size)
+    return load_subject(subject, channels, size, picture=picture)
 
 
 def _canonical_names(names):

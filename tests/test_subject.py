@@ -326,6 +326,8 @@ def test_ct_without_pet_is_shown_at_the_size_of_the_others(tmp_path):
     subject.like = None
     given = load_subject(subject, ("ct", "pet"), 16, picture=picture)
     np.testing.assert_array_equal(given.images, slices.images)
+    scans = data.load_scans({"ct": folder / "p0" / "CT.nii.gz"}, ("ct", "pet"), 16, picture)
+    np.testing.assert_array_equal(scans.images, slices.images)
     own = load_subject(subject, ("ct", "pet"), 16)
     assert own.reference.path.name == "CT.nii.gz" and len(own.images) == 10
     assert own.notes[0][1] == ("has no PET beside it and keeps its own pixels of 1.50 mm; a model that was trained on "
