@@ -26,8 +26,8 @@ from data.subject import (
 )
 from data.volumes import Volume, read_volume, write_volume
 
-__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale",
-           "Subject", "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
+__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale", "Subject",
+           "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
            "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_scans",
-           "load_subject", "make_phantom", "make_split", "open_dataset",
-           "picture_of", "prompt", "read_volume", "to_synthesize", "write_volume"]
+           "load_subject", "make_phantom", "make_split", "open_dataset", "picture_of", "prompt",
+           "read_volume", "to_synthesize", "write_volume"]

@@ -272,7 +272,8 @@ def read_scan(subject, contrast):
         raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel "
                         f"in a thousand is above {high:.4g}); {sheet}")
     if high < PET_DARK:
-        volume.notes.append(f"is dark for a PET, hardly a voxel is above {PET_DARK:g}; is it in SUV?")
+        volume.notes.append(f"is dark for a PET, hardly a voxel is above {PET_DARK:g}; "
+                            "is it in SUV?")
     return volume
 
 
