@@ -32,7 +32,7 @@ def sites_of(h):
 def nearest(sites, codes, chunk=CHUNK):
     """Return the number of the nearest code of each site; of equal ones, the first.
 
-    sites: (N, z).  codes: (K, z).  Returns (N,), int64.
+    sites: (N, z).  codes: (K, z).  Both are fp32.  Returns (N,), int64.
 
     |s - e|^2 = |s|^2 - 2 s.e + |e|^2, and the first term is the same for all codes.  The (N, K)
     table of distances is large, so it is made for `chunk` sites at a time.  It is computed in fp32,
@@ -40,9 +40,8 @@ def nearest(sites, codes, chunk=CHUNK):
     """
     found = []
     with full_precision(sites.device):
-        codes = codes.float()                                           # (K, z)
         squares = codes.square().sum(1)                                 # (K,)
-        for part in sites.float().split(chunk):
+        for part in sites.split(chunk):
             distance = squares - 2 * part @ codes.T                     # (chunk, K)
             found.append(distance.argmin(1))                            # (chunk,)
     return torch.cat(found)                                             # (N,)
@@ -65,14 +64,13 @@ class Codebook(nn.Module):
                    gradient.  The first term moves the codes, the second one commits the encoder.
             idx    (B, h, w)  numbers of the codes, int64
         """
-        with full_precision(h.device):
-            h = h.float()                                               # (B, z, h, w)
-            idx = nearest(sites_of(h), self.weight)                     # (N,)
-            idx = idx.view(len(h), *h.shape[2:])                        # (B, h, w)
-            e = self.weight[idx].permute(0, 3, 1, 2)                    # (B, z, h, w)
-            codebook_term = (h.detach() - e).square().mean()            # ()
-            commitment = (h - e.detach()).square().mean()               # ()
-            zq = h + (e - h).detach()                                   # (B, z, h, w)
+        h = h.float()                                                   # (B, z, h, w)
+        idx = nearest(sites_of(h), self.weight)                         # (N,)
+        idx = idx.view(len(h), *h.shape[2:])                            # (B, h, w)
+        e = self.weight[idx].permute(0, 3, 1, 2)                        # (B, z, h, w)
+        codebook_term = (h.detach() - e).square().mean()                # ()
+        commitment = (h - e.detach()).square().mean()                   # ()
+        zq = h + (e - h).detach()                                       # (B, z, h, w)
         return zq, codebook_term + BETA * commitment, idx
 
 

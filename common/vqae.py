@@ -103,9 +103,10 @@ class MapAttention(nn.Module):
     def forward(self, x):
         height, width = x.shape[2:]
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)      # (B, N, 3C)
-        q, k, v = qkv.chunk(3, dim=2)                                   # (B, N, C) each
-        a = F.scaled_dot_product_attention(q, k, v)                     # (B, N, C)
-        a = a.transpose(1, 2).unflatten(2, (height, width))             # (B, C, H, W)
+        # Only with an axis of heads does torch choose a kernel that saves memory.
+        q, k, v = qkv[:, None].chunk(3, dim=3)                          # (B, 1, N, C) each
+        a = F.scaled_dot_product_attention(q, k, v)                     # (B, 1, N, C)
+        a = a[:, 0].transpose(1, 2).unflatten(2, (height, width))       # (B, C, H, W)
         return x + self.out(a)                                          # (B, C, H, W)
 
 

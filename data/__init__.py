@@ -15,11 +15,19 @@ from data.intensities import Scale, denormalise
 from data.layouts import Layout, Subject, canonical_contrast, find_layout
 from data.prompts import PROMPT_FIELDS, caption, describe_lesion, prompt
 from data.split import make_split
-from data.subject import SubjectSlices, kept_slices, load_scans, load_subject, to_synthesize
+from data.subject import (
+    Picture,
+    SubjectSlices,
+    kept_slices,
+    load_scans,
+    load_subject,
+    picture_of,
+    to_synthesize,
+)
 from data.volumes import Volume, read_volume, write_volume
 
-__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Rows", "Scale", "Subject",
+__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale", "Subject",
            "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
            "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_scans",
-           "load_subject", "make_phantom", "make_split", "open_dataset", "prompt",
+           "load_subject", "make_phantom", "make_split", "open_dataset", "picture_of", "prompt",
            "read_volume", "to_synthesize", "write_volume"]

@@ -15,6 +15,7 @@ from data.layouts import find_layout
 from data.prompts import caption
 from data.split import check_duplicates, make_split, read_split
 from data.stack import Stack
+from data.subject import picture_of
 
 SHOWN_NOTES = 8         # open_dataset says so many; --check says all
 
@@ -92,6 +93,16 @@ class Dataset:
         """The subjects whose slices are in the data set."""
         there = set(self.subject)
         return [subject for subject in self.subjects if subject.name in there]
+
+    @property
+    def picture(self):
+        """The Picture of the first complete subject's PET, if the grids are those of PETs, or None.
+
+        Whoever stores it with a trained model can show CTs of another folder at the same size; see
+        data.subject.load_subject.
+        """
+        first = self.complete[0]
+        return picture_of(first.files["pet"]) if first.grid == ("pet",) else None
 
     def spread(self, part, per_subject):
         """Some rows of each subject of a part, spread evenly over its kept slices.

@@ -31,8 +31,10 @@ CT_BODY = -500
 PET_WINDOW = Scale(0.0, 10.0)
 # SUV. The body is above; air is below. See _pet_body.
 PET_BODY = 0.2
-# SUV. Hardly a voxel in a thousand of any patient is brighter. Raw PET, in Bq/ml, is far brighter.
+# SUV. In no patient is one voxel in a thousand brighter. Raw PET, in Bq/ml, is far brighter.
 PET_IMPOSSIBLE = 200.0
+# SUV. In nearly all patients one voxel in a thousand is brighter. PET in [0, 1] is darker.
+PET_DARK = 1.0
 # Contrasts in physical units: one window for all volumes, and the unit.
 WINDOWS = {"ct": CT_WINDOW, "cta": CT_WINDOW, "pet": PET_WINDOW}
 UNITS = {"ct": "HU", "cta": "HU", "pet": "SUV"}
@@ -131,13 +133,12 @@ def _pet_body(array):
     return body
 
 
-def cannot_be_suv(array):
-    """The 99.9th percentile of a PET (X, Y, Z), if no SUV is so high; None if it can be SUV.
+def brightest_of(array):
+    """The 99.9th percentile of a PET (X, Y, Z), by which its unit is judged.
 
-    One hot spot does not count.
+    Single hot voxels, as in the bladder, do not count.
     """
-    high = float(np.percentile(array, 99.9))
-    return high if high > PET_IMPOSSIBLE else None
+    return float(np.percentile(array, 99.9))
 
 
 def normalise(array, background=None, contrast=None, pre=None):

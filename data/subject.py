@@ -11,9 +11,11 @@ import numpy as np
 
 from data.files import DataError, is_nifti
 from data.intensities import (
+    PET_DARK,
+    PET_IMPOSSIBLE,
     UNITS,
     WINDOWS,
-    cannot_be_suv,
+    brightest_of,
     denormalise,
     find_background,
     foreground,
@@ -201,7 +203,7 @@ def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
 
 # ---- Any files -----------------------------------------------------------------------------------
 
-def load_scans(files, contrasts, size):
+def load_scans(files, contrasts, size, picture=None):
     """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
 
     files: {contrast: path of a NIfTI file}. A contrast of `contrasts` that is not in files is
@@ -209,6 +211,7 @@ def load_scans(files, contrasts, size):
     contrasts: The names of the channels, in order. In both arguments other words for a contrast are
     understood, such as t1gd for t1ce.
     size: The height and width of a slice in pixels.
+    picture: A Picture for a CT without PET, see load_subject.
     DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
     `contrasts`, if there is no file, or if a file cannot be used.
     """
@@ -230,7 +233,7 @@ def load_scans(files, contrasts, size):
         raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
     name = next(iter(paths.values())).parent.name
     subject = Subject(name, name, paths, grid=preferred_grid(channels))
-    return load_subject(subject, channels, size)
+    return load_subject(subject, channels, size, picture=picture)
 
 
 def _canonical_names(names):
@@ -264,10 +267,13 @@ def read_scan(subject, contrast):
         volume.array = volume.array * np.float32(subject.suv_factor)
         volume.notes.append("is multiplied by its factor in suv.csv, which gives SUV")
         sheet = "correct its factor in suv.csv"
-    high = cannot_be_suv(volume.array)
-    if high is not None:
+    high = brightest_of(volume.array)
+    if high > PET_IMPOSSIBLE:
         raise DataError(f"subject {subject.name}, pet ({volume.path}) cannot be in SUV (one voxel "
                         f"in a thousand is above {high:.4g}); {sheet}")
+    if high < PET_DARK:
+        volume.notes.append(f"is dark for a PET, hardly a voxel is above {PET_DARK:g}; "
+                            "is it in SUV?")
     return volume
 
 

@@ -132,6 +132,8 @@ def test_a_data_set_of_pet_and_ct(tmp_path):
         np.testing.assert_allclose(dataset.images[rows][:, contrasts.index("pet")], wanted, atol=1e-3)
         assert dataset.scales["p0"]["pet"] == PET_WINDOW and dataset.scales["p0"]["ct"] == CT_WINDOW
         assert dataset.fingerprint == opened(folder, contrasts=contrasts, size=16)[0].fingerprint
+        assert dataset.picture == ((12, 12), (6, 6, 5))
+    assert opened(folder, contrasts=("ct",), size=16)[0].picture is None
 
 
 def test_factors_of_pet_are_part_of_the_fingerprint(tmp_path):

@@ -260,6 +260,13 @@ def test_raw_pet_needs_its_factor(tmp_path):
         load_subject(of_layout(folder, ("ct", "pet")), ("ct", "pet"), 16)
 
 
+def test_dark_pet_is_noted(tmp_path):
+    folder = make_pet_ct(tmp_path / "set", 1)
+    save(folder / "p0" / "PET.nii.gz", body_pet() / 30, PET_AFFINE)  # somebody has scaled it to [0, 1]
+    notes = load_subject(of_layout(folder, ("pet",)), ("pet",), 16).notes
+    assert len(notes) == 1 and notes[0][1].startswith("is dark for a PET, ") and notes[0][1].endswith("; is it in SUV?")
+
+
 @pytest.mark.parametrize("contrasts", [("ct", "pet"), ("pet", "ct")])
 def test_ct_is_averaged_onto_the_grid_of_the_pet(tmp_path, contrasts):
     """Noise of single CT voxels: a PET voxel gets the mean of its 4 x 4, not the values at its centre."""
@@ -319,6 +326,8 @@ def test_ct_without_pet_is_shown_at_the_size_of_the_others(tmp_path):
     subject.like = None
     given = load_subject(subject, ("ct", "pet"), 16, picture=picture)
     np.testing.assert_array_equal(given.images, slices.images)
+    scans = data.load_scans({"ct": folder / "p0" / "CT.nii.gz"}, ("ct", "pet"), 16, picture)
+    np.testing.assert_array_equal(scans.images, slices.images)
     own = load_subject(subject, ("ct", "pet"), 16)
     assert own.reference.path.name == "CT.nii.gz" and len(own.images) == 10
     assert own.notes[0][1] == ("has no PET beside it and keeps its own pixels of 1.50 mm; a model that was trained on "
@@ -335,6 +344,8 @@ def test_what_is_synthesised_lies_on_the_grid_of_training(tmp_path):
     for s, item in enumerate(made[:2]):
         np.testing.assert_array_equal(item[3].images[:, 0], load_subject(subjects[s], ("ct", "pet"), 16).images[:, 0])
     assert made[2][3].reference.spacing.tolist() == [6, 6, 5]
+    given = data.to_synthesize(subjects, ("ct", "pet"), (), 16, tmp_path / "out", print, data.Picture((12, 12), (7, 7, 8)))
+    assert [item[3].reference.spacing.tolist() for item in given] == [[7, 7, 8]]  # of training data that lie elsewhere
 
 
 def test_scans_of_a_pair_from_any_files(tmp_path):

@@ -115,15 +115,17 @@ def take_tumour_masks(subjects, contrasts, ignored, notes):
     """
     taken = {}                          # name of the file -> names of the subjects
     left = set(ignored)
+    by_folder = {}
+    for path in ignored:
+        by_folder.setdefault(path.parent, []).append(path)
     for subject in subjects:
         anchor = (subject.grid or contrasts)[0]
         if subject.segmentation or anchor not in subject.files:
             continue
-        place = subject.files[anchor].parent
-        for path in ignored:
+        for path in by_folder.get(subject.files[anchor].parent, []):
             words = words_of(path.name, subject.name)
-            drawn = path.parent == place and not TUMOUR_WORDS.isdisjoint(words)
-            if drawn and named_contrasts(words) in ([], [anchor]):
+            of_tumour = not TUMOUR_WORDS.isdisjoint(words)
+            if of_tumour and named_contrasts(words) in ([], [anchor]):
                 subject.segmentation = path
                 left.discard(path)
                 taken.setdefault(path.name, []).append(subject.name)

@@ -5,18 +5,30 @@
     python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, T1 and PD do not
     python -m data.phantom pelvis data/pelvis           T1, T2 and CT (HU) of male pelves at three
                                                         sites, with meta.csv
+    python -m data.phantom petct data/petct             CT (HU) and PET (SUV) of head and neck with
+                                                        cancer, its mask, and labels.csv
+    python -m data.phantom breast data/breast           breasts before and after contrast agent,
+                                                        with the mask of a tumour
+    python -m data.phantom cta data/cta                 CT and CTA (HU) of chests
+    ... petct-external, breast-external, cta-external   the same from elsewhere: other scanners,
+                                                        other pixels and other patients
 
     options: [--subjects 24] [--size 64] [--slices 12] [--seed 0]
 
-The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`) says how
-much of which tissue lies in every voxel of a subject. It also says how this subject's tissues
-differ from the textbook. *Physics* turns an anatomy into an image: `render` under an MR `Protocol`,
-`render_ct` in Hounsfield units. The same subject can therefore be imaged in many ways in memory.
-Every image has a truth to compare with. `acquire` and `acquire_ct` add what a real scanner adds. In
-MR this is coil shading, Rician noise and an arbitrary scale; in CT it is the noise of X-rays.
+The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`,
+`neck_anatomy`, `breast_anatomy`, `chest_anatomy`) says how much of which tissue lies in every voxel
+of a subject. It also says how this subject's tissues differ from the textbook. *Physics* turns an
+anatomy into an image: `render` under an MR `Protocol`, `render_ct` in Hounsfield units, `render_pet`
+in SUV. The same subject can therefore be imaged in many ways in memory. Every image has a truth to
+compare with. `acquire`, `acquire_ct` and `acquire_pet` add what a real scanner adds. In MR this is
+coil shading, Rician noise and an arbitrary scale; in CT it is the noise of X-rays; in PET it is
+blur, and noise that grows with the signal.
+
+`texture_pairs` are much smaller pictures for tests of a model.
 
 World coordinates are mm in the sense of NIfTI: x points to the patient's right, y to the front, z
-to the top. In a head, 0 is near the anterior commissure. In a pelvis, 0 is midway between the hips.
+to the top. In a head, 0 is near the anterior commissure, and in head and neck as well. In a pelvis,
+0 is midway between the hips. In a chest, 0 is the carina, and between breasts it is the sternum.
 
 All random numbers derive from (seed, subject, purpose). A subject therefore does not depend on the
 number of subjects or on the image size. The same arguments give identical bytes on one computer;
@@ -30,9 +42,22 @@ from pathlib import Path
 
 from data.files import DataError
 from data.phantom.anatomy import Anatomy
+from data.phantom.breast import breast_anatomy, breast_grid
+from data.phantom.chest import chest_anatomy, chest_grid
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
+from data.phantom.metabolic import breast_images, cta_images, petct_images
+from data.phantom.neck import neck_anatomy, neck_grid
+from data.phantom.pairs import texture_pairs
 from data.phantom.pelvis import pelvis_anatomy, pelvis_grid
-from data.phantom.physics import Protocol, acquire, acquire_ct, render, render_ct
+from data.phantom.physics import (
+    Protocol,
+    acquire,
+    acquire_ct,
+    acquire_pet,
+    render,
+    render_ct,
+    render_pet,
+)
 from data.phantom.sets import (
     SETS,
     brats_subject,
@@ -42,9 +67,12 @@ from data.phantom.sets import (
     write_ixi_scans,
 )
 
-__all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "brats_subject",
-           "head_anatomy", "head_grid", "ixi_anatomy", "ixi_images", "make", "pelvis_anatomy",
-           "pelvis_grid", "pelvis_images", "render", "render_ct", "write_ixi_scans"]
+__all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "acquire_pet",
+           "brats_subject", "breast_anatomy", "breast_grid", "breast_images", "chest_anatomy",
+           "chest_grid", "cta_images", "head_anatomy", "head_grid", "ixi_anatomy", "ixi_images",
+           "make", "neck_anatomy", "neck_grid", "pelvis_anatomy", "pelvis_grid", "pelvis_images",
+           "petct_images", "render", "render_ct", "render_pet", "texture_pairs",
+           "write_ixi_scans"]
 
 VERSION = 1             # raise it when the same arguments give other images
 

@@ -36,7 +36,7 @@ def breast_grid(size, slices, field=BREAST_FIELD):
     return Grid((size, size, slices), (-pixel, -pixel, gap), first)
 
 
-def draw_breast(rng, mean_core=9.0):
+def draw_breast(rng, mean_core=12.0):
     """Draw the traits of a woman, as plain values for JSON.
 
     age       years
@@ -57,7 +57,7 @@ def draw_breast(rng, mean_core=9.0):
     turn = rng.uniform(0, 2 * np.pi)
     out = rng.uniform(6, 28)
     depth = rng.uniform(8, 44)
-    core = np.clip(mean_core * np.exp(rng.normal(0, 0.3)), 5, 19)
+    core = np.clip(mean_core * np.exp(rng.normal(0, 0.3)), 7, 24)
     tumour = {"x": side * (NIPPLE[0] + out * np.cos(turn)) * (0.5 + 0.5 * size),
               "y": depth * size,
               "z": out * np.sin(turn) * 1.3,
@@ -66,11 +66,11 @@ def draw_breast(rng, mean_core=9.0):
               "length": rng.uniform(0, 0.55),
               "rim": float(rng.random() < 0.4),
               "uptake": rng.uniform(0.8, 1.5)}
-    satellite = rng.uniform(3.5, 6) if rng.random() < 0.3 else 0.0
+    satellite = rng.uniform(4, 7) if rng.random() < 0.3 else 0.0
     return {"age": float(age), "sex": "F", "size": float(size), "density": float(density),
             "tumour": {name: float(value) for name, value in tumour.items()},
             "satellite": float(satellite),
-            "kinetics": float(np.exp(rng.normal(0, 0.4)))}
+            "kinetics": float(np.exp(rng.normal(0, 0.3)))}
 
 
 def breast_points(rng, axes):
@@ -90,7 +90,7 @@ def skin_distance(points, size):
     """
     x, y, z = points
     lateral = np.abs(x)
-    chest = (ellipsoid((x, y), (0, -112), (166, 112)) - 1) * 112
+    chest = (ellipsoid((x, y), (0, -112), (152, 112)) - 1) * 112
     # A breast hangs down from the chest. It is blunt at the nipple and steep at the sides.
     wide = np.where(lateral > 82, 66, 62) * size
     ahead = np.maximum(y + 32, 0) / (108 * size)
@@ -112,7 +112,7 @@ def add_chest(labels, points, rough):
     """Paint muscle, ribs, sternum, lungs and heart into `labels`, in place."""
     x, y, z = points
     lateral = np.abs(x)
-    wall = (ellipsoid((x, y), (0, -118), (148, 104)) - 1) * 104 + 0.6 * rough
+    wall = (ellipsoid((x, y), (0, -118), (136, 104)) - 1) * 104 + 0.6 * rough
     labels[wall < 0] = CODE["muscle"]
     pectoral = np.maximum(wall - 9 * np.clip((lateral - 14) / 30, 0, 1), y * 0 - lateral + 10)
     labels[(pectoral < 0) & (y > -80)] = CODE["muscle"]
@@ -167,7 +167,9 @@ def add_parenchyma(labels, points, breast, fields, traits):
 
 
 def add_tumour(labels, world, rough, traits):
-    """Paint the cancer into `labels`, in place: a mass with spikes, and a dead core if it has a rim.
+    """Paint the cancer into `labels`, in place: a mass with spikes.
+
+    If the tumour has a rim, the core inside is dead.
 
     world: The place (x, y, z) of every point in the world, before the warp.
     """

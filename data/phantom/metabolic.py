@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from data.phantom.breast import BREAST_REACH, breast_anatomy, breast_grid, draw_breast
+from data.phantom.chest import chest_anatomy, chest_grid, draw_chest
 from data.phantom.files import write_nifti, write_sheet
 from data.phantom.geometry import Grid, rng_for, smooth_field
 from data.phantom.neck import draw_neck, draw_organs, neck_anatomy, neck_grid
@@ -225,12 +226,78 @@ def write_breast(folder, subjects, size, slices, seed, external=False):
         number = subject + 1
         name = f"UCSF-BR-{number:02d}" if external else f"Breast_MRI_{number:03d}"
         person = subject + (ELSEWHERE if external else 0)
-        traits = draw_breast(rng_for(seed, person, "traits"), 12.0 if external else 9.0)
+        traits = draw_breast(rng_for(seed, person, "traits"), 15.0 if external else 12.0)
         anatomy = breast_anatomy(seed, person, grid, traits)
         pre, post = breast_images(seed, person, anatomy, sites[site])
         (folder / name).mkdir()
         write_nifti(folder / name / "pre.nii.gz", pre, grid)
         write_nifti(folder / name / "post.nii.gz", post, grid)
         write_nifti(folder / name / "seg.nii.gz", anatomy.labels, grid)
+        truth[name] = {**traits, "site": site, "scanner": asdict(sites[site])}
+    return truth
+
+
+# ---- CT of the chest before and after iodine -----------------------------------------------------
+
+@dataclass(frozen=True)
+class CtaScanner:
+    """What makes one CT scanner of chests differ from another."""
+
+    iodine: float           # the HU that iodine adds, relative to IODINE
+    noise: float            # HU, without contrast agent
+    angio_noise: float      # HU, of the CTA
+    shift: float            # HU, by which soft tissue reads too high
+    mineral: float          # what bone reads as, relative to 120 kV
+
+
+# HU that an injection adds at the time of a CTA; the numbers are ours. Blood in the aorta and the
+# heart then reads 250 to 400 HU. The agent comes from the arm, so the right side has the most. The
+# veins of the lower body have not got any yet.
+IODINE = {"right heart": 325, "artery": 315, "lung vein": 310, "left heart": 305, "aorta": 300,
+          "coronary": 285, "myocardium": 60, "vein": 35, "liver": 15, "muscle": 6, "lung": 12,
+          "marrow": 6}
+CTA_SITES = {"A": CtaScanner(1.00, 14, 16, 0, 1.00), "B": CtaScanner(0.93, 18, 20, 3, 0.98)}
+# The twin is at 100 kV, where iodine and bone read higher and the noise is larger. Its patients are
+# older.
+CTA_ELSEWHERE = {"C": CtaScanner(1.12, 26, 30, 8, 1.13)}
+CTA_ELSEWHERE_FIELD = 380               # mm
+
+
+def cta_images(seed, subject, anatomy, scanner):
+    """The images of a patient -> (ct, cta), both (X, Y, Z) int16 in HU."""
+    traits = anatomy.traits
+    rng = rng_for(seed, subject, "iodine")
+    dose = scanner.iodine * rng.uniform(0.9, 1.12)
+    added = {}
+    for name, hu in IODINE.items():
+        # The heart beats faster or slower, so each part is a little early or late.
+        added[name] = hu * dose * np.exp(rng.normal(0, 0.05))
+    density = traits["density"] * scanner.mineral
+    plain = render_ct(anatomy, density) + scanner.shift * anatomy.mask
+    angio = render_ct(anatomy, density, added) + scanner.shift * anatomy.mask
+    ct = acquire_ct(rng_for(seed, subject, "ct"), plain, scanner.noise)
+    cta = acquire_ct(rng_for(seed, subject, "cta"), angio, scanner.angio_noise)
+    return ct, cta
+
+
+def write_cta(folder, subjects, size, slices, seed, external=False):
+    """Write chest CT as NIfTI: one folder per patient with CT and CTA, in HU.
+
+    Returns {subject: what is true of it}, for phantom.json.
+    """
+    field = {"field": CTA_ELSEWHERE_FIELD} if external else {}
+    grid = chest_grid(size, slices, **field)
+    sites = CTA_ELSEWHERE if external else CTA_SITES
+    truth = {}
+    for subject in range(subjects):
+        site = tuple(sites)[subject % len(sites)]
+        name = f"EXT{subject + 1:03d}" if external else f"CTA{subject + 1:03d}"
+        person = subject + (ELSEWHERE if external else 0)
+        traits = draw_chest(rng_for(seed, person, "traits"), 68.0 if external else 58.0)
+        anatomy = chest_anatomy(seed, person, grid, traits)
+        ct, cta = cta_images(seed, person, anatomy, sites[site])
+        (folder / name).mkdir()
+        write_nifti(folder / name / "CT.nii.gz", ct, grid)
+        write_nifti(folder / name / "CTA.nii.gz", cta, grid)
         truth[name] = {**traits, "site": site, "scanner": asdict(sites[site])}
     return truth

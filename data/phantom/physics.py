@@ -74,10 +74,10 @@ TISSUES = {
     "mucosa":    Tissue(0.88, (1200, 1400), (80, 75), 48, gd=0.12, suv=1.8),
     "thyroid":   Tissue(0.86, (1000, 1250), (75, 70), 98, gd=0.15, suv=1.4),
     "node":      Tissue(0.86, (1100, 1350), (80, 75), 46, gd=0.06, suv=1.0),
-    "tumour":    Tissue(0.88, (1250, 1480), (68, 64), 47, gd=0.30, suv=6.0),
+    "tumour":    Tissue(0.88, (1250, 1480), (68, 64), 47, gd=0.42, suv=6.0),
     "tooth":     Tissue(0.05, (300, 300), (0.5, 0.5), 2300, suv=0.3),
     # breast
-    "parenchyma": Tissue(0.86, (1266, 1445), (58, 54), 40, gd=0.035, suv=1.2),
+    "parenchyma": Tissue(0.86, (1266, 1445), (58, 54), 40, gd=0.025, suv=1.2),
     # chest
     "lung":      Tissue(0.18, (1000, 1200), (30, 25), -850, suv=0.5),
     "myocardium": Tissue(0.82, (1030, 1470), (50, 45), 46, gd=0.06, suv=2.5),
@@ -96,6 +96,8 @@ PELVIS = (*SCALP, "vein", "cartilage", "urine", "prostate", "glands", "stool", "
 NECK = ("csf", "gm", "wm", "deep", "pallidum", "gliosis", *SCALP, "vein", "cartilage", "gas",
         "salivary", "tonsil", "tongue", "mucosa", "thyroid", "node", "tumour", "necrosis", "tooth")
 BREAST = (*SCALP, "vein", "parenchyma", "tumour", "necrosis", "lung", "myocardium")
+CHEST = (*SCALP, "vein", "cartilage", "gas", "lung", "myocardium", "right heart", "left heart",
+         "aorta", "artery", "lung vein", "coronary", "liver")
 # The numbers of tissues in arrays of labels. 0 is outside of the body.
 CODE = {name: number for number, name in enumerate(TISSUES, 1)}
 # The numbers that BraTS gives to tumours. Gliosis of age is no tumour.

@@ -9,7 +9,7 @@ import numpy as np
 from data.phantom.files import write_nifti, write_sheet
 from data.phantom.geometry import rng_for, smooth_field
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
-from data.phantom.metabolic import write_breast, write_petct
+from data.phantom.metabolic import write_breast, write_cta, write_petct
 from data.phantom.pelvis import PELVIS_REACH, pelvis_anatomy, pelvis_grid
 from data.phantom.physics import (
     TISSUES,
@@ -284,4 +284,6 @@ SETS = {"brats": write_brats,
         "petct": write_petct,
         "petct-external": partial(write_petct, external=True),
         "breast": write_breast,
-        "breast-external": partial(write_breast, external=True)}
+        "breast-external": partial(write_breast, external=True),
+        "cta": write_cta,
+        "cta-external": partial(write_cta, external=True)}
