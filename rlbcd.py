@@ -62,8 +62,9 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D9]  Layers of H_E, lambda = 1, sizes, batch and learning rates are not in the paper.
 
 NEEDS  data/ and these files of common/:
-  cli.py cohort.py device.py downstream.py evaluation.py files.py loop.py metrics.py pictures.py
-  run.py score_volumes.py script.py table_pages.py tables.py unet.py vqae.py
+  classify.py cli.py codebook.py cohort.py confidence.py device.py downstream.py evaluation.py
+  features.py files.py latents.py loop.py metrics.py pictures.py run.py schedules.py
+  score_volumes.py script.py table_pages.py tables.py tasks.py unet.py value.py vqae.py
 """
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -80,7 +81,8 @@ from common.device import full_precision, seed_of
 from common.evaluation import fill_rows
 from common.latents import Latents
 from common.loop import EMA, Best
-from common.tasks import pair_in, typed_pair
+from common.schedules import falling_times
+from common.tasks import one_task, pair_in, typed_pair
 from common.unet import SelfAttention, UNet, attention_at, check_sizes, zeroed
 from common.value import value_rows
 from common.vqae import VQAE, load_autoencoder, train_autoencoder
@@ -176,12 +178,6 @@ def pair_of(cfg, contrasts):
     return pair_in(contrasts, (cfg.source, cfg.target), PAIRS)
 
 
-def patterns(cfg, contrasts):
-    """The one task, as a list of pairs (known contrasts, contrasts to make)."""
-    source, target = pair_of(cfg, contrasts)
-    return [((source,), (target,))]
-
-
 def channels(cfg, contrasts):
     """The channels of A and B."""
     source, target = pair_of(cfg, contrasts)
@@ -194,7 +190,7 @@ def residual_image(A, B):
 
 
 def add_residual(A, residual):
-    """B from A and the residual image: the inverse of residual_image, kept in [-1,1]."""
+    """B from A and the residual image, kept in [-1,1]."""
     return (A + 2 * residual).clamp(-1, 1)
 
 
@@ -310,9 +306,9 @@ class Mean(nn.Module):
 
 
 class CoDiffusion(nn.Module):
-    """Both branches.  z: channels of the latents.  size: their height and width.
+    """Both branches, {"residual": U-Net, "enhanced": U-Net}; cfg may leave one out.
 
-    branches   {"residual": U-Net, "enhanced": U-Net}; one is missing if cfg leaves it out
+    z: channels of the latents.  size: their height and width.
     """
 
     def __init__(self, cfg, z, size):
@@ -398,8 +394,8 @@ def bridge_loss(target, grad, t, kind):
 def bridge_step(x_t, x0, x, m_t, m_n, noise, eta=1.0):
     """Eqs. (2) and (5): draw x_n, nearer to the target, given x_t and x_0 (or its estimate).
 
-    m_t, m_n: numbers, places of both on the bridge, m_n < m_t.  noise: N(0,1) like x_t.
-    eta: 1 is the paper's random process, 0 adds no new noise.
+    m_t, m_n: numbers, places of both, m_n < m_t.  noise: N(0,1) like x_t.  eta: 1 is the paper's
+    random process, 0 adds no new noise.
 
     The variance of the new noise is d = eta^2 2 m_n (m_t - m_n) / m_t.  What is left of delta_n
     keeps a share of the noise of x_t.  With eta = 1 this share is m_n / m_t, and the source x
@@ -426,25 +422,11 @@ def inconsistency(x, x_hat):
 # ---- 5. Sampler ----------------------------------------------------------------------------------
 
 
-def time_list(S):
-    """The times of S evaluations, as in BBDM: 999, 999 - h, ..., 1, 0 with h = 999 / (S - 2).
-
-    From S = 502 on, 1 would come twice and is kept once.  S = 1 is [999], and S = 2 is [999, 0].
-    """
-    if S <= 2:
-        return [T - 1, 0][:S]
-    times = []
-    h = (T - 1) / (S - 2)
-    while T - 1 - len(times) * h > 1 + 1e-9:
-        times.append(int(T - 1 - len(times) * h))
-    return [*dict.fromkeys([*times, 1, 0])]
-
-
 @torch.no_grad()
 def sample(gradients, x, times, noise, watch=None):
     """From the source x (B, z, h, w) to the targets of all branches, {branch: (B, z, h, w)}.
 
-    gradients(states, t) -> {branch: prediction}.  times: falling, from time_list.
+    gradients(states, t) -> {branch: prediction}.  times: falling, from common/schedules.py.
     noise: {branch: function () -> fresh N(0,1) like x}, independent of each other [D5].
     watch: a list that gets each (time, state, estimate of x0) of the last branch.
     """
@@ -479,8 +461,8 @@ class Model:
 
         keys: (subject, slice number, number of the sample).  They fix the noise, so that a sample
         comes out the same in any batch or order.
-        Returns images {"enhanced": B, "residual": A plus residual}, (B, 1, H, W) each, and the
-        inconsistency (B, h, w).  What a missing branch would have made is left out, or None.
+        Returns {"enhanced": B, "residual": A plus residual}, (B, 1, H, W) each, and the
+        inconsistency (B, h, w); without a branch, its image is left out, and there is None.
         """
         x = self.ae.to_latent(A)                                            # (B, z, h, w)
         noise = {}
@@ -492,7 +474,7 @@ class Model:
             with self.run.autocast():
                 grads = self.networks(states, t)
             return {branch: grad.float() for branch, grad in grads.items()}
-        ends = sample(gradients, x, time_list(self.cfg.S), noise, seen)     # (B, z, h, w) each
+        ends = sample(gradients, x, falling_times(T, self.cfg.S), noise, seen)  # (B, z, h, w) each
         for title, state, estimate in seen or ():
             watch.append((title, self.ae.from_latent(state), self.ae.from_latent(estimate)))
         images = {branch: self.ae.from_latent(end) for branch, end in ends.items()}
@@ -513,12 +495,13 @@ class Model:
         """
         src, tgt = channels(self.cfg, self.contrasts)
         if not known[:, src].all() or known[:, tgt].any():
-            raise ValueError(f"fill: this model makes {self.contrasts[tgt]} from "
-                             f"{self.contrasts[src]}; in every slice {self.contrasts[src]} must be "
-                             f"known and {self.contrasts[tgt]} missing")
+            raise ValueError("fill: this model makes {0} from {1}; in every slice {1} must be known"
+                             " and {0} missing".format(self.contrasts[tgt], self.contrasts[src]))
         K = self.cfg.samples
         A = 2 * u[:, src, None] - 1                                         # (B, 1, H, W)
-        each = [(*key, k) for key in keys for k in range(K)]                # B*K keys
+        each = []                                                           # B*K keys
+        for key in keys:
+            each += [(*key, k) for k in range(K)]
         images, wrong = self.draw(A.repeat_interleave(K, dim=0), each, watch)
         made = {}
         for branch, image in images.items():
@@ -752,10 +735,12 @@ def outline(cfg, ds):
 # ---- 8. Main -------------------------------------------------------------------------------------
 
 METHOD = script.Method(
-    "RLBCD", Config, PRESETS, LIMITS, SAMPLING, STAGES, patterns=patterns, train=train,
-    contrasts=lambda cfg: typed_pair(cfg.source, cfg.target), load=load_model, outline=outline,
-    beside=beside, judge=judge, regions=True, figures={"fig2": ("are the maps of both branches alike?", figure2),
-                           "fig4": ("does the LCS find good samples?", figure4)})
+    "RLBCD", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
+    contrasts=lambda cfg: typed_pair(cfg.source, cfg.target), outline=outline,
+    patterns=lambda cfg, contrasts: one_task(pair_of(cfg, contrasts)),
+    beside=beside, judge=judge, regions=True,
+    figures={"fig2": ("are the maps of both branches alike?", figure2),
+             "fig4": ("does the LCS find good samples?", figure4)})
 
 # From Python: rlbcd.load("runs/rlbcd-petct") is a common.evaluation.Trained: .fill(images, known).
 load, main = script.entrances(METHOD, __doc__)

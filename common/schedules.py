@@ -80,3 +80,18 @@ def syndiff_schedule(N):
     t = torch.linspace(0, 1, N + 1, dtype=torch.float64)                # (N+1,)
     alpha_bar = torch.exp(-0.5 * t ** 2 * (20 - 0.1) - 0.1 * t)         # (N+1,)
     return alpha_bar.sqrt(), torch.zeros_like(t), (1 - alpha_bar).sqrt()
+
+
+def falling_times(T, S):
+    """The times of S evaluations on a bridge of T times, as in BBDM (Li et al., 2023).
+
+    They are T - 1, T - 1 - h, ..., 1, 0 with h = (T - 1) / (S - 2), rounded down.  For large S,
+    1 would come twice and is kept once.  S = 1 gives [T - 1], and S = 2 gives [T - 1, 0].
+    """
+    if S <= 2:
+        return [T - 1, 0][:S]
+    times = []
+    h = (T - 1) / (S - 2)
+    while T - 1 - len(times) * h > 1 + 1e-9:
+        times.append(int(T - 1 - len(times) * h))
+    return [*dict.fromkeys([*times, 1, 0])]

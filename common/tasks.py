@@ -97,3 +97,9 @@ def pair_in(contrasts, typed, pairs):
             return pair
     raise RunError(f"the data hold {', '.join(contrasts)}; say which to make from which, "
                    "for example --source ct --target pet", status=2)
+
+
+def one_task(pair):
+    """The tasks of a method with one source and one target: [(known contrasts, to be made)]."""
+    source, target = pair
+    return [((source,), (target,))]

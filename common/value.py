@@ -7,7 +7,11 @@ its lesions.  It is trained and tested on the scored subjects alone, in five fol
 compares A alone with A and a synthetic B.  We add what the paper lacks: A with the true B, which is
 the most that any synthesis could reach.
 """
-from common.classify import DEMO_CLASSIFIER, classification_rows, cross_validate_classifier
+from common.classify import (
+    DEMO_CLASSIFIER,
+    classification_rows,
+    cross_validate_classifier,
+)
 from common.downstream import (
     DEMO_SEGMENTER,
     cross_validate_segmenter,

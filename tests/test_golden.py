@@ -20,6 +20,7 @@ from scipy import ndimage
 import apt
 import data
 import metadb
+import rlbcd
 from common import downstream
 from common.run import Run
 from data import phantom
@@ -28,6 +29,8 @@ HOME = ROOT / "tests" / "golden"
 NETWORK = "--preset demo --size 32 --base 8 --mult 1,2 --attention 16 --head-dim 8 --groups 4 --encoder-steps 6 --encoder-batch 8".split()
 PEOPLE = "--train-fraction 0.5 --test-subjects 2 --test-slices 2 --sample-batch 5 --seed 3".split()        # 4 train, 2 validate, 2 test
 APT = [*NETWORK, *PEOPLE, *"--mif-epochs 6 --mif-batch 8 --mif-lr 0.003 --steps 7 --batch 4 --lr 0.05 --ema 0.8 --M 400 --S 4 --N 4".split()]
+RLBCD = [*PEOPLE, *("--preset demo --size 32 --base 8 --mult 1,2 --head-dim 8 --groups 4 --ae-base 8 --ae-mult 1,2 --codes 16 --ae-steps 12 "
+                    "--ae-batch 6 --ae-lr 0.01 --disc-weight 0.5 --evaluator-steps 6 --steps 14 --batch 4 --lr 0.1 --ema 0.8 --S 4").split()]
 METADB = [*NETWORK, *PEOPLE, *"--disc-base 8 --epochs 1 --batch 4 --N 4 --lr 0.02 --lr-d 0.004 --lambda-sem 0.3".split()]
 
 
@@ -104,7 +107,7 @@ class Recorder:
 def scans(tmp_path_factory):
     """Eight subjects of each kind, four slices each."""
     folder = tmp_path_factory.mktemp("golden-data")
-    for name in ("brats", "ixi"):
+    for name in ("brats", "ixi", "petct", "petct-external"):
         phantom.make(name, folder / name, subjects=8, size=32, slices=4)
     return folder
 
@@ -179,4 +182,25 @@ def test_metadb_segmenter(scans, tmp_path, monkeypatch, renew_golden):
     monkeypatch.setattr(downstream, "segment", lambda model, images: 2 * (np.asarray(images) > 0.5))
     gold.call("--data", scans / "brats", *METADB, "--target", "flair", "--segment", "--segment-steps", "6", "--train", "--evaluate")
     gold.keep_scores("flair")
+    gold.compare(renew_golden)
+
+
+def test_rlbcd(scans, tmp_path, monkeypatch, renew_golden):
+    """The autoencoder with its discriminator, both bridges, selection by score, another cohort."""
+    gold = Recorder(rlbcd, monkeypatch, tmp_path / "rlbcd")
+    where = ["--data", scans / "petct"]
+    gold.call(*where, *RLBCD, "--train", "--evaluate")
+    gold.keep_scores("one")
+    assert_best_is_not_last({"log validation": gold.numbers["log validation"][-10:]})
+    gold.call(*where, "--evaluate", "--samples", "3", "--select", "lcs", "--S", "3")
+    gold.keep_scores("three")
+    gold.call(*where, "--reproduce", "table1", "--test-slices", "1")
+    gold.keep_table("table1")
+    gold.call("--data", scans / "petct-external", "--evaluate", "--test-slices", "1")
+    content = json.loads((gold.folder / "run" / "on-petct-external" / "results.json").read_text())
+    for row in content["rows"]:
+        if row["metric"] == "psnr" and not row.get("variant"):
+            gold.numbers[f"external: {row['method']}"] = row["mean"]
+    gold.call(*where, "--synthesize")
+    gold.keep_volumes()
     gold.compare(renew_golden)

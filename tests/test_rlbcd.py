@@ -5,17 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import wake
-from torch.nn import functional as F
-from toys import call
-
 import rlbcd
+import torch
+from rlbcd import CMA, SAM, CoDiffusion, Config, M, T, bridge_step, q_sample
+from torch.nn import functional as F
+
 from common.device import Machine
 from common.files import RunError
+from common.schedules import falling_times
 from common.unet import Site
+from conftest import wake
 from data import phantom
-from rlbcd import CMA, SAM, T, CoDiffusion, Config, M, bridge_step, q_sample, time_list
+from toys import call
 
 SMALL = dict(size=32, ae_base=8, ae_mult=(1, 2), ae_blocks=1, codes=32, base=8, mult=(1, 2), blocks=1, head_dim=8, groups=4)
 
@@ -27,6 +28,10 @@ def small(**changes):
 def networks(cfg, z=4, size=16, seed=0):
     torch.manual_seed(seed)
     return wake(CoDiffusion(cfg, z, size))
+
+
+def time_list(S):
+    return falling_times(T, S)
 
 
 # ---- the bridge ----------------------------------------------------------------------------------

@@ -471,7 +471,7 @@ def test_the_python_section_of_the_readme_runs(trained, tmp_path, monkeypatch):
     assert np.array_equal(names["filled"][:, names["model"].contrasts.index("t1")], names["scan"].images[:, names["model"].contrasts.index("t1")])
 
 
-@pytest.mark.parametrize("name", ["apt", "metadb"])
+@pytest.mark.parametrize("name", ["apt", "metadb", "rlbcd"])
 def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
     """They are copied into an empty folder, and the script shows its help there."""
     import re
@@ -482,6 +482,6 @@ def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
     (tmp_path / "common").mkdir()
     for file in (f"{name}.py", *(f"common/{file}" for file in ("__init__.py", *listed))):
         shutil.copy(ROOT / file, tmp_path / file)
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: {n for n in names if n in ("brats", "ixi", "pelvis", "ixi-hidden", "pictures")})
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: {n for n in names if n in (*phantom.SETS, "pictures")})
     done = subprocess.run([sys.executable, f"{name}.py", "--reproduce", "list"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "table3" in done.stdout, done.stderr

@@ -4,16 +4,18 @@ import sys
 
 import numpy as np
 import pytest
-from test_golden import APT, METADB
+from test_golden import APT, METADB, RLBCD
 
 import apt
 import data
 import metadb
+import rlbcd
 from common import metrics
 from data import phantom
 
 # script, phantoms, flags, and the contrast that is made
-SCRIPTS = {"apt": (apt, "brats", [*APT, "--missing", "flair"], "flair"), "metadb": (metadb, "ixi", METADB, "t2")}
+SCRIPTS = {"apt": (apt, "brats", [*APT, "--missing", "flair"], "flair"), "metadb": (metadb, "ixi", METADB, "t2"),
+           "rlbcd": (rlbcd, "petct", RLBCD, "pet")}
 
 
 class Watched:
