@@ -16,7 +16,7 @@ The paper says "ResNet", "five-fold" and "mean scores", and no more.  Everything
 The number of patients is small, and so is what the scores can tell.  Read them beside the standard
 error of the AUC, and beside the accuracy of a rule that always names the larger class.
 
-Letters in shape comments: B batch, C channels, H W height and width, W_l width of a level.
+Letters in shape comments: B batch, C channels, H W height and width.
 """
 import math
 
@@ -31,7 +31,7 @@ from common.downstream import check_stack, divide, half_mirrored, steps_of
 from common.metrics import row
 
 # In place of the defaults of cross_validate_classifier, for phantoms on a CPU.
-DEMO_CLASSIFIER = {"width": 8, "epochs": 8, "lr": 2e-3}
+DEMO_CLASSIFIER = {"width": 8, "epochs": 6, "batch": 8, "lr": 2e-3}
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -68,14 +68,14 @@ class ResNet18(nn.Module):
     channels   of the image
     width      channels of the first level; each of the three further levels doubles them
 
-    The first convolution is 3x3 without a stride, and no pooling follows.  The original (7x7,
-    stride 2, pooling) expects photographs of 224 pixels and would leave 2x2 positions of 64.
+    The first convolution is 3x3, and no pooling follows.  The original (7x7, then pooling) expects
+    photographs of 224 pixels and would leave 2x2 positions of an image of 64 pixels.
     """
 
     def __init__(self, channels, width):
         super().__init__()
-        layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
-                  nn.ReLU()]
+        layers = [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+                  nn.BatchNorm2d(width), nn.ReLU()]
         c_in = width
         for level in range(4):
             c_out = width * 2 ** level
@@ -87,7 +87,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x):
         """x: (B, C, H, W) in [0,1].  Returns logits (B,)."""
-        h = self.layers(x)                                              # (B, 8 W_0, H/8, W/8)
+        h = self.layers(x)                                              # (B, 8 width, H/16, W/16)
         return self.head(h.mean((2, 3)))[:, 0]                          # (B,)
 
 

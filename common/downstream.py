@@ -35,7 +35,7 @@ from common.metrics import ROUNDING, row
 from common.unet import UNet
 
 # In place of the defaults of cross_validate_segmenter, for phantoms on a CPU.
-DEMO_SEGMENTER = {"base": 8, "mult": (1, 2, 4), "epochs": 8, "lr": 2e-3}
+DEMO_SEGMENTER = {"base": 4, "mult": (1, 2, 4), "epochs": 2, "batch": 4, "lr": 1e-2}
 
 
 # ---- a segmenter ---------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Segmenter(nn.Module):
 
     classes     see the top of this file
     channels    of the image, C
-    base, mult  level l has base * mult[l] channels; base is divisible by 8
+    base, mult  level l has base * mult[l] channels; base is 4, or divisible by 8
 
     Its time embedding is one more learned constant.  By default, a pixel of the result depends on
     those up to 80 pixels away.
