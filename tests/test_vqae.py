@@ -662,6 +662,23 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path, monkeypatch, bottleneck, fac
     assert all(gan["balance"] > 0 for gan in adversarial[3:])
 
 
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_only_the_gaussian_is_drawn_in_training(tmp_path, bottleneck):
+    noise = []
+
+    class Recorder(VQAE):
+        def forward(self, x, eps=None):
+            noise.append(eps)
+            return super().forward(x, eps)
+    fit(begin(tmp_path), make=lambda: Recorder(4, (1, 2), 1, 16, 16, middle=False, bottleneck=bottleneck), val=None, disc_weight=0)
+    if bottleneck == "vq":
+        assert noise == 10 * [None]
+    else:
+        drawn = torch.stack(noise)
+        assert drawn.shape == (10, 4, 4, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 10
+        assert abs(drawn.mean()) < 0.05 and drawn.std().item() == pytest.approx(1, abs=0.05)
+
+
 def test_rates_warm_up_fall_and_are_the_same_for_both(tmp_path, monkeypatch):
     run = begin(tmp_path)
     updates, _ = watched(run, monkeypatch)
