@@ -498,7 +498,7 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         use = CodeUse(len(ae.codebook.weight), device)
         parts["use"] = use
     start = 3 * steps // 10                     # from here on the adversarial loss counts
-    lead = min(2000, steps // 10)               # so long before, the discriminator is trained itself
+    lead = min(2000, steps // 10)               # so long before, D itself is trained
     D = None
     if disc_weight:
         channels = ae.decoder.head[-1].out_channels
