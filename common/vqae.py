@@ -498,7 +498,7 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         use = CodeUse(len(ae.codebook.weight), device)
         parts["use"] = use
     start = 3 * steps // 10                     # from here on the adversarial loss counts
-    lead = min(2000, steps // 10)               # so long before, the discriminator's training begins
+    lead = min(2000, steps // 10)               # so long before, D itself is trained
     D = None
     if disc_weight:
         channels = ae.decoder.head[-1].out_channels
@@ -667,9 +667,9 @@ def autoencoder_hash(ae):
     """Return 16 letters that stand for all weights of an autoencoder, with mu and sigma."""
     digest = hashlib.sha256(ae.bottleneck.encode())
     for name, tensor in sorted(ae.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
+        values = tensor.detach().cpu()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.numpy().tobytes())
+        digest.update(values.numpy().tobytes())         # in C order, whatever the memory format
     return digest.hexdigest()[:16]
 
 
@@ -724,7 +724,7 @@ def write_latents(run, ae, picture, shape, path):
             np.lib.format.write_array_header_1_0(file, header)
             for numbers in run.batches("latents", np.arange(shape[0]), ENCODE_BATCH):
                 L = ae.to_latent(picture(numbers)).half()               # (B, z, h, w)
-                file.write(L.cpu().contiguous().numpy().tobytes())
+                file.write(L.cpu().numpy().tobytes())
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; make room, or choose "
                        "another folder for the cache") from error

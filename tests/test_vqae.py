@@ -414,6 +414,7 @@ def test_adaptive_weight_of_a_toy():
     assert vqae.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0])) == 1e4
     assert vqae.adaptive_weight(torch.tensor([3e-5, 4e-5]), torch.tensor([0.0])).item() == pytest.approx(0.5)
     assert vqae.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])).item() == pytest.approx(5 / 1.0001)
+    assert not vqae.adaptive_weight(w, w).requires_grad
 
 
 def reference_pyramid(d):
@@ -629,6 +630,23 @@ def test_each_network_learns_from_its_own_loss_alone(tmp_path, monkeypatch):
     assert [who for who, *_ in updates] == 2 * [0] + 8 * [0, 1] and all(stayed for _, _, stayed, _ in updates)
 
 
+def test_the_discriminator_sees_the_images_and_what_became_of_them(tmp_path, monkeypatch):
+    """Behind its own start: the images and their detached reconstructions; later the reconstructions with gradient come first."""
+    seen = []
+
+    class Recorder(PatchDiscriminator):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+    monkeypatch.setattr(vqae, "PatchDiscriminator", Recorder)
+    fit(begin(tmp_path), val=None)
+    assert [x.requires_grad for x in seen] == [False, False] + 7 * [True, False, False]
+    for step in range(2, 10):
+        real, fake = seen[3 * step - 6:3 * step - 4]
+        assert torch.equal(real, shapes(fit.seen[step])) and not torch.equal(fake, real)
+        assert step == 2 or torch.equal(fake, seen[3 * step - 7])
+
+
 @pytest.mark.parametrize("bottleneck, factor", [("vq", 1), ("kl", 1e-6)])
 def test_the_loss_is_the_sum_of_its_terms(tmp_path, monkeypatch, bottleneck, factor):
     run = begin(tmp_path)
@@ -642,6 +660,23 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path, monkeypatch, bottleneck, fac
         assert loss == entry["loss"] and entry["bottleneck"] > 0
         assert loss == pytest.approx(entry["rec"] + factor * entry["bottleneck"] + 0.7 * gan["balance"] * gan["adv"], rel=1e-5)
     assert all(gan["balance"] > 0 for gan in adversarial[3:])
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_only_the_gaussian_is_drawn_in_training(tmp_path, bottleneck):
+    noise = []
+
+    class Recorder(VQAE):
+        def forward(self, x, eps=None):
+            noise.append(eps)
+            return super().forward(x, eps)
+    fit(begin(tmp_path), make=lambda: Recorder(4, (1, 2), 1, 16, 16, middle=False, bottleneck=bottleneck), val=None, disc_weight=0)
+    if bottleneck == "vq":
+        assert noise == 10 * [None]
+    else:
+        drawn = torch.stack(noise)
+        assert drawn.shape == (10, 4, 4, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 10
+        assert abs(drawn.mean()) < 0.05 and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_rates_warm_up_fall_and_are_the_same_for_both(tmp_path, monkeypatch):
