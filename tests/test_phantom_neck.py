@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, gaussian_filter, map_coordinates
 
+from data.layouts import find_layout
 from data.phantom import make
 from data.phantom.geometry import Grid, rng_for
 from data.phantom.metabolic import (
@@ -197,6 +198,9 @@ def test_layout_of_petct(petct):
                                   + np.minimum(corner, 0)), 1] for image in (ct, pet)]
         np.testing.assert_allclose(*ends)
     assert set(np.unique(np.asarray(seg.dataobj))) == {0, 1}
+    layout = find_layout(folder)
+    assert layout.contrasts == ("ct", "pet") and not layout.ignored
+    assert all(subject.segmentation for subject in layout.subjects)
     assert sum(len(data) for data in contents(folder).values()) < 9e6
 
 

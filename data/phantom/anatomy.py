@@ -22,8 +22,9 @@ class Anatomy:
     variation: np.ndarray       # (3, X, Y, Z), PD, T1, T2 relative to the subject's mean. They vary
                                 # slowly in space, for all tissues but csf
     texture: np.ndarray         # (X, Y, Z), relative T1, T2 and uptake inside of lesions and marrow
-    labels: np.ndarray          # (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails
-    traits: dict                # age, sex, ...; see draw_traits and draw_pelvis
+    labels: np.ndarray          # (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails;
+                                # outside of the brain, 1 in a tumour
+    traits: dict                # age, sex, ...; see draw_traits, draw_pelvis, draw_neck, ...
 
 
 def mixture(labels, grid, tissues, points=OVERSAMPLE):

@@ -1,7 +1,8 @@
-"""The sets that pair an image of anatomy with one of metabolism or of blood: `petct`, ...
+"""The sets that pair an image of anatomy with one of metabolism or of blood.
 
-Each has a twin for tests of a model on data from elsewhere, whose name ends in -external. The twin
-has the same files, but other scanners, another size of pixels and other patients.
+They are petct, breast and cta. Each has a twin for tests of a model on data from elsewhere. Its
+name ends in -external. The twin has the same files, but other scanners, another size of pixels and
+other patients.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -171,7 +172,7 @@ BREAST_SITES = {
 # Breast-MRI-NACT-Pilot (Newitt and Hylton 2016) has one scanner of 1.5 T with longer times. The
 # tumours are larger, because they are to be shrunk before the operation.
 BREAST_ELSEWHERE = {
-    "GE Signa 1.5T": BreastScanner(Protocol("gre", tr=8.0, te=4.2, flip=20, field=1.5), 0.8, 0.28,
+    "GE Signa 1.5T": BreastScanner(Protocol("gre", tr=8.0, te=4.2, flip=20, field=1.5), 0.8, 0.10,
                                    0.07, 0.08)}
 BREAST_ELSEWHERE_FIELD = 370            # mm
 

@@ -534,6 +534,9 @@ def slice_labels(points, world, brain, rough, fine, fat, above, traits):
     if z.size and z.min() < 2:
         add_muscles(labels, mirrored, fine)
         labels[above > -fat - SKIN] = CODE["fat"]
+        # The cistern between the cerebrum and the brain stem holds water.
+        cistern = (brain > 0) & (mirrored[0] < 26) & (points[1] < 14) & (z > -36)
+        labels[cistern] = CODE["csf"]
         add_spine(labels, points, rough)
         if z.max() > -112:
             add_face(labels, points, mirrored, rough, fine)
