@@ -45,6 +45,16 @@ def mixture(labels, grid, tissues, points=OVERSAMPLE):
     return mask, maps
 
 
+def add_bone(labels, distance, shell):
+    """Paint a bone into `labels`, in place: a compact shell around marrow.
+
+    distance: mm from the surface of the bone, negative inside.
+    shell: mm.
+    """
+    labels[distance < 0] = CODE["bone"]
+    labels[distance < -shell] = CODE["marrow"]
+
+
 def tissue_fields(rng, axes, reach=160.0, spreads=(0.015, 0.05, 0.05)):
     """Draw how one subject's tissues vary in space -> (variation, texture) as in Anatomy.
 

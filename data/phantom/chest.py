@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.phantom.anatomy import OVERSAMPLE, Anatomy, mixture, tissue_fields
+from data.phantom.anatomy import OVERSAMPLE, Anatomy, add_bone, mixture, tissue_fields
 from data.phantom.geometry import Grid, ellipsoid, rng_for, smooth_field, tube
 from data.phantom.physics import CHEST, CODE
 
@@ -202,8 +202,7 @@ def add_wall(labels, points, mirrored, wall, rough):
     sternum = np.hypot(np.maximum(lateral - 14, 0), wall + 5) - 5.5
     sternum = np.where(y > 0, sternum, 99)
     bony = np.minimum(rib, sternum) + 0.3 * rough
-    labels[bony < 0] = CODE["bone"]
-    labels[bony < -SHELL] = CODE["marrow"]
+    add_bone(labels, bony, SHELL)
 
 
 def add_lungs(labels, points, wall, rough, trees):
@@ -243,8 +242,7 @@ def add_spine(labels, points, rough):
     process = np.hypot(np.maximum(lateral - 26, 0), y + 86 + 0.25 * lateral) - 5
     spike = np.maximum(lateral - 3.5, np.abs(y + 98) - 11)
     bony = np.minimum(np.minimum(body, canal - 5), np.minimum(process, spike))
-    labels[bony < 0] = CODE["bone"]
-    labels[bony < -SHELL] = CODE["marrow"]
+    add_bone(labels, bony, SHELL)
     disc = np.mod(z + 9, 24) < 5
     labels[(body < 0) & disc] = CODE["cartilage"]
     labels[canal < 0] = CODE["muscle"]
@@ -255,8 +253,8 @@ def add_heart(labels, points, rough, traits):
     size = traits["heart"]
     centre = (-24, 20, -80)
     # Points in a heart of the usual size.
-    x, y, z = ((p - c) / np.float32(size) + np.float32(c) for p, c in zip(points, centre))
-    usual = (x, y, z)
+    usual = [(p - c) / np.float32(size) + np.float32(c) for p, c in zip(points, centre)]
+    x, y, z = usual
     # The long axis points to the left, to the front and down.
     sac = ellipsoid((x + 0.25 * y, y, z), (-18, 18, -80), (66, 52, 52)) + 0.02 * rough
     labels[sac < 1.06] = CODE["fat"]
