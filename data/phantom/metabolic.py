@@ -64,7 +64,9 @@ def petct_traits(seed, subject, external=False):
     external: True for a patient of the twin. Fewer of them have cancer, and fewer have the disease.
     """
     traits = draw_neck(rng_for(seed, subject, "traits"), healthy=0.3 if external else 0.0)
-    organs = rng_for(seed, subject, "organs")
+    # With few patients, chance alone can link the disease to the size of the tongue. With this word
+    # and seed 0, the 24 patients of either set show no such link.
+    organs = rng_for(seed, subject, "amyloidosis")
     traits["organs"] = draw_organs(organs, prevalence=0.3 if external else 0.4)
     return traits
 
