@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, gaussian_filter, map_coordinates
 
+from data.layouts import find_layout
 from data.phantom import make
 from data.phantom.geometry import Grid, rng_for
 from data.phantom.metabolic import (
@@ -197,6 +198,9 @@ def test_layout_of_petct(petct):
                                   + np.minimum(corner, 0)), 1] for image in (ct, pet)]
         np.testing.assert_allclose(*ends)
     assert set(np.unique(np.asarray(seg.dataobj))) == {0, 1}
+    layout = find_layout(folder)
+    assert layout.contrasts == ("ct", "pet") and not layout.ignored
+    assert all(subject.segmentation for subject in layout.subjects)
     assert sum(len(data) for data in contents(folder).values()) < 9e6
 
 
@@ -256,11 +260,16 @@ def ranked(scores, labels):
 
 
 def test_label_shows_in_pet_and_hardly_in_ct():
-    drawn = [draw_organs(rng_for(0, subject, "organs"), 0.4) for subject in range(2000)]
+    drawn = [draw_organs(rng_for(0, subject, "amyloidosis"), 0.4) for subject in range(2000)]
     label, uptake, hu, size = (np.array([of[key] for of in drawn]) for key in ("label", "uptake", "hu", "size"))
     assert label.mean() == pytest.approx(0.4, abs=0.03)
     assert ranked(uptake, label) > 0.99
     assert 0.53 < ranked(hu, label) < 0.67 and 0.53 < ranked(size, label) < 0.67
+    for external in (False, True):  # and in the 24 patients that people will use
+        few = [petct_traits(0, 1000 * external + subject, external)["organs"] for subject in range(SUBJECTS)]
+        few = {key: np.array([of[key] for of in few]) for key in few[0]}
+        assert 6 <= few["label"].sum() <= 12 and ranked(few["uptake"], few["label"]) == 1
+        assert 0.4 < ranked(few["hu"], few["label"]) < 0.67 and 0.4 < ranked(few["size"], few["label"]) < 0.67
     traits = [petct_traits(0, subject) for subject in range(400)]
     label = np.array([of["organs"]["label"] for of in traits])
     for of in ("age", "suv", "fat", "offset"):

@@ -18,11 +18,11 @@
 The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`,
 `neck_anatomy`, `breast_anatomy`, `chest_anatomy`) says how much of which tissue lies in every voxel
 of a subject. It also says how this subject's tissues differ from the textbook. *Physics* turns an
-anatomy into an image: `render` under an MR `Protocol`, `render_ct` in Hounsfield units, `render_pet`
-in SUV. The same subject can therefore be imaged in many ways in memory. Every image has a truth to
-compare with. `acquire`, `acquire_ct` and `acquire_pet` add what a real scanner adds. In MR this is
-coil shading, Rician noise and an arbitrary scale; in CT it is the noise of X-rays; in PET it is
-blur, and noise that grows with the signal.
+anatomy into an image: `render` under an MR `Protocol`, `render_ct` in Hounsfield units,
+`render_pet` in SUV. The same subject can therefore be imaged in many ways in memory. Every image
+has a truth to compare with. `acquire`, `acquire_ct` and `acquire_pet` add what a real scanner adds.
+In MR this is coil shading, Rician noise and an arbitrary scale. In CT it is the noise of X-rays. In
+PET it is blur, and noise that grows with the signal.
 
 `texture_pairs` are much smaller pictures for tests of a model.
 

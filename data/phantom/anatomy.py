@@ -22,8 +22,9 @@ class Anatomy:
     variation: np.ndarray       # (3, X, Y, Z), PD, T1, T2 relative to the subject's mean. They vary
                                 # slowly in space, for all tissues but csf
     texture: np.ndarray         # (X, Y, Z), relative T1, T2 and uptake inside of lesions and marrow
-    labels: np.ndarray          # (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails
-    traits: dict                # age, sex, ...; see draw_traits and draw_pelvis
+    labels: np.ndarray          # (X, Y, Z) uint8, the LESION_LABELS of the tissue that prevails;
+                                # outside of the brain, 1 in a tumour
+    traits: dict                # age, sex, ...; see draw_traits, draw_pelvis, draw_neck, ...
 
 
 def mixture(labels, grid, tissues, points=OVERSAMPLE):
@@ -42,6 +43,16 @@ def mixture(labels, grid, tissues, points=OVERSAMPLE):
         share = fraction / np.maximum(inside, np.float32(0.5))
         maps[name] = np.where(mask, share, np.float32(0))
     return mask, maps
+
+
+def add_bone(labels, distance, shell):
+    """Paint a bone into `labels`, in place: a compact shell around marrow.
+
+    distance: mm from the surface of the bone, negative inside.
+    shell: mm.
+    """
+    labels[distance < 0] = CODE["bone"]
+    labels[distance < -shell] = CODE["marrow"]
 
 
 def tissue_fields(rng, axes, reach=160.0, spreads=(0.015, 0.05, 0.05)):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.phantom.anatomy import OVERSAMPLE, Anatomy, mixture, tissue_fields
+from data.phantom.anatomy import OVERSAMPLE, Anatomy, add_bone, mixture, tissue_fields
 from data.phantom.geometry import Grid, ellipsoid, rng_for, smooth_field, tube
 from data.phantom.physics import BREAST, CODE
 
@@ -124,8 +124,7 @@ def add_chest(labels, points, rough):
     rib = np.where(lateral > 16, rib, 99)
     sternum = np.hypot(np.maximum(lateral - 12, 0), wall + 9) - 5
     bony = np.minimum(rib, sternum)
-    labels[bony < 0] = CODE["bone"]
-    labels[bony < -2] = CODE["marrow"]
+    add_bone(labels, bony, 2.0)
     inner = wall + 17
     labels[inner < 0] = CODE["fat"]
     lung = np.maximum(inner + 2, 24 - lateral + 0.12 * (y + 60))
@@ -139,8 +138,7 @@ def add_chest(labels, points, rough):
     aorta = np.hypot(x + 26, y + 168) - 13
     labels[aorta < 0] = CODE["vein"]
     spine = ellipsoid((x, y), (0, -176), (22, 17))
-    labels[spine < 1] = CODE["bone"]
-    labels[spine < 0.86] = CODE["marrow"]
+    add_bone(labels, 17 * (spine - 1), 2.4)
 
 
 def add_parenchyma(labels, points, breast, fields, traits):

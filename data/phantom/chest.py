@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.phantom.anatomy import OVERSAMPLE, Anatomy, mixture, tissue_fields
+from data.phantom.anatomy import OVERSAMPLE, Anatomy, add_bone, mixture, tissue_fields
 from data.phantom.geometry import Grid, ellipsoid, rng_for, smooth_field, tube
 from data.phantom.physics import CHEST, CODE
 
@@ -202,8 +202,7 @@ def add_wall(labels, points, mirrored, wall, rough):
     sternum = np.hypot(np.maximum(lateral - 14, 0), wall + 5) - 5.5
     sternum = np.where(y > 0, sternum, 99)
     bony = np.minimum(rib, sternum) + 0.3 * rough
-    labels[bony < 0] = CODE["bone"]
-    labels[bony < -SHELL] = CODE["marrow"]
+    add_bone(labels, bony, SHELL)
 
 
 def add_lungs(labels, points, wall, rough, trees):
@@ -243,8 +242,7 @@ def add_spine(labels, points, rough):
     process = np.hypot(np.maximum(lateral - 26, 0), y + 86 + 0.25 * lateral) - 5
     spike = np.maximum(lateral - 3.5, np.abs(y + 98) - 11)
     bony = np.minimum(np.minimum(body, canal - 5), np.minimum(process, spike))
-    labels[bony < 0] = CODE["bone"]
-    labels[bony < -SHELL] = CODE["marrow"]
+    add_bone(labels, bony, SHELL)
     disc = np.mod(z + 9, 24) < 5
     labels[(body < 0) & disc] = CODE["cartilage"]
     labels[canal < 0] = CODE["muscle"]
@@ -255,8 +253,8 @@ def add_heart(labels, points, rough, traits):
     size = traits["heart"]
     centre = (-24, 20, -80)
     # Points in a heart of the usual size.
-    x, y, z = ((p - c) / np.float32(size) + np.float32(c) for p, c in zip(points, centre))
-    usual = (x, y, z)
+    usual = [(p - c) / np.float32(size) + np.float32(c) for p, c in zip(points, centre)]
+    x, y, z = usual
     # The long axis points to the left, to the front and down.
     sac = ellipsoid((x + 0.25 * y, y, z), (-18, 18, -80), (66, 52, 52)) + 0.02 * rough
     labels[sac < 1.06] = CODE["fat"]
@@ -289,29 +287,37 @@ def add_vessels(labels, points, traits):
     paint(labels, points, TRACHEA, "gas")
 
 
-def near_branches(branches, points, axes):
+def bounds_of(branches):
+    """The corners of the boxes around tubes with two nodes -> (first, last), both (n, 3) in mm."""
+    nodes = np.array(branches)                              # (n, 2, 4)
+    radius = nodes[..., 3:].max(axis=1)
+    return nodes[..., :3].min(axis=1) - radius, nodes[..., :3].max(axis=1) + radius
+
+
+def near_branches(branches, bounds, points, axes):
     """The branches of a vessel that reach a slice -> list of (box, distance).
 
     box: A part of the slice (rows, columns) that holds the branch.
     distance: mm to the branch in the box, negative inside.
-    axes: The world coordinates along x and y. The template differs by less than `margin`.
+
+    bounds: See bounds_of.
+    axes: The world coordinates along x and y, in falling order. The template differs from them by
+        less than `margin`.
     """
-    margin = 16.0
-    low = points[2].min()
-    high = points[2].max()
+    margin = 14.0                                           # mm
+    first, last = bounds
+    reach = (first[:, 2] < points[2].max()) & (last[:, 2] > points[2].min())
+    starts = []
+    stops = []
+    for k, axis in enumerate(axes):
+        starts.append(np.searchsorted(-axis, -last[:, k] - margin))
+        stops.append(np.searchsorted(-axis, -first[:, k] + margin))
     found = []
-    for branch in branches:
-        ends = np.array(branch)
-        first = ends[:, :3].min(axis=0) - ends[0, 3]
-        last = ends[:, :3].max(axis=0) + ends[0, 3]
-        if first[2] > high or last[2] < low:
-            continue
-        box = []
-        for axis, start, stop in zip(axes, first, last):
-            inside = np.flatnonzero((axis > start - margin) & (axis < stop + margin))
-            box.append(slice(inside[0], inside[-1] + 1) if inside.size else slice(0))
-        box = tuple(box)
-        found.append((box, tube([p[box] for p in points], branch)))
+    for k in np.flatnonzero(reach):
+        box = (slice(starts[0][k], stops[0][k]), slice(starts[1][k], stops[1][k]))
+        part = [p[box] for p in points]
+        if part[2].size and part[2].min() < last[k, 2] and part[2].max() > first[k, 2]:
+            found.append((box, tube(part, branches[k])))
     return found
 
 
@@ -325,18 +331,20 @@ def chest_labels(seed, subject, axes, traits):
     rough = smooth_field(rng_for(seed, subject, "rough"), 10, axes, CHEST_REACH)
     uneven = smooth_field(rng_for(seed, subject, "fat"), 34, axes, CHEST_REACH)
     trees = {}
+    bounds = {}
     for name, hila in HILA.items():
         rng = rng_for(seed, subject, f"{name} tree")
         trees[name] = []
         for hilum in hila:
             trees[name] += draw_tree(rng, hilum)
+        bounds[name] = bounds_of(trees[name])
 
     labels = np.zeros(warped[0].shape, np.uint8)
     for k in range(len(axes[2])):
         points = [np.ascontiguousarray(p[..., k]) for p in warped]
         here = {}
         for name, branches in trees.items():
-            here[name] = near_branches(branches, points, axes[:2])
+            here[name] = near_branches(branches, bounds[name], points, axes[:2])
         labels[..., k] = slice_labels(points, rough[..., k], uneven[..., k], here, traits)
     return labels
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.phantom.anatomy import Anatomy, mixture, tissue_fields
+from data.phantom.anatomy import Anatomy, add_bone, mixture, tissue_fields
 from data.phantom.geometry import Grid, ellipsoid, rng_for, smooth_field, tube, tubes
 from data.phantom.head import CENTRE, draw_traits, head_labels, template_points
 from data.phantom.physics import BRAIN, CODE, NECK
@@ -53,7 +53,9 @@ MUSCLES = (
     ((14, 30, -113, 6), (20, 46, -108, 5), (12, 60, -108, 4)),              # digastric
     ((38, 62, -72, 3), (50, 44, -74, 4)),                                   # cheek
 )
-OCULAR = (
+NOSE = ((0, 80, -20, 4), (0, 90, -40, 7), (0, 88, -52, 10))
+OPTIC_NERVE = (((33, 48, -30, 2), (22, 30, -30, 2), (10, 12, -29, 2.5)),)
+OCULAR = (                                                                  # muscles of the eye
     ((34, 56, -24, 2.5), (26, 36, -26, 3.0), (16, 20, -28, 2.0)),
     ((34, 56, -36, 2.5), (26, 36, -34, 3.0), (16, 20, -30, 2.0)),
     ((22, 58, -30, 2.5), (17, 38, -30, 3.0), (13, 22, -29, 2.0)),
@@ -195,8 +197,9 @@ def place_in_world(place, side, traits):
 def face_height(points):
     """mm above the fascia under the fat of face and neck, negative inside."""
     x, y, z = points
-    front, back, wide = (np.interp(z, OUTLINE[:, 0], OUTLINE[:, k]).astype(np.float32)
-                         for k in (1, 2, 3))
+    front = np.interp(z, OUTLINE[:, 0], OUTLINE[:, 1]).astype(np.float32)
+    back = np.interp(z, OUTLINE[:, 0], OUTLINE[:, 2]).astype(np.float32)
+    wide = np.interp(z, OUTLINE[:, 0], OUTLINE[:, 3]).astype(np.float32)
     middle = back + 0.55 * (front - back)
     ahead = y - middle
     reach = np.where(ahead > 0, front - middle, middle - back)
@@ -205,7 +208,7 @@ def face_height(points):
     rho = (np.abs(x / wide) ** power + np.abs(ahead / reach) ** power) ** (1 / power)
     from_middle = np.hypot(x, ahead)
     height = (1 - 1 / np.maximum(rho, np.float32(0.05))) * from_middle
-    return np.minimum(height, tube(points, ((0, 80, -20, 4), (0, 90, -40, 7), (0, 88, -52, 10))))
+    return np.minimum(height, tube(points, NOSE))
 
 
 def skull_floor(x, y):
@@ -226,16 +229,6 @@ def skull_floor(x, y):
     return front * domes + (1 - front) * ((1 - back) * middle + back * tent)
 
 
-def add_bone(labels, distance, shell=SHELL):
-    """Paint a bone into `labels`, in place: a compact shell around marrow.
-
-    distance: mm from the surface of the bone, negative inside.
-    shell: mm.
-    """
-    labels[distance < 0] = CODE["bone"]
-    labels[distance < -shell] = CODE["marrow"]
-
-
 def near(shapes, z, margin=4.0):
     """Those of several tubes that reach the heights z of a slice.
 
@@ -252,14 +245,11 @@ def near(shapes, z, margin=4.0):
     return found
 
 
-def paint_tubes(labels, points, shapes, name, wider=0.0):
-    """Paint all that lies in one of several tubes into `labels`, in place.
-
-    wider: mm by which the tubes are wider than their nodes say.
-    """
+def paint_tubes(labels, points, shapes, name):
+    """Paint all that lies in one of several tubes into `labels`, in place."""
     shapes = near(shapes, points[2])
     if shapes:
-        labels[tubes(points, shapes) < wider] = CODE[name]
+        labels[tubes(points, shapes) < 0] = CODE[name]
 
 
 def add_muscles(labels, mirrored, streaks):
@@ -288,7 +278,7 @@ def add_spine(labels, points, rough):
     bony = np.minimum(np.minimum(body, facet), np.minimum(arch, spike))
     is_neck = z < -62
     bony = np.where(is_neck, bony, 99)
-    add_bone(labels, bony)
+    add_bone(labels, bony, SHELL)
     labels[(body < 0) & (phase < 4) & is_neck] = CODE["cartilage"]
     inside = (canal < 0) & (z < -56)
     labels[inside] = CODE["csf"]
@@ -306,7 +296,7 @@ def add_face(labels, points, mirrored, rough, fine):
     labels[(orbit < 1.12) & (y < 62)] = CODE["bone"]
     labels[orbit < 1] = CODE["fat"]
     paint_tubes(labels, mirrored, OCULAR, "muscle")
-    paint_tubes(labels, mirrored, (((33, 48, -30, 2), (22, 30, -30, 2), (10, 12, -29, 2.5)),), "wm")
+    paint_tubes(labels, mirrored, OPTIC_NERVE, "wm")
     globe = ellipsoid(mirrored, (33, 60, -30), (12.5, 12.5, 12.5))
     labels[globe < 1.1] = CODE["muscle"]
     labels[globe < 1] = CODE["csf"]
@@ -314,13 +304,14 @@ def add_face(labels, points, mirrored, rough, fine):
 
     shapes = near(CHEEK_BONE + UPPER_JAW, z)
     if shapes:
-        add_bone(labels, tubes(mirrored, shapes) + 0.5 * rough)
+        add_bone(labels, tubes(mirrored, shapes) + 0.5 * rough, SHELL)
     maxilla = ellipsoid(mirrored, (28, 46, -48), (16, 20, 16))
     labels[maxilla < 1.13] = CODE["bone"]
     labels[maxilla < 1] = CODE["gas"]
     nose = ellipsoid(points, (0, 46, -44), (14, 36, 20))
     labels[nose < 1] = CODE["gas"]
-    turbinate = np.hypot(lateral - 8 + 0.8 * fine, z + 40 + 12 * np.round((-z - 40) / 12)) < 4.5
+    level = z + 40 + 12 * np.round((-z - 40) / 12)          # mm above the nearest of the turbinates
+    turbinate = np.hypot(lateral - 8 + 0.8 * fine, level) < 4.5
     labels[(nose < 1) & (turbinate | (lateral < 1.4))] = CODE["mucosa"]
     ethmoid = (ellipsoid(points, (0, 40, -22), (14, 24, 12)) < 1) & (z < -13)
     labels[ethmoid] = CODE["gas"]
@@ -332,7 +323,7 @@ def add_face(labels, points, mirrored, rough, fine):
 
     shapes = near(MANDIBLE, z)
     if shapes:
-        add_bone(labels, tubes(mirrored, shapes) + 0.4 * rough)
+        add_bone(labels, tubes(mirrored, shapes) + 0.4 * rough, SHELL)
     shapes = near(TEETH, z)
     if shapes:
         gaps = np.abs(np.mod(np.arctan2(mirrored[0], y - 30) * 52, 8) - 4) > 3.5
@@ -374,9 +365,7 @@ def add_throat(labels, points, mirrored, rough, fine, traits):
     labels[plates & (lateral < 26)] = CODE["cartilage"]
     ring = np.abs(np.hypot(x, y - 13) - 13.5) < 2.5
     labels[ring & (z < -146) & (z > -156)] = CODE["cartilage"]
-    shapes = near(HYOID, z)
-    if shapes:
-        labels[tubes(mirrored, shapes) < 0] = CODE["bone"]
+    paint_tubes(labels, mirrored, HYOID, "bone")
     lobe = ellipsoid(mirrored, (19 * swell, 9, -160), (9 * swell, 11 * swell, 24 * swell))
     isthmus = ellipsoid(points, (0, 20, -162), (16, 4, 9))
     labels[(np.minimum(lobe, isthmus) + 0.06 * rough < 1) & (airway > 2)] = CODE["thyroid"]
@@ -534,6 +523,9 @@ def slice_labels(points, world, brain, rough, fine, fat, above, traits):
     if z.size and z.min() < 2:
         add_muscles(labels, mirrored, fine)
         labels[above > -fat - SKIN] = CODE["fat"]
+        # The cistern between the cerebrum and the brain stem holds water.
+        cistern = (brain > 0) & (mirrored[0] < 26) & (points[1] < 14) & (z > -36)
+        labels[cistern] = CODE["csf"]
         add_spine(labels, points, rough)
         if z.max() > -112:
             add_face(labels, points, mirrored, rough, fine)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.phantom.anatomy import OVERSAMPLE, Anatomy, mixture, tissue_fields
+from data.phantom.anatomy import OVERSAMPLE, Anatomy, add_bone, mixture, tissue_fields
 from data.phantom.geometry import Grid, ellipsoid, rng_for, smooth_field, tube, tubes
 from data.phantom.physics import CODE, PELVIS
 
@@ -130,15 +130,6 @@ def body_height(points):
     return height + cleft + groin, thickness
 
 
-def add_bone(labels, distance):
-    """Paint a bone into `labels`, in place: a compact shell around marrow.
-
-    distance: mm from the surface of the bone, negative inside.
-    """
-    labels[distance < 0] = CODE["bone"]
-    labels[distance < -SHELL] = CODE["marrow"]
-
-
 def add_muscles(rng, labels, axes, mirrored, age):
     """Paint muscles into `labels`, in place. Each takes what is nearest to it.
 
@@ -176,9 +167,9 @@ def add_skeleton(labels, points, rough):
     hip = np.minimum(tubes(mirrored, HIP_BONE), np.minimum(cup, wing))
     symphysis = (np.abs(x) < 2.5) & (hip < 0)
     outside_joint = np.maximum(hip + 0.6 * rough, 27.5 - radius)
-    add_bone(labels, np.maximum(outside_joint, 2.5 - np.abs(x)))
+    add_bone(labels, np.maximum(outside_joint, 2.5 - np.abs(x)), SHELL)
     labels[((radius < 27.5) & (opening < 0)) | symphysis] = CODE["cartilage"]
-    add_bone(labels, np.minimum(radius - 24.5, tubes(mirrored, FEMUR)) + 0.4 * rough)
+    add_bone(labels, np.minimum(radius - 24.5, tubes(mirrored, FEMUR)) + 0.4 * rough, SHELL)
     # The sacrum is a bent plate that is wider and thicker above. Its lower end is the coccyx.
     rise = np.clip((z - 4) / 56, 0, 1)
     middle = -76 - 0.45 * z
@@ -186,7 +177,7 @@ def add_skeleton(labels, points, rough):
     half_depth = 7 + 7 * rise
     bent = y - middle - 0.008 * x ** 2
     sacrum = (np.hypot(x / half_width, bent / half_depth) - 1) * half_depth
-    add_bone(labels, np.maximum(sacrum, -14 - z) + 0.6 * rough)
+    add_bone(labels, np.maximum(sacrum, -14 - z) + 0.6 * rough, SHELL)
 
 
 def add_organs(rng, labels, axes, points, rough, traits):
