@@ -21,7 +21,7 @@ PIPELINE (B slices, H x W pixels, f = 8, z channels, h = H / f, w = W / f)
   A, B, residual (B,1,H,W) --autoencoder, frozen--> x, y, r (B,z,h,w) each
   state, t --residual U-Net--> gradient (B,z,h,w), feature maps of 3 levels, down and up
   state, t, feature maps --enhanced U-Net with SAM and CMA--> gradient (B,z,h,w)
-  both states, gradients --bridge step--> both states of the next time, S times from x to r and y
+  both states, gradients --bridge step--> both states of the next time; S evaluations in all
   y_hat --decoder--> B (B,1,H,W);  y_hat, r_hat --H_E--> x_hat;  LCS = -mean (x - x_hat)^2
 Training has the stages "autoencoder", "evaluator" (H_E) and "bridges" (both U-Nets together).
 
@@ -29,7 +29,7 @@ EQUATIONS (the target latent x_0 is r or y, and x is the source; see [D1])
   Eqs. (1), (4)   q(x_t | x_0, x) = N((1 - m_t) x_0 + m_t x, delta_t),  delta_t = 2 (m_t - m_t^2)
   Eqs. (2), (5)   x_n given x_t and an estimate of x_0, n < t: see bridge_step
   Eqs. (3), (6)   L_res, L_enh = | m_t (x - x_0) + sqrt(delta_t) eps - eps_theta(x_t, t) |
-  Eqs. (7), (8)   SAM: F_eo = F_e c + F_re (1 - c),  c = sigmoid(P(C3(C1(F_re) + C2(F_e))))
+  Eqs. (7), (8)   SAM: F_eo = F_e c + F_re (1 - c),  c = sigmoid(P(C3([C1(F_re), C2(F_e)])))
   Eqs. (9), (10)  CMA: Q from F_d, K and V from F_rd,  F_do = softmax(Q K^T / sqrt(d)) V
   Eq. (11)        L_lcs = || x - H_E(y_hat, r_hat) ||^2;  we minimise L_res + L_enh + lambda L_lcs
 
@@ -51,15 +51,18 @@ COMMANDS
   python rlbcd.py --data FOLDER --synthesize --out runs/rlbcd-FOLDER            NIfTI volumes
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  The target is at t = 0, the source at t = T - 1; the paper's formulas name both ends twice.
-  [D2]  m_t runs from .001 to .999, as in BBDM's code, so that no step divides by zero.
-  [D3]  The loss is L1 without the factor c_t, as in BBDM's code (--loss l2: as printed).
-  [D4]  CMA adds its result to F_d (--cma-out literal: replaces it), norms its inputs, has heads.
-  [D5]  The two branches have independent noise; with equal noise sampling diverges.
+  [D1]  The source is at t = T, as in the prose; the formulas of the paper have it at t = 0.
+  [D2]  m_t runs from .001 to .999, as in BBDM's code; sampling starts at x itself, without noise.
+  [D3]  The loss is L1 without c_t, as in BBDM's code (--loss l2: as printed, c_t over its mean).
+  [D4]  CMA adds its result to F_d (--cma-out literal: replaces it); it has norms and heads.
+  [D5]  Both branches are trained together; their noise is independent.
   [D6]  The residual image is (B - A) / 2, so that it lies in [-1,1] like A and B.
-  [D7]  One autoencoder for A, B and residual; it learns with a pyramid loss instead of LPIPS.
-  [D8]  Latents are scaled to mean 0 and variance 1, by one scale for all three kinds of images.
-  [D9]  Layers of H_E, lambda = 1, sizes, batch and learning rates are not in the paper.
+  [D7]  One autoencoder for A, B and residual, of this folder alone; see common/autoencoder.py.
+  [D8]  Latents are those before quantisation, scaled to variance 1; the decoder quantises them.
+  [D9]  SAM and CMA stand behind the last block of a level; "direct combination" is the mean.
+  [D10] Eq. (11) takes x_t - eps_theta at every t, and H_E is frozen; LCS = - squared error.
+  [D11] Weights are averaged (EMA); layers, batch, learning rates and lambda are BBDM's or ours.
+  [D12] Tables 5 and 6: folds of the scored subjects; Fig. 4: groups of equal width, 200 slices.
 
 NEEDS  data/ and these files of common/:
   classify.py cli.py codebook.py cohort.py confidence.py device.py downstream.py evaluation.py
@@ -76,27 +79,28 @@ from torch.nn import functional as F
 
 import data
 from common import confidence, features, script
+from common.autoencoder import Latents, load_autoencoder, train_autoencoder
 from common.cli import load_presets
 from common.device import full_precision, seed_of
-from common.evaluation import fill_rows
-from common.latents import Latents
+from common.evaluation import notes_of
+from common.files import RunError
 from common.loop import EMA, Best
 from common.schedules import falling_times
 from common.tasks import one_task, pair_in, typed_pair
 from common.unet import SelfAttention, UNet, attention_at, check_sizes, zeroed
 from common.value import value_rows
-from common.vqae import VQAE, load_autoencoder, train_autoencoder
+from common.vqae import VQAE
 
 T = 1000                                        # times of the bridge: 0, ..., 999
-M = torch.linspace(0.001, 0.999, T, dtype=torch.float64)    # m_t of Eq. (1) [D2]
+M = torch.linspace(0.001, 0.999, T, dtype=torch.float64)    # m_t, never 0: steps divide by it [D2]
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """The paper states the split 7:1:2, the factor f = 8, T = 1000 and S = 200 (Sec. 4.3).  Other
-    defaults are those of BBDM, or ours [D9].  Phantoms take PRESETS["demo"]."""
+    """The paper states the split 7:1:2, the sizes of slices, f = 8, T = 1000 and S = 200 (Sec. 4).
+    Other defaults are those of BBDM, or ours [D11].  Phantoms take PRESETS["demo"]."""
     # data
     source: str = ""                            # contrast A; empty: as the folder says
     target: str = ""                            # contrast B; empty: as the folder says
@@ -131,7 +135,7 @@ class Config:
     cma: bool = True                            # complementary attention; off: mean of both maps
     cma_out: Literal["residual", "literal"] = "residual"    # Eq. (10) added or as printed [D4]
     rdb: bool = True                            # residual branch; off: BBDM
-    edb: bool = True                            # enhanced branch; off: A plus the residual
+    edb: bool = True                            # enhanced branch; off: A plus twice the residual
     lcs: float = 1.0                            # lambda, weight of Eq. (11); 0: without it
     loss: Literal["l1", "l2"] = "l1"            # of Eqs. (3) and (6) [D3]
     # method, in sampling
@@ -142,8 +146,7 @@ class Config:
     sample_batch: int = 16                      # slices sampled at once; changes rounding only
 
     def __post_init__(self):
-        deepest = 2 ** (len(self.ae_mult) - 1)
-        f = 1 if self.bottleneck == "none" else deepest
+        f = 1 if self.bottleneck == "none" else 2 ** (len(self.ae_mult) - 1)
         if self.size % f:
             raise ValueError(f"--size {self.size}: must be a multiple of {f}, for "
                              f"{len(self.ae_mult)} --ae-mult")
@@ -171,6 +174,7 @@ STAGES = {
 # ---- 2. Data -------------------------------------------------------------------------------------
 
 PAIRS = (("ct", "pet"), ("pre", "post"), ("ct", "cta"))     # (A, B) of the paper
+KINDS = 3                       # every slice gives the autoencoder three images: A, B, residual
 
 
 def pair_of(cfg, contrasts):
@@ -194,9 +198,6 @@ def add_residual(A, residual):
     return (A + 2 * residual).clamp(-1, 1)
 
 
-KINDS = 3           # every slice gives three images to the autoencoder: A, B and the residual
-
-
 def make_picture(cfg, run, slices, contrasts):
     """A function numbers (n,) -> images (n, 1, H, W) in [-1,1].
 
@@ -215,7 +216,7 @@ def make_picture(cfg, run, slices, contrasts):
 
 
 def make_latents(cfg, run, ds, part, ae):
-    """x, y and r of all slices of a part of the data, computed once: common.vqae.Latents."""
+    """x, y, r of all slices of a part.  Their variance is 1, as noise is in their unit [D8]."""
     name = seed_of(ds.fingerprint, part, *ds.split[part], *pair_of(cfg, ds.contrasts))
     picture = make_picture(cfg, run, ds.part(part), ds.contrasts)
     return Latents(run, ae, picture, KINDS, len(ds.rows(part)), f"{name:x}")
@@ -230,16 +231,18 @@ def make_autoencoder(cfg):
     It has attention on maps of 32 pixels and on the smallest map, except with few channels.
     """
     large = cfg.ae_base >= 64
-    return VQAE(cfg.ae_base, cfg.ae_mult, cfg.ae_blocks, cfg.codes, cfg.size,
-                attention=(32,) if large else (), middle=large, bottleneck=cfg.bottleneck)
+    has_32 = cfg.size in [32 * 2 ** level for level in range(len(cfg.ae_mult))]
+    return VQAE(cfg.ae_base, cfg.ae_mult, cfg.ae_blocks, cfg.codes, cfg.size, middle=large,
+                attention=(32,) if large and has_32 else (), bottleneck=cfg.bottleneck)
 
 
 class SAM(nn.Module):
     """Semantic alignment, Eqs. (7) and (8): one gate per channel mixes the maps of both branches.
 
-    C1, C2 and C3 are 1x1 convolutions.  They may change places with the mean P over all positions.
-    We take the mean first, which costs H W times less.  It does not matter whether the sign in
-    Eq. (7) means a sum or, as here, a concatenation.  At the start the gate is 1/2 everywhere.
+    C1, C2 and C3 are 1x1 convolutions.  A mean over all positions (P) may be taken before them or
+    after them.  We take it first, which costs H W times less.  Eq. (7) does not say whether both
+    maps are added or concatenated; both give the same set of functions, as C3 of a concatenation
+    is a sum of two free linear maps.  We concatenate.  At the start the gate is 1/2 everywhere.
     """
 
     def __init__(self, site):
@@ -262,9 +265,10 @@ class SAM(nn.Module):
 class CMA(nn.Module):
     """Complementary attention, Eqs. (9) and (10): every position of F_d looks at all of F_rd.
 
-    As printed, the result replaces F_d.  The last level would then be a mixture of values of the
-    residual branch, which has never seen the noise of the enhanced one.  The text says that CMA
-    compensates for missing details, so we add the result to F_d (--cma-out: as printed) [D4].
+    As printed, the result replaces F_d.  At the last level it would be a mixture of values of the
+    residual branch, which has not seen the noise that the enhanced branch must predict.  The text
+    says that CMA compensates for missing details.  So we add the result to F_d (--cma-out: as
+    printed), through a layer that starts at zero.  Norms keep the softmax moderate [D4].
     """
 
     def __init__(self, site, head_dim, groups, out):
@@ -295,7 +299,7 @@ class CMA(nn.Module):
 
 
 class Mean(nn.Module):
-    """The "direct combination" of the ablations without SAM or CMA: the mean of both maps."""
+    """The "direct combination" of the ablations without SAM or CMA: the mean of both maps [D9]."""
 
     def __init__(self, site):
         super().__init__()
@@ -306,10 +310,7 @@ class Mean(nn.Module):
 
 
 class CoDiffusion(nn.Module):
-    """Both branches, {"residual": U-Net, "enhanced": U-Net}; cfg may leave one out.
-
-    z: channels of the latents.  size: their height and width.
-    """
+    """Both branches; cfg may leave one out.  z, size: channels and width of the latents."""
 
     def __init__(self, cfg, z, size):
         super().__init__()
@@ -317,7 +318,7 @@ class CoDiffusion(nn.Module):
             (), lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups, bias=True))
 
         def fusion(site):
-            """SAM behind the last block of each level on the way down, CMA on the way up."""
+            """SAM behind the last block of each level on the way down, CMA on the way up [D9]."""
             if site.where == "block" and site.last and site.stage == "down":
                 return SAM(site) if cfg.sam else Mean(site)
             if site.where == "block" and site.last and site.stage == "up":
@@ -331,7 +332,7 @@ class CoDiffusion(nn.Module):
             self.branches["enhanced"] = UNet(*shape, fusion if cfg.rdb else middle)
 
     def forward(self, states, t):
-        """states: {branch: (B, z, h, w)} at the times t (B,).  Returns the predictions, the same.
+        """states: {branch: (B, z, h, w)} at the times t (B,).  Returns {branch: prediction}.
 
         The residual branch comes first and writes its maps into taps.  The enhanced branch reads
         them.  No gradient is stopped: L_enh trains the residual branch, too, through its maps.
@@ -369,7 +370,7 @@ def at(table, t, like):
 
 
 def q_sample(t, x0, x, eps):
-    """Eqs. (1) and (4): the state at the times t (B,), (B, z, h, w).
+    """Eqs. (1) and (4): the state at the times t (B,), (B, z, h, w) [D1].
 
     x0: latent of the target, r or y.  x: latent of the source.  eps: N(0,1) noise.
     """
@@ -381,8 +382,8 @@ def bridge_loss(target, grad, t, kind):
     """Eqs. (3) and (6), mean over all elements.  target, grad: (B, z, h, w); t: (B,).
 
     l1 leaves out the factor c_t and the square, as BBDM's code does [D3].  l2 is as printed, with
-    c_t = 1 - m_{t-1} / m_t.  We divide c_t by its mean over t.  Without that it would be .007 on
-    average, and Eq. (11) would outweigh both branches.
+    c_t = 1 - m_{t-1} / m_t, divided by its mean over t.  This mean is .0075.  Without the division,
+    Eq. (11) would outweigh both branches.
     """
     if kind == "l1":
         return F.l1_loss(grad, target)
@@ -397,10 +398,9 @@ def bridge_step(x_t, x0, x, m_t, m_n, noise, eta=1.0):
     m_t, m_n: numbers, places of both, m_n < m_t.  noise: N(0,1) like x_t.  eta: 1 is the paper's
     random process, 0 adds no new noise.
 
-    The variance of the new noise is d = eta^2 2 m_n (m_t - m_n) / m_t.  What is left of delta_n
-    keeps a share of the noise of x_t.  With eta = 1 this share is m_n / m_t, and the source x
-    cancels:  x_n = x_0 + k (x_t - x_0) + sqrt(2 m_n (1 - k)) noise,  k = m_n / m_t.
-    Any set of times may be used, because such steps compose.
+    The variance delta_n has two parts.  New noise has d = eta^2 2 m_n (m_t - m_n) / m_t, and the
+    old noise of x_t has the rest.  Any list of times may be used.  With eta = 1, x cancels:
+        x_n = x_0 + k (x_t - x_0) + sqrt(2 m_n (1 - k)) noise,  k = m_n / m_t.
     """
     delta_t = 2 * m_t * (1 - m_t)
     delta_n = 2 * m_n * (1 - m_n)
@@ -413,8 +413,8 @@ def bridge_step(x_t, x0, x, m_t, m_n, noise, eta=1.0):
 def inconsistency(x, x_hat):
     """The squared error of H_E at each place of the latent: (B, z, h, w) twice -> (B, h, w).
 
-    The LCS of Sec. 3.5 is minus its mean, so 0 is the best score.  It cannot see every error:
-    A = B - 2 residual, so errors 2 e in B and e in the residual cancel.
+    We take minus its mean as the LCS, so 0 is the best score [D10].  It cannot see every error:
+    A is B - 2 residual, so errors 2 e in B and e in the residual cancel (in latents, about so).
     """
     return ((x - x_hat) ** 2).mean(1)
 
@@ -461,8 +461,8 @@ class Model:
 
         keys: (subject, slice number, number of the sample).  They fix the noise, so that a sample
         comes out the same in any batch or order.
-        Returns {"enhanced": B, "residual": A plus residual}, (B, 1, H, W) each, and the
-        inconsistency (B, h, w); without a branch, its image is left out, and there is None.
+        Returns {"enhanced": B, "residual": B from the residual image}, (B, 1, H, W) each, and the
+        inconsistency (B, h, w).  If there is one branch only, the inconsistency is None.
         """
         x = self.ae.to_latent(A)                                            # (B, z, h, w)
         noise = {}
@@ -489,8 +489,8 @@ class Model:
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
         watch: a list for the states of the sampler, or None.
-        Returns u with B in place, and a dict: "A + residual" (B, C, H, W) is what the residual
-        branch alone makes, "samples" is (B, K, H, W), "inconsistency" (B, K, h, w), "lcs" (B, K).
+        Returns u with B in place, and a dict: "A + residual" (B, C, H, W) of the first sample, and
+        "notes" with "samples" (B, K, H, W), "lcs" (B, K) and "inconsistency" (B, K, h, w).
         ValueError if A is unknown in a slice, or if B is known.
         """
         src, tgt = channels(self.cfg, self.contrasts)
@@ -507,14 +507,15 @@ class Model:
         for branch, image in images.items():
             made[branch] = ((image + 1) / 2)[:, 0].unflatten(0, (-1, K))    # (B, K, H, W)
         samples = made.get("enhanced", made.get("residual"))                # (B, K, H, W)
-        extras = {"samples": samples} if K > 1 else {}
+        notes = {"samples": samples}
         chosen = samples[:, 0]                                              # (B, H, W)
         if wrong is not None:
             wrong = wrong.unflatten(0, (-1, K))                             # (B, K, h, w)
             lcs = -wrong.mean((2, 3))                                       # (B, K)
-            extras.update(inconsistency=wrong, lcs=lcs)
+            notes.update(inconsistency=wrong, lcs=lcs)
             if self.cfg.select == "lcs":
                 chosen = samples[torch.arange(len(u)), lcs.argmax(1).cpu()]     # (B, H, W)
+        extras = {"notes": notes}
         if len(made) == 2:
             extras["A + residual"] = u.clone()                              # (B, C, H, W)
             extras["A + residual"][:, tgt] = made["residual"][:, 0]
@@ -532,20 +533,19 @@ def train(cfg, run, ds):
     slices = ds.part("train")
     picture = make_picture(cfg, run, slices, ds.contrasts)
     unseen = ds.part("val")
-    validation = None
-    if len(unseen):
-        validation = (make_picture(cfg, run, unseen, ds.contrasts), KINDS * len(unseen))
+    validation = (make_picture(cfg, run, unseen, ds.contrasts), KINDS * len(unseen))
     ae = train_autoencoder(run, picture, KINDS * len(slices), validation,
                            lambda: make_autoencoder(cfg), cfg.ae_steps, cfg.ae_batch, cfg.ae_lr,
                            cfg.disc_weight)
     latents = make_latents(cfg, run, ds, "train", ae)
     of_validation = make_latents(cfg, run, ds, "val", ae) if len(unseen) else None
     evaluator = train_evaluator(cfg, run, latents)
+    run.about["latent"] = list(latents.shape[:2])
     train_bridges(cfg, run, "bridges", latents, of_validation, evaluator)
 
 
 def train_evaluator(cfg, run, latents):
-    """Stage "evaluator": H_E learns x from the true y and r.  Then it is frozen (Sec. 3.5)."""
+    """Stage "evaluator": H_E learns x from the true y and r (Sec. 3.5); then it is frozen [D10]."""
     torch.manual_seed(seed_of(run.seed, "evaluator"))
     H_E = Evaluator(latents.shape[0]).to(run.device)
     optimiser = torch.optim.Adam(H_E.parameters(), lr=1e-3)
@@ -569,7 +569,6 @@ def train_bridges(cfg, run, stage, latents, of_validation, H_E):
     torch.manual_seed(seed_of(run.seed, stage))
     z, height, _ = latents.shape
     networks = CoDiffusion(cfg, z, height).to(run.device, memory_format=torch.channels_last)
-    run.about["latent"] = [z, height]
     ema = EMA(networks, cfg.ema)
     best = Best(networks)
     optimiser = torch.optim.Adam(networks.parameters(), lr=cfg.lr,
@@ -600,8 +599,8 @@ def bridge_losses(cfg, run, network, H_E, x, y, r, t, noise):
     """The losses of a batch, {name: ()}.  x, y, r: (B, z, h, w); t: (B,); noise: (2, B, z, h, w).
 
     Both branches share the time t, but their noise is independent [D5].  With equal noise, the
-    difference of the two states would be (1 - m_t) (y - r), without any noise.  The networks would
-    learn to read the answer off this difference, which is 0 when sampling starts.
+    difference of the two states would be (1 - m_t) (y - r), without any noise.  The enhanced branch
+    knows both and would learn to read y off the difference, which is 0 when sampling starts.
     """
     targets = {"residual": r, "enhanced": y}
     eps = {"residual": noise[0], "enhanced": noise[1]}
@@ -653,11 +652,10 @@ def load_model(cfg, run, subjects):
 
 
 def beside(cfg, run, model, truth, notes):
-    """What is scored beside the result although part of it needs the truth, {name: (n, H, W)}.
+    """Further images to score, for which the truth is needed, {name: (n, H, W)}.
 
-    "autoencoder alone" is the truth, encoded and decoded: the most that the bridges could reach.
-    With several samples, there are five rules that make one image of them.
-    truth: (n, H, W) in [0,1].  notes: the extras of fill that are no images, {name: (n, ...)}.
+    "autoencoder alone" is the truth, encoded and decoded.  The bridges hardly get above it.
+    Of several samples, rules make one image.  truth: (n, H, W) in [0,1].  notes: those of fill.
     """
     again = []
     for part in np.array_split(truth, -(-len(truth) // cfg.sample_batch)):
@@ -666,7 +664,7 @@ def beside(cfg, run, model, truth, notes):
             decoded = model.ae.from_latent(model.ae.to_latent(B))           # (n', 1, H, W)
         again.append(((decoded + 1) / 2)[:, 0].cpu().numpy())
     found = {"autoencoder alone": np.concatenate(again)}
-    if "samples" in notes:
+    if notes["samples"].shape[1] > 1:
         found.update(confidence.rules(notes["samples"], notes.get("lcs"), "LCS", truth))
     return found
 
@@ -674,11 +672,12 @@ def beside(cfg, run, model, truth, notes):
 def figure2(cfg, run, ds, model):
     """Fig. 2: are the encoder's maps alike in both branches, and the decoder's maps different?
 
-    As in the paper, the bridges run on images, and each branch is trained alone.
+    As in the paper, the bridges run on images.  Each branch is trained alone.
     """
     nets = {}
     for name, left_out in (("residual", "edb"), ("enhanced", "rdb")):
-        alone = replace(cfg, bottleneck="none", ae_mult=(1,), **{left_out: False})
+        alone = dict(rdb=True, edb=True, bottleneck="none", ae_mult=(1,), samples=1, select="first")
+        alone = replace(cfg, **{**alone, left_out: False})
         latents = make_latents(alone, run, ds, "train", make_autoencoder(alone).to(run.device))
         train_bridges(alone, run, f"figure 2, {name}", latents, None, None)
         trained = run.trained(CoDiffusion(alone, 1, cfg.size), f"figure 2, {name}", "ema")
@@ -703,7 +702,9 @@ def figure4(cfg, run, ds, model):
     source, target = pair_of(cfg, ds.contrasts)
     src, tgt = channels(cfg, ds.contrasts)
     rows = data.evenly(ds.spread("test", cfg.test_slices), 200)
-    _, notes = fill_rows(run, ds, model, rows, [source], max(1, cfg.sample_batch // 10))
+    if not (cfg.rdb and cfg.edb):
+        raise RunError("fig4: the LCS needs both branches, and this run has one of them only")
+    notes = notes_of(run, ds, model, rows, [source], max(1, cfg.sample_batch // 10))
     images = np.asarray(ds.images[rows], np.float32)                        # (n, C, H, W)
     truth = images[:, tgt]                                                  # (n, H, W)
     place = notes["inconsistency"][:, 0].repeat(model.ae.f, 1).repeat(model.ae.f, 2)    # (n, H, W)

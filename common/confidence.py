@@ -116,7 +116,7 @@ def rules(samples, score, title, truth):
     samples: (n, K, H, W).  score: (n, K), larger is better, or None.  title: what it is called.
     truth: (n, H, W), for the sample that is nearest to it, which nobody could choose in practice.
 
-    The mean of the samples has the least squared error that can be expected, but it is blurred.
+    The mean of many samples has about the least squared error possible, but it is blurred.
     Samples do not depend on each other, so the last one is as good as a random one.
     """
     each = np.arange(len(samples))
@@ -188,12 +188,13 @@ def report(run, name, title, score, samples, truth, subjects, task, rules, sourc
     run.say(verdict(found))
     run.say(metrics.markdown_table(metrics.score_table(task, rules, truth, subjects)))
     drawn = []
+    labels = []
     for i in np.linspace(0, n - 1, min(n, 4)).astype(int):
         wrong = pictures.error_map(truth[i], samples[i, 0])
         drawn.append([sources[i], samples[i, 0], truth[i], wrong, places[i] / places.max()])
+        labels.append(str(subjects[i]))
     pictures.grid(run.out / f"{name}-places.png", drawn,
-                  ["source", "first sample", "truth", "error", title],
-                  [str(subjects[i]) for i in np.linspace(0, n - 1, min(n, 4)).astype(int)],
-                  note=f"error: |truth - sample|, white from 0.3 on; {title}: bright where the score "
-                       "says that the sample is wrong")
+                  ["source", "first sample", "truth", "error", title], labels,
+                  note=f"error: |truth - sample|, white from 0.3 on; {title}: bright where the "
+                       "score says that the sample is wrong")
     run.say(f"written: {run.out / name}.json, .png, -sparsification.png, -places.png")

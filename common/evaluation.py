@@ -16,9 +16,9 @@ fill(u, known, keys, watch) gets
     keys    (subject, slice number) of each slice; they fix the noise
     watch   a list for the steps of the sampler, or None
 
-and returns (B, C, H, W) in [0,1] and a dict of extras. Extras that are images (B, C, H, W) are
-scored and drawn beside the result, for example the prior that a sampler started from. Extras of
-other shapes (B, ...) are notes, for example a score of confidence. They are kept with the results.
+and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
+scored and drawn beside the result, for example the prior that a sampler started from. An extra
+called "notes" is a dict of its own, {name: (B, ...)}, for example with a score of confidence.
 """
 from dataclasses import dataclass
 
@@ -90,7 +90,12 @@ class Trained:
             return filled
         more = {}
         for name in notes[0]:
-            more[name] = self._like(images, torch.cat([found[name] for found in notes]))
+            parts = [found[name] for found in notes]
+            if name != "notes":
+                more[name] = self._like(images, torch.cat(parts))
+                continue
+            for title in parts[0]:
+                more[title] = self._like(images, torch.cat([part[title] for part in parts]))
         return filled, more
 
     def _checked_images(self, images):
@@ -240,13 +245,11 @@ def evaluate(method, cfg, run, ds, model, home=None):
         for target in absent:
             c = contrasts.index(target)
             results = {}
+            for name in done[p, int(rows[0])][0]:
+                results[name] = np.stack([done[p, int(r)][0][name][c] for r in rows])
             notes = {}
-            for name, first in done[p, int(rows[0])].items():
-                found = np.stack([done[p, int(r)][name] for r in rows])     # (n, ...)
-                if first.shape == truth.shape[1:]:
-                    results[name] = found[:, c]                             # (n, H, W)
-                else:
-                    notes[name] = found
+            for name in done[p, int(rows[0])][1]:
+                notes[name] = np.stack([done[p, int(r)][1][name] for r in rows])    # (n, ...)
             if method.beside:
                 results.update(method.beside(cfg, run, model, truth[:, c], notes))
             labels = ds.labels[rows] if ds.labels is not None else None
@@ -267,10 +270,10 @@ def evaluate(method, cfg, run, ds, model, home=None):
 
 
 def fill_test(method, cfg, run, ds, model, rows, patterns):
-    """Fill these rows of the data set for every pattern -> {(pattern, row): {name: (C, H, W)}}.
+    """Fill these rows of the data set for every pattern -> {(pattern, row): (images, notes)}.
 
-    The names are the method's and those of its extras. The processes share the work, and each of
-    them gets the results of all.
+    images: {name: (C, H, W)}, with the names of the method and of its extras. notes: {name: array}.
+    The processes share the work, and each of them gets the results of all.
     """
     contrasts = list(ds.contrasts)
     mine = set(ds.split["test"][run.rank::run.world])
@@ -288,30 +291,32 @@ def fill_test(method, cfg, run, ds, model, rows, patterns):
         u = run.fetch(ds.images, chosen)                                    # (B, C, H, W)
         if method.disturb:
             u = method.disturb(cfg, run, u, keys)
-        made, extras = fill(model, u, known, keys)
-        images = {name: x.cpu().numpy() for name, x in {method.name: made, **extras}.items()}
+        images, notes = as_arrays(method.name, *fill(model, u, known, keys))
         for b, key in enumerate(part):
-            done.append((key, {name: x[b] for name, x in images.items()}))
+            here = ({name: x[b] for name, x in images.items()},
+                    {name: x[b] for name, x in notes.items()})
+            done.append((key, here))
     return dict(run.gather(done))
 
 
-def fill_rows(run, ds, model, rows, sources, batch):
-    """Fill rows of a data set from these sources -> (made, notes).
+def as_arrays(name, made, extras):
+    """What fill returned as arrays: ({name: (B, C, H, W)}, {name of a note: (B, ...)})."""
+    images = {name: made, **extras}
+    notes = images.pop("notes", {})
+    images = {title: x.cpu().numpy() for title, x in images.items()}
+    return images, {title: x.cpu().numpy() for title, x in notes.items()}
 
-    made: {name: (n, C, H, W)}, "result" and the extras that are images.  notes: the other extras,
-    {name: (n, ...)}.  batch: slices at once.
-    """
+
+def notes_of(run, ds, model, rows, sources, batch):
+    """The notes of filling rows from these sources, {name: (n, ...)}.  batch: slices at once."""
     known = torch.tensor([c in sources for c in ds.contrasts], device=run.device)   # (C,)
-    made = {}
-    notes = {}
+    found = {}
     for part in run.batches("sampling", rows, batch):
         u = run.fetch(ds.images, part)                                      # (B, C, H, W)
-        result, extras = fill(model, u, known.expand(len(u), -1), ds.keys(part))
-        for name, found in {"result": result, **extras}.items():
-            kind = made if found.shape == u.shape else notes
-            kind.setdefault(name, []).append(found.cpu().numpy())
-    made = {name: np.concatenate(parts) for name, parts in made.items()}
-    return made, {name: np.concatenate(parts) for name, parts in notes.items()}
+        made, extras = fill(model, u, known.expand(len(u), -1), ds.keys(part))
+        for name, x in as_arrays("", made, extras)[1].items():
+            found.setdefault(name, []).append(x)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def report(run, tasks, simple, protocol, further=()):
@@ -447,7 +452,7 @@ def draw_steps(run, ds, model, patterns, r):
 def synthesize(method, cfg, run, model, subjects, asked):
     """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid.
 
-    CT is written in HU, other contrasts in normalised units.
+    CT and CTA are written in HU, PET in SUV, post in the units of pre, others in normalised units.
 
     subjects: a list of data.Subject. asked: contrasts to make although a subject has them.
     data.DataError if a source cannot be read, or a volume cannot be written.
@@ -455,7 +460,9 @@ def synthesize(method, cfg, run, model, subjects, asked):
     contrasts = list(model.contrasts)
     mine = subjects[run.rank::run.world]
     home = run.out / "synthetic"
-    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say)
+    pixels = run.about.get("picture")
+    pixels = pixels and data.Picture(*map(tuple, pixels))
+    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels)
     for subject, sources, absent, volume, paths in todo:
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
         out = volume.images.copy()                                          # (Z, C, H, W)

@@ -156,6 +156,9 @@ class Run(Loop):
         """
         fields = [field for field in vars(self.config) if field not in free]
         self.claim(fields, about_of(ds), extensible)
+        # A CT without a PET is synthesised on the pixels that the training had.
+        picture = ds.picture
+        self.about["picture"] = picture and [list(part) for part in picture]
         self.write_json("split.json", ds.split)
 
     def refuse_seen(self, ds):

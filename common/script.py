@@ -64,7 +64,7 @@ class Method:
     disturb     (cfg, run, u, keys) -> u, changed as the model shall see test slices; or None
     beside      (cfg, run, model, truth, notes) -> {name: images}, scored beside the results of
                 fill although they need the truth (evaluation.evaluate); or None
-    judge       (cfg, run, ds, task) -> further rows of results.json about an evaluation.Task; or None
+    judge       (cfg, run, ds, task) -> more rows of results.json about an evaluation.Task; or None
     regions     True if lesions and the body are also scored by themselves, see evaluation.regions
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
     extensible  fields that may be raised to train a run further; nothing else may depend on them

@@ -14,7 +14,7 @@ from common.cli import flags
 
 WIDEST = 6                  # with more tasks than this, a table has one line per task
 SHOWN = 0.3                 # error at which an error map is white
-SCORES = ("psnr", "ssim", "mae", "nmse", "dice")        # columns of scores.csv
+SCORES = ("psnr", "ssim", "mae", "nmse", "dice", "jaccard", "acc")      # columns of scores.csv
 
 
 # ---- for people ----------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def markdown(name, table, lines, contents, seed, free):
     rows = {line["row"]: line for line in lines}    # the last line of each has the row's flags
     with_flags = any(line.get("flags") for line in rows.values())
     head = ["row", "flags"] if with_flags else ["row"]
-    means = {"psnr": "PSNR", "ssim": "SSIM", "dice": "Dice"}
+    means = {"psnr": "PSNR", "ssim": "SSIM", "dice": "Dice", "auc": "AUC"}
     body = [[*head, *tasks, f"mean {means[metric]}", "difference"]]
     for row, line in rows.items():
         entry = [row]
@@ -85,6 +85,8 @@ def _legend(table, lines, ours, contents, metric):
         floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})"
     has_dice = any(line["metric"] == "dice" for line in ours)
     dice = " / Dice, mean of the classes" if has_dice else ""
+    if metric == "auc":
+        dice = " / AUC, mean of the folds / accuracy"
     printed = any(line.get("paper") for line in lines)
     brackets = "; in brackets what the paper prints, for its own data" if printed else ""
     each_seed = ", and the mean of each seed" if len(contents) > 1 else ""
@@ -107,6 +109,12 @@ def cell(cells, row, task):
     if psnr.get("paper"):
         theirs = _spread(psnr["paper"], psnr["paper_std"], 2)
         parts.append(f"({theirs} / {_spread(ssim.get('paper'), ssim.get('paper_std'), 3)})")
+    for name, metric in (("AUC", "auc"), ("accuracy", "acc"), ("Dice", "dice"), ("JI", "jaccard")):
+        line = cells.get((row, task, metric), {})
+        if line.get("n") and metric != "dice":
+            parts.append(f"/ {name} {line['mean']:.3f}")
+        if line.get("paper"):
+            parts.append(f"({name} {line['paper']:.3f})")
     return " ".join(parts)
 
 

@@ -359,7 +359,8 @@ def compare(table, found, paper, method):
     known = set()
     for values in scores.values():
         known |= set(values)
-    lines = _paper_only(table, paper, known)
+    ours = {row for row, _ in scores}
+    lines = _paper_only(ours, paper, known)
     for (row, kind), values in scores.items():
         for (task, metric), by_seed in values.items():
             merged = over_seeds(by_seed)
@@ -378,11 +379,11 @@ def compare(table, found, paper, method):
     return lines
 
 
-def _paper_only(table, paper, known):
-    """Lines of the paper's rows that we have no flags for. known: our (task, metric)."""
+def _paper_only(ours, paper, known):
+    """Lines of the paper's rows that we have not. ours: rows. known: our (task, metric)."""
     lines = []
     for row, tasks in paper.items():
-        if row in table["rows"]:
+        if row in ours:
             continue
         for task, printed in tasks.items():
             for metric, value in printed.items():

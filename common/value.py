@@ -4,8 +4,8 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
 
 A second network gets the source A and an image B, and must predict the label of a subject, or draw
 its lesions.  It is trained and tested on the scored subjects alone, in five folds.  The paper
-compares A alone with A and a synthetic B.  We add what the paper lacks: A with the true B, which is
-the most that any synthesis could reach.
+compares A alone with A and a synthetic B.  We add what the paper lacks: A with the true B, which
+shows what a perfect synthesis would be worth.
 """
 from common.classify import (
     DEMO_CLASSIFIER,
@@ -25,7 +25,7 @@ TRUE = "A and the true B"
 
 
 def value_rows(run, ds, task, what):
-    """Rows of results.json for the source alone, for every method, and for the truth.
+    """Rows of results.json for the source alone, for the model's result, and for the truth.
 
     ds: data.Dataset, whose subjects have the labels (labels.csv) or the masks.
     task: common.evaluation.Task, the first of whose sources is A.
@@ -49,7 +49,7 @@ def value_rows(run, ds, task, what):
         if row["mean"] is not None and not row.get("variant"):
             extra = ""
             if "standard_error" in row:
-                extra = f" (standard error of an AUC with so few subjects {row['standard_error']:.2f})"
+                extra = f" (its standard error with so few subjects: {row['standard_error']:.2f})"
             if "majority" in row:
                 extra = f" (always naming the larger class: {row['majority']:.2f})"
             run.say(f"{row['method']}: {row['metric']} {row['mean']:.3f}{extra}")
@@ -70,8 +70,8 @@ def one_method(run, ds, task, what, method, images):
             labels[subject.name] = subject.meta["label"]
     missing = sorted(set(map(str, task.subjects)) - set(labels))
     if missing:
-        raise RunError(f"--value label: {missing[0]} has no label; write one for every subject into "
-                       f"{ds.folder / 'labels.csv'} (subject,label)")
+        raise RunError(f"--value label: {missing[0]} has no label; write one for every subject "
+                       f"into {ds.folder / 'labels.csv'} (subject,label)")
     size = DEMO_CLASSIFIER if ds.phantom else {}
     found = cross_validate_classifier(run, images, task.subjects, labels, **size)
     return classification_rows(task.name, method, found)

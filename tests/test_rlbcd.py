@@ -1,6 +1,12 @@
 """RLBCD: the bridge in closed form, both fusions, the consistency score, and what the switches remove."""
 import dataclasses
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +16,13 @@ import torch
 from rlbcd import CMA, SAM, CoDiffusion, Config, M, T, bridge_step, q_sample
 from torch.nn import functional as F
 
+import toys
 from common.device import Machine
 from common.files import RunError
+from common.run import Run
 from common.schedules import falling_times
 from common.unet import Site
-from conftest import wake
+from conftest import ROOT, wake
 from data import phantom
 from toys import call
 
@@ -435,25 +443,27 @@ def scene(B=3):
 def test_a_slice_comes_out_the_same_in_any_batch():
     model = toy_model(samples=2)
     u, known, keys = scene()
-    together, notes = model.fill(u, known, keys)
+    together, extras = model.fill(u, known, keys)
+    notes = extras["notes"]
     alone, own = model.fill(u[1:2], known[1:2], keys[1:2])
     turned, _ = model.fill(u.flip(0), known, keys[::-1])
     assert torch.allclose(together[1:2], alone, atol=1e-5) and torch.allclose(together.flip(0), turned, atol=1e-5)
     assert torch.equal(together[:, 1], u[:, 1]) and together.min() >= 0 and together.max() <= 1
     samples = notes["samples"]
     assert samples.shape == (3, 2, 32, 32) and (samples[:, 0] - samples[:, 1]).abs().max() > 1e-3
-    assert torch.allclose(notes["lcs"], -notes["inconsistency"].mean((2, 3))) and torch.allclose(own["lcs"], notes["lcs"][1:2], atol=1e-5)
+    assert torch.allclose(notes["lcs"], -notes["inconsistency"].mean((2, 3))) and torch.allclose(own["notes"]["lcs"], notes["lcs"][1:2], atol=1e-5)
 
 
 @torch.no_grad()
 def test_selection_by_score():
     u, known, keys = scene()
-    first, notes = toy_model(samples=3).fill(u, known, keys)
+    first, extras = toy_model(samples=3).fill(u, known, keys)
+    notes = extras["notes"]
     best, again = toy_model(samples=3, select="lcs").fill(u, known, keys)
     assert torch.equal(first[:, 0], notes["samples"][:, 0])
     for b in range(3):
         k = int(notes["lcs"][b].argmax())
-        assert torch.equal(best[b, 0], again["samples"][b, k])
+        assert torch.equal(best[b, 0], again["notes"]["samples"][b, k])
     one, _ = toy_model().fill(u, known, keys)
     assert torch.allclose(one[:, 0], notes["samples"][:, 0], atol=1e-5)      # the first sample does not depend on their number
 
@@ -462,11 +472,11 @@ def test_selection_by_score():
 def test_branches_alone():
     u, known, keys = scene()
     result, extras = toy_model(edb=False).fill(u, known, keys)
-    assert extras == {} and result[:, 0].std() > 0
+    assert list(extras) == ["notes"] and list(extras["notes"]) == ["samples"] and result[:, 0].std() > 0
     _, extras = toy_model(rdb=False).fill(u, known, keys)
-    assert extras == {}
+    assert list(extras) == ["notes"] and list(extras["notes"]) == ["samples"]
     full, extras = toy_model().fill(u, known, keys)
-    assert set(extras) == {"A + residual", "inconsistency", "lcs"} and not torch.equal(extras["A + residual"][:, 0], full[:, 0])
+    assert set(extras) == {"A + residual", "notes"} and set(extras["notes"]) == {"samples", "inconsistency", "lcs"} and not torch.equal(extras["A + residual"][:, 0], full[:, 0])
 
 
 def test_fill_refuses_what_it_was_not_trained_for():
@@ -501,3 +511,138 @@ def test_one_folder_with_another_pair(monkeypatch, capsys, tmp_path):
     phantom.make("ixi", tmp_path / "ixi", subjects=3, size=32, slices=3)
     status, output = call(rlbcd, monkeypatch, capsys, "--data", tmp_path / "ixi", "--preset", "demo", "--size", "32", "--out", tmp_path / "out")
     assert status == 2 and "--source" in output
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --head-dim 8 --groups 4 --ae-base 8 --ae-mult 1,2 --codes 16 --ae-steps 10 --ae-batch 6 "
+        "--disc-weight 0.5 --evaluator-steps 3 --steps 4 --batch 4 --S 3 --train-fraction 0.5 --test-subjects 2 --test-slices 2").split()
+
+
+@pytest.fixture(scope="module")
+def petct(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "petct"
+    phantom.make("petct", folder, subjects=6, size=32, slices=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(petct, tmp_path_factory):
+    """(data, finished run, output)."""
+    out = tmp_path_factory.mktemp("runs") / "rlbcd"
+    done = subprocess.run([sys.executable, "rlbcd.py", "--data", petct, "--out", out, *TINY, "--train", "--evaluate"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return petct, out, done.stdout
+
+
+def test_rows_of_an_evaluation(trained):
+    """The result, what the residual branch makes, the ceiling, the simple methods; whole slices, bodies and lesions."""
+    _, out, text = trained
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    methods = ["RLBCD", "A + residual", "autoencoder alone", "copy-source", "mean-of-train", "intensity-lookup"]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == methods
+    assert {row.get("variant") for row in rows} == {None, "body", "lesion"} and "lesion only" in text
+    lines = (out / "scores.csv").read_text().splitlines()
+    assert any(",RLBCD (lesion)," in line for line in lines) and lines[0].startswith("subject,task,method,psnr")
+
+
+def test_samples_and_their_rules(trained, monkeypatch, capsys):
+    """As many samples as there are contrasts, which must not be taken for images of contrasts."""
+    data_folder, out, _ = trained
+    status, text = call(rlbcd, monkeypatch, capsys, "--data", data_folder, "--out", out, "--evaluate", "--samples", "2", "--select", "lcs")
+    assert status == 0, text
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    by_name = {row["method"]: row["values"] for row in rows if row["metric"] == "psnr" and not row.get("variant")}
+    rules = {"first sample", "random sample", "sample of best LCS", "mean of samples", "nearest sample"}
+    assert rules <= set(by_name) and "samples" not in by_name
+    assert by_name["RLBCD"] == by_name["sample of best LCS"]
+    for subject, value in by_name["nearest sample"].items():
+        assert value >= max(by_name["first sample"][subject], by_name["random sample"][subject]) - 0.2     # the best slice by slice
+
+
+def test_figure_4(trained, monkeypatch, capsys):
+    data_folder, out, _ = trained
+    status, text = call(rlbcd, monkeypatch, capsys, "--data", data_folder, "--out", out, "--reproduce", "fig4", "--test-slices", "1")
+    assert status == 0 and "Rank correlation of LCS with minus the error" in text and "The score: " in text
+    found = json.loads((out / "fig4.json").read_text())
+    assert found["samples"] == 10 and found["slices"] == 2 and sum(found["count_per_slice"]) == 20
+    assert all((out / name).exists() for name in ("fig4.png", "fig4-sparsification.png", "fig4-places.png"))
+
+
+def test_figure_2(trained, monkeypatch, capsys):
+    data_folder, out, _ = trained
+    status, text = call(rlbcd, monkeypatch, capsys, "--data", data_folder, "--out", out, "--reproduce", "fig2")
+    assert status == 0 and "maps down 1" in text and "maps up 2" in text and (out / "fig2.png").exists(), text
+
+
+def test_the_latent_cache_is_used_again(trained, monkeypatch, capsys):
+    """Other bridges of the same autoencoder read the latents that are there; another autoencoder cannot."""
+    data_folder, out, text = trained
+    home = out.parent / "cache" / "latents"
+    files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.npy")}
+    assert len(files) >= 2 and "latents" in text
+    stage = torch.load(out / "last.pt", weights_only=True)["stages"]["autoencoder"]
+    assert stage["finished"] and {path.split("-")[0] for path in files} >= {next(iter(files)).split("-")[0]}
+
+
+def test_dry_run_says_what_would_be_trained(petct, monkeypatch, capsys, tmp_path):
+    status, text = call(rlbcd, monkeypatch, capsys, "--data", petct, "--out", tmp_path / "dry")
+    assert status == 0 and "ct -> pet" in text and "both U-Nets" in text and "H_E: " in text and not (tmp_path / "dry").exists()
+
+
+def test_python_door(trained):
+    model = rlbcd.load(trained[1], device="cpu", samples=2)
+    images = np.random.default_rng(0).random((2, 2, 32, 32), dtype=np.float32)
+    filled, extras = model.fill(images, known=("ct",), extras=True)
+    assert filled.shape == images.shape and np.array_equal(filled[:, 0], images[:, 0])
+    assert extras["lcs"].shape == (2, 2) and extras["samples"].shape == (2, 2, 32, 32) and extras["A + residual"].shape == images.shape
+
+
+def test_best_weights_are_sampled_with(trained, monkeypatch):
+    """The averaged weights of lowest validation loss; without validation subjects the last averaged ones."""
+    asked = []
+    of = Run.trained
+
+    def spy(run, part, stage, *names):
+        asked.append((stage, names))
+        return of(run, part, stage, *names)
+    monkeypatch.setattr(Run, "trained", spy)
+    rlbcd.load(trained[1], device="cpu")
+    assert ("bridges", ("best", "ema")) in asked and ("autoencoder", ("best", "ema")) in asked and ("evaluator", ("H_E",)) in asked
+
+
+def killed_run(petct, undisturbed, out, stage, step):
+    words = [sys.executable, "-c", toys.EAGER.format(script="rlbcd"), "--data", str(petct), "--out", str(out), *TINY, "--train"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.time() + 120
+    while time.time() < end and process.poll() is None:
+        if (out / "last.pt").exists() and torch.load(out / "last.pt", weights_only=True)["stages"].get(stage, {}).get("step", 0) >= step:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = toys.weights(out), toys.weights(undisturbed)
+    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, step", [("autoencoder", 2), ("autoencoder", 6), ("evaluator", 1), ("bridges", 2)])
+def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path, stage, step):
+    petct, undisturbed, _ = trained
+    killed_run(petct, undisturbed, tmp_path / "killed", stage, step)
+
+
+@pytest.mark.slow
+def test_torchrun_equals_one_process(trained, tmp_path):
+    petct, alone, _ = trained
+    out = tmp_path / "two"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rlbcd.py", "--data", petct, "--out", out, *TINY,
+                           "--train", "--evaluate"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    a, b = (torch.load(p / "last.pt", weights_only=True)["stages"]["bridges"]["parts"]["networks"] for p in (out, alone))
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=5e-3, rtol=2e-2) for k in a)
+    rows = [r for r in json.loads((out / "results.json").read_text())["rows"] if r["method"] == "RLBCD" and r["metric"] == "psnr" and not r.get("variant")]
+    assert [(r["n"], r["slices"]) for r in rows] == [(2, 4)]
+

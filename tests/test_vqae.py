@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from toys import flat
 
+from common import autoencoder, vqae
 from common import codebook as cb
-from common import vqae
+from common.autoencoder import PatchDiscriminator
 from common.files import RunError
-from common.vqae import VQAE, PatchDiscriminator
+from common.vqae import VQAE
 
 
 def tiny(bottleneck="vq", codes=16, seed=None, **changes):
@@ -399,22 +400,22 @@ def test_restart_revives_a_codebook_that_starts_far_away():
 
 def test_hinge_by_hand():
     zero = torch.zeros(2, 1, 3, 3)
-    assert vqae.discriminator_loss(zero, zero) == 1 and vqae.discriminator_loss(zero + 2, zero - 2) == 0
-    assert vqae.discriminator_loss(torch.tensor([0.5, 3.0]), torch.tensor([-0.2, 1.0])).item() == pytest.approx((0.25 + 1.4) / 2)
-    assert vqae.adversarial_loss(torch.tensor([1.0, 4.0])) == -2.5
+    assert autoencoder.discriminator_loss(zero, zero) == 1 and autoencoder.discriminator_loss(zero + 2, zero - 2) == 0
+    assert autoencoder.discriminator_loss(torch.tensor([0.5, 3.0]), torch.tensor([-0.2, 1.0])).item() == pytest.approx((0.25 + 1.4) / 2)
+    assert autoencoder.adversarial_loss(torch.tensor([1.0, 4.0])) == -2.5
 
 
 def test_adaptive_weight_of_a_toy():
     w = torch.tensor([2.0], requires_grad=True)
     rec, adv = 3 * w.square().sum(), -5 * w.sum()
     run = test_run.SimpleNamespace(world=1)
-    weight = vqae.adaptive_weight_of(run, rec, adv, w)
+    weight = autoencoder.adaptive_weight_of(run, rec, adv, w)
     assert weight.item() == pytest.approx(12 / (5 + 1e-4)) and not weight.requires_grad
-    assert vqae.adaptive_weight_of(run, 2 * rec, adv, w).item() == pytest.approx(2 * weight.item())
-    assert vqae.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0])) == 1e4
-    assert vqae.adaptive_weight(torch.tensor([3e-5, 4e-5]), torch.tensor([0.0])).item() == pytest.approx(0.5)
-    assert vqae.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])).item() == pytest.approx(5 / 1.0001)
-    assert not vqae.adaptive_weight(w, w).requires_grad
+    assert autoencoder.adaptive_weight_of(run, 2 * rec, adv, w).item() == pytest.approx(2 * weight.item())
+    assert autoencoder.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0])) == 1e4
+    assert autoencoder.adaptive_weight(torch.tensor([3e-5, 4e-5]), torch.tensor([0.0])).item() == pytest.approx(0.5)
+    assert autoencoder.adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])).item() == pytest.approx(5 / 1.0001)
+    assert not autoencoder.adaptive_weight(w, w).requires_grad
 
 
 def reference_pyramid(d):
@@ -444,44 +445,44 @@ def test_pyramid_loss_is_the_sum_of_its_levels(height, width):
     x, x_hat = torch.randn(2, 3, height, width, generator=g), torch.randn(2, 3, height, width, generator=g)
     d = (x - x_hat).double().numpy()
     expected = np.mean([[reference_pyramid(d[b, c]) for c in range(3)] for b in range(2)])
-    assert vqae.pyramid_loss(x, x_hat).item() == pytest.approx(expected, rel=1e-5)
+    assert autoencoder.pyramid_loss(x, x_hat).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_pyramid_loss_is_zero_for_equal_images_only():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 16, 16, generator=g)
-    assert vqae.pyramid_loss(x, x) == 0
+    assert autoencoder.pyramid_loss(x, x) == 0
     for i, j in ((0, 0), (7, 8), (15, 15), (1, 15)):
         other = x.clone()
         other[0, 0, i, j] += 0.1
-        assert vqae.pyramid_loss(x, other) > 1e-4
-    assert vqae.pyramid_loss(x, x + 0.8).item() == pytest.approx(0.1, rel=1e-4)          # the coarsest level, times 1/8
-    levels = vqae.laplacian_pyramid(torch.ones(1, 1, 16, 16))
+        assert autoencoder.pyramid_loss(x, other) > 1e-4
+    assert autoencoder.pyramid_loss(x, x + 0.8).item() == pytest.approx(0.1, rel=1e-4)          # the coarsest level, times 1/8
+    levels = autoencoder.laplacian_pyramid(torch.ones(1, 1, 16, 16))
     assert max(level.abs().max() for level in levels[:-1]) < 1e-6 and torch.allclose(levels[-1], torch.ones(1, 1, 2, 2))
     with pytest.raises(ValueError, match="8 x 16"):
-        vqae.pyramid_loss(x[:, :, :8], x[:, :, :8])
+        autoencoder.pyramid_loss(x[:, :, :8], x[:, :, :8])
 
 
 def test_pyramid_loss_weighs_a_blur_more_than_a_shade():
     x = shapes(range(6), size=32)
-    blurred = vqae.blur(vqae.blur(x))
+    blurred = autoencoder.blur(autoencoder.blur(x))
     shade = x + F.l1_loss(blurred, x)                                                    # the same L1
-    assert vqae.pyramid_loss(x, blurred) > 3 * vqae.pyramid_loss(x, shade)
+    assert autoencoder.pyramid_loss(x, blurred) > 3 * autoencoder.pyramid_loss(x, shade)
 
 
 def test_pyramid_loss_has_the_gradient_of_its_values():
     g = torch.Generator().manual_seed(0)
     x, x_hat, way = (torch.randn(1, 1, 16, 16, generator=g) for _ in range(3))
     x_hat.requires_grad_()
-    slope = (torch.autograd.grad(vqae.pyramid_loss(x, x_hat), x_hat)[0] * way).sum().item()
+    slope = (torch.autograd.grad(autoencoder.pyramid_loss(x, x_hat), x_hat)[0] * way).sum().item()
     with torch.no_grad():
-        step = (vqae.pyramid_loss(x, x_hat + 1e-3 * way) - vqae.pyramid_loss(x, x_hat - 1e-3 * way)).item() / 2e-3
+        step = (autoencoder.pyramid_loss(x, x_hat + 1e-3 * way) - autoencoder.pyramid_loss(x, x_hat - 1e-3 * way)).item() / 2e-3
     assert slope == pytest.approx(step, rel=0.02)
 
 
 def test_reconstruction_loss_adds_l1():
     x = torch.zeros(1, 1, 16, 16)
-    assert vqae.reconstruction_loss(x, x + 0.8).item() == pytest.approx(0.8 + 0.1, rel=1e-4)
+    assert autoencoder.reconstruction_loss(x, x + 0.8).item() == pytest.approx(0.8 + 0.1, rel=1e-4)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ def fit(run, steps=10, make=small, disc_weight=0.5, val=(shapes, 4), stop_after=
             run.stop = signal.SIGTERM
         return shapes(numbers)
     fit.seen = seen
-    return vqae.train_autoencoder(run, picture, COUNT, val, make, steps, batch, lr, disc_weight, disc_base=4, disc_layers=2)
+    return autoencoder.train_autoencoder(run, picture, COUNT, val, make, steps, batch, lr, disc_weight, disc_base=4, disc_layers=2)
 
 
 def state_after(folder, stop_after, **settings):
@@ -566,10 +567,10 @@ def test_a_finished_stage_is_loaded_frozen(tmp_path):
     run.close()
     again = begin(tmp_path)
     again.load()
-    loaded = vqae.load_autoencoder(again, small)
+    loaded = autoencoder.load_autoencoder(again, small)
     assert same(ae.state_dict(), loaded.state_dict()) and same(fit(again, steps=5).state_dict(), ae.state_dict()) and not fit.seen
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert vqae.autoencoder_hash(ae) == vqae.autoencoder_hash(loaded) and ("autoencoder", "best") in again.used
+    assert autoencoder.autoencoder_hash(ae) == autoencoder.autoencoder_hash(loaded) and ("autoencoder", "best") in again.used
 
 
 def test_every_sample_comes_once_per_pass(tmp_path):
@@ -692,7 +693,7 @@ def test_rates_warm_up_fall_and_are_the_same_for_both(tmp_path, monkeypatch):
 
 
 def test_balance_is_measured_at_the_last_layer(tmp_path, monkeypatch):
-    asked, rule = [], vqae.adaptive_weight_of
+    asked, rule = [], autoencoder.adaptive_weight_of
 
     def spy(run, rec, adv, weight):
         asked.append((rec.item(), adv.item(), weight))
@@ -723,7 +724,7 @@ def test_first_codes_come_from_the_first_batch(tmp_path):
 
 
 def test_codes_restart_in_the_first_four_fifths_only(tmp_path, monkeypatch, short_windows):
-    calls, rule = [], vqae.restart
+    calls, rule = [], autoencoder.restart
     run = begin(tmp_path)
     _, logs = watched(run, monkeypatch)
 
@@ -786,14 +787,14 @@ def test_validation_is_the_mean_over_fixed_samples(tmp_path, monkeypatch):
         asked.append(numbers)
         return shapes(numbers)
     run, ae = begin(tmp_path), small()
-    validate = vqae.validation(run, (picture, 7))
+    validate = autoencoder.validation(run, (picture, 7))
     value = validate(ae)
     x = shapes(range(7))
     with torch.no_grad():
-        each = [vqae.reconstruction_loss(x[i:i + 1], ae(x[i:i + 1])[0]).item() for i in range(7)]
+        each = [autoencoder.reconstruction_loss(x[i:i + 1], ae(x[i:i + 1])[0]).item() for i in range(7)]
     assert value == pytest.approx(np.mean(each), rel=1e-5) and sorted(np.concatenate(asked)) == list(range(7)) and validate(ae) == value
     asked.clear()
-    vqae.validation(run, (picture, 1000))(ae)
+    autoencoder.validation(run, (picture, 1000))(ae)
     chosen = np.concatenate(asked)
     assert len(set(chosen)) == 64 and {n % 3 for n in chosen.tolist()} == {0, 1, 2} and chosen.max() > 500
 
@@ -802,7 +803,7 @@ def test_identity_is_not_trained(tmp_path):
     run = begin(tmp_path)
     ae = fit(run, make=lambda: tiny("none"))
     assert run.finished(["autoencoder"]) and not fit.seen and (ae.sigma == 1).all() and not ae.training
-    assert torch.equal(vqae.load_autoencoder(run, lambda: tiny("none")).to_latent(shapes([1])), shapes([1]))
+    assert torch.equal(autoencoder.load_autoencoder(run, lambda: tiny("none")).to_latent(shapes([1])), shapes([1]))
 
 
 def test_it_learns_to_draw_its_images(tmp_path):
@@ -812,7 +813,7 @@ def test_it_learns_to_draw_its_images(tmp_path):
     x = shapes(range(4))
     torch.manual_seed(vqae.seed_of(0, "autoencoder"))
     before = F.l1_loss(make()(x)[0], x).item()
-    ae = vqae.train_autoencoder(begin(tmp_path), lambda numbers: x[torch.from_numpy(numbers)], 4, None, make, 80, 4, 3e-3, 0)
+    ae = autoencoder.train_autoencoder(begin(tmp_path), lambda numbers: x[torch.from_numpy(numbers)], 4, None, make, 80, 4, 3e-3, 0)
     made = ae.from_latent(ae.to_latent(x))
     assert F.l1_loss(made, x).item() < before / 5 and -10 * math.log10(F.mse_loss(made, x).item() / 4) > 28
 
@@ -849,23 +850,23 @@ def test_scale_is_measured_in_float64_over_all_samples(tmp_path, monkeypatch):
     images[:, 1] = 1000 + 0.1 * images[:, 1]
     images[:, 2] = 7
     run, ae = begin(tmp_path), tiny("none", channels=3)
-    vqae.measure_scale(run, ae, lambda numbers: images[torch.from_numpy(numbers)], 32)
+    autoencoder.measure_scale(run, ae, lambda numbers: images[torch.from_numpy(numbers)], 32)
     assert ae.sigma.flatten().tolist() == pytest.approx([*images[:, :2].double().transpose(0, 1).flatten(1).std(1).tolist(), 1], rel=1e-3)
     assert ae.mu.flatten().tolist() == pytest.approx(images.double().mean((0, 2, 3)).tolist(), rel=1e-6)
 
 
 def test_hash_belongs_to_every_weight():
     ae = tiny(seed=0)
-    first = vqae.autoencoder_hash(ae)
-    assert first == vqae.autoencoder_hash(tiny(seed=0)) == vqae.autoencoder_hash(ae.to(memory_format=torch.channels_last)) and len(first) == 16
-    found = {first, vqae.autoencoder_hash(tiny(seed=1))}
+    first = autoencoder.autoencoder_hash(ae)
+    assert first == autoencoder.autoencoder_hash(tiny(seed=0)) == autoencoder.autoencoder_hash(ae.to(memory_format=torch.channels_last)) and len(first) == 16
+    found = {first, autoencoder.autoencoder_hash(tiny(seed=1))}
     tensors = [*ae.parameters(), *ae.buffers()]
     for tensor in tensors:
         old = tensor.detach().clone()
         tensor.data[..., -1] += 1e-3
-        found.add(vqae.autoencoder_hash(ae))
+        found.add(autoencoder.autoencoder_hash(ae))
         tensor.data.copy_(old)
-    assert len(found) == 2 + len(tensors) and vqae.autoencoder_hash(ae) == first
+    assert len(found) == 2 + len(tensors) and autoencoder.autoencoder_hash(ae) == first
 
 
 def pictures_of(asked):
@@ -878,16 +879,16 @@ def pictures_of(asked):
 def test_cached_latents_are_encoded_once(tmp_path):
     run, ae, asked = begin(tmp_path / "run"), tiny(seed=0), []
     ae.mu += 0.5
-    L = vqae.cached_latents(run, ae, pictures_of(asked), 19, "train-ab12", tmp_path / "cache")
+    L = autoencoder.cached_latents(run, ae, pictures_of(asked), 19, "train-ab12", tmp_path / "cache")
     assert isinstance(L, np.memmap) and L.dtype == np.float16 and L.shape == (19, 3, 4, 4)
     with torch.no_grad():
         expected = ae.to_latent(shapes(range(19))).half()
     assert np.abs(np.asarray(L) - expected.numpy()).max() < 1e-2 and sum(asked[1:], []) == list(range(19))
-    assert max(map(len, asked)) <= vqae.ENCODE_BATCH
+    assert max(map(len, asked)) <= autoencoder.ENCODE_BATCH
     path, = (tmp_path / "cache" / "latents").iterdir()
-    assert path.name == f"{vqae.autoencoder_hash(ae)}-train-ab12.npy"
+    assert path.name == f"{autoencoder.autoencoder_hash(ae)}-train-ab12.npy"
     asked.clear()
-    again = vqae.cached_latents(run, ae, pictures_of(asked), 19, "train-ab12", tmp_path / "cache")
+    again = autoencoder.cached_latents(run, ae, pictures_of(asked), 19, "train-ab12", tmp_path / "cache")
     assert np.array_equal(L, again) and asked == [[0]]
 
 
@@ -896,16 +897,16 @@ def test_latents_of_another_autoencoder_are_never_read(tmp_path):
     old, new = tiny(seed=0), tiny(seed=0)
     with torch.no_grad():
         new.sigma[0, 0] = 2
-    a, b = (vqae.cached_latents(run, ae, shapes, 3, "all", tmp_path / "cache") for ae in (old, new))
+    a, b = (autoencoder.cached_latents(run, ae, shapes, 3, "all", tmp_path / "cache") for ae in (old, new))
     assert np.allclose(a[:, 0], 2 * b[:, 0], atol=1e-2) and not np.array_equal(a, b)
-    c = vqae.cached_latents(run, old, lambda n: -shapes(n), 3, "negative", tmp_path / "cache")
+    c = autoencoder.cached_latents(run, old, lambda n: -shapes(n), 3, "negative", tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "latents").iterdir())) == 3 and not np.array_equal(a, c)
 
 
 @pytest.mark.parametrize("spoil", ["cut", "more", "type", "text"])
 def test_a_file_that_is_not_whole_is_written_again(tmp_path, spoil):
     run, ae = begin(tmp_path / "run"), tiny(seed=0)
-    good = np.array(vqae.cached_latents(run, ae, shapes, 3, "all", tmp_path))
+    good = np.array(autoencoder.cached_latents(run, ae, shapes, 3, "all", tmp_path))
     path, = (tmp_path / "latents").iterdir()
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-10])
@@ -913,7 +914,7 @@ def test_a_file_that_is_not_whole_is_written_again(tmp_path, spoil):
         path.write_text("nothing")
     else:
         np.save(path, good.astype(np.float32) if spoil == "type" else np.concatenate([good, good]))
-    again = vqae.cached_latents(run, ae, shapes, 3, "all", tmp_path)
+    again = autoencoder.cached_latents(run, ae, shapes, 3, "all", tmp_path)
     assert np.array_equal(again, good) and again.dtype == np.float16
 
 
@@ -926,17 +927,17 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path):
             run.stop = signal.SIGTERM
         return shapes(numbers)
     with pytest.raises(SystemExit):
-        vqae.cached_latents(run, ae, picture, 40, "all", tmp_path)
+        autoencoder.cached_latents(run, ae, picture, 40, "all", tmp_path)
     assert list((tmp_path / "latents").iterdir()) == []
 
 
 def test_cache_errors_are_sentences(tmp_path):
     run, ae = begin(tmp_path / "run"), tiny(seed=0)
     with pytest.raises(ValueError, match="no samples"):
-        vqae.cached_latents(run, ae, shapes, 0, "val", tmp_path)
+        autoencoder.cached_latents(run, ae, shapes, 0, "val", tmp_path)
     (tmp_path / "latents").write_text("a file in the way")
     with pytest.raises(RunError, match="cannot write"):
-        vqae.cached_latents(run, ae, shapes, 3, "val", tmp_path)
+        autoencoder.cached_latents(run, ae, shapes, 3, "val", tmp_path)
 
 
 PAIR = """
@@ -944,13 +945,13 @@ PAIR = """
     sys.path[:0] = [{root!r}, {tests!r}]
     from pathlib import Path
     import test_vqae
-    from common import vqae
-    vqae.WINDOW = 2
+    from common import autoencoder, vqae
+    autoencoder.WINDOW = 2
     out = Path({out!r})
     run = test_vqae.begin(out)
     ae = test_vqae.fit(run, steps=6)
     asked = []
-    L = vqae.cached_latents(run, ae, test_vqae.pictures_of(asked), 9, "all", out)
+    L = autoencoder.cached_latents(run, ae, test_vqae.pictures_of(asked), 9, "all", out)
     everyone = run.gather([(len(asked), float(abs(L).sum()))])
     if run.rank == 0:
         torch.save((ae.state_dict(), everyone), out / "result.pt")
