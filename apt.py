@@ -61,9 +61,9 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D11] Where the paper is silent: clamp, gradient clipping, losses as means, EMA, the weights kept.
 
 NEEDS  data/ and these files of common/:
-  cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py encoder.py
-  evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py score_volumes.py
-  script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
+  benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
+  encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
+  score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import functools
 import math

@@ -65,8 +65,8 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D8]  Rivals of Tables 2 and 4 are switches of this script, without text: see --reproduce list.
 
 NEEDS  data/ and these files of common/:
-  cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py embeddings.py
-  encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
+  benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
+  embeddings.py encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
   score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import math

@@ -65,9 +65,9 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D12] Tables 5 and 6: folds of the scored subjects; Fig. 4: groups of equal width, 200 slices.
 
 NEEDS  data/ and these files of common/:
-  classify.py cli.py codebook.py cohort.py confidence.py device.py downstream.py evaluation.py
-  features.py files.py latents.py loop.py metrics.py pictures.py run.py schedules.py
-  score_volumes.py script.py table_pages.py tables.py tasks.py unet.py value.py vqae.py
+  autoencoder.py benchmark.py classify.py cli.py codebook.py cohort.py confidence.py device.py
+  downstream.py evaluation.py features.py files.py loop.py metrics.py pictures.py run.py
+  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py unet.py value.py vqae.py
 """
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -214,7 +214,8 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         eps = None
         if ae.bottleneck == "kl":
             # The noise is drawn for the whole batch; each process takes its share.
-            h, w = x.shape[2] // ae.f, x.shape[3] // ae.f
+            h = x.shape[2] // ae.f
+            w = x.shape[3] // ae.f
             g = run.generator(STAGE, step)
             eps = torch.randn(batch, ae.z, h, w, generator=g, device=device)[mine]
         with run.autocast():

@@ -28,13 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import contrastive
-from common.contrastive import (
-    contrastive_loss,
-    cosines,
-    groups_of,
-    instance_loss,
-    loss_floor,
-)
+from common.contrastive import contrastive_loss, cosines, groups_of, instance_loss, loss_floor
 from common.embeddings import Features, look_up
 from common.tokenizer import NUM, Tokenizer, Tokens
 

@@ -6,11 +6,8 @@ A script describes its paper's method by a Method and ends in one call:  script.
 Nothing here knows which paper calls it.
 """
 import argparse
-import dataclasses
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import pictures
+from common.benchmark import benchmark
 from common.cli import parse
 from common.cohort import keep_baselines, other_cohort
-from common.device import peak_gigabytes
 from common.evaluation import Trained, evaluate, fill, synthesize
 from common.files import RunError
-from common.run import Run, about_of, stored_config
+from common.run import Run, stored_config
 from common.tables import list_tables, load_tables, reproduce
 
 
@@ -407,64 +404,6 @@ def saved_bytes(forward):
     total = sum(kept.values())
     del output
     return total
-
-
-# ---- benchmark -----------------------------------------------------------------------------------
-
-
-def benchmark(method, cfg, run, ds, seconds=3.0):
-    """Time every stage of the training and the sampler, as a user would run them.
-
-    The sizes are those of the config.  Each stage runs for some seconds, on a few subjects, in a
-    folder that is thrown away.
-    """
-    few = {part: names[:8] for part, names in ds.split.items()}
-    ds = dataclasses.replace(ds, split=few)
-    out = run.out
-    with tempfile.TemporaryDirectory() as folder:
-        run.out = Path(folder)
-        run.stages = {}
-        run.about = about_of(ds)
-        run.seconds = seconds
-        method.train(cfg, run, ds)
-        for stage, found in run.measured.items():
-            rate = found["batch"] / found["seconds"]
-            speed = found["flops"] / found["seconds"] / 1e9
-            run.say(f"{stage}: {1000 * found['seconds']:.1f} ms for a step of {found['batch']} "
-                    f"slices, {rate:.1f} slices/s, "
-                    f"data-wait {found['wait']:.1%}, {speed:.1f} GFLOP/s, "
-                    f"peak {peak_gigabytes(run.device):.2f} GB")
-        model = method.load(cfg, run, ds.subjects)
-        contrasts = list(ds.contrasts)
-        sources, _ = method.patterns(cfg, contrasts)[0]
-        known = torch.tensor([c in sources for c in contrasts], device=run.device)  # (C,)
-        rows = data.evenly(ds.rows("train"), cfg.sample_batch)          # (B,)
-        u = run.fetch(ds.images, rows)                                  # (B, C, H, W)
-        keys = ds.keys(rows)
-
-        def sample():
-            fill(model, u, known.expand(len(u), -1), keys)
-        spent = seconds_per_call(run, sample, seconds)
-        run.say(f"sampling: {spent:.2f} s for {len(u)} slices, {len(u) / spent:.3g} slices/s")
-    run.seconds = None
-    run.out = out
-
-
-def seconds_per_call(run, work, floor):
-    """Return the seconds per call of work(), after one call to warm up.
-
-    floor: work() is called again until so many seconds have passed.
-    """
-    finish = torch.cuda.synchronize if run.device.type == "cuda" else (lambda: None)
-    work()
-    finish()
-    calls = 0
-    begin = time.perf_counter()
-    while calls == 0 or time.perf_counter() - begin < floor:
-        work()
-        finish()
-        calls += 1
-    return (time.perf_counter() - begin) / calls
 
 
 # ---- errors --------------------------------------------------------------------------------------

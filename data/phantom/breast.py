@@ -152,7 +152,8 @@ def add_parenchyma(labels, points, breast, fields, traits):
     x, y, z = points
     lateral = np.abs(x)
     size = np.float32(traits["size"])
-    lobes, strands = fields["lobes"], fields["strands"]
+    lobes = fields["lobes"]
+    strands = fields["strands"]
     back = np.clip((76 * size - y) / (90 * size), 0, 1)     # 0 at the nipple, 1 at the chest
     cone = np.hypot((lateral - 84) / (14 + 44 * back), z / (14 + 56 * back))
     inside = 1.0 - cone ** 2 - 0.5 * np.maximum(-y - 4, 0) / 10
