@@ -181,6 +181,7 @@ def test_an_obvious_label_is_learned(tmp_path):
     assert found["auc"] > 0.9 and found["auc_pooled"] > 0.9 and found["acc"] > 0.8, found
 
 
+@pytest.mark.slow
 def test_labels_without_a_trace_in_the_images_stay_at_chance(tmp_path):
     """A patient's own pattern would give the label away if slices of one patient were on both sides."""
     images, subjects, _ = patients(24, 4, 1)
@@ -189,6 +190,7 @@ def test_labels_without_a_trace_in_the_images_stay_at_chance(tmp_path):
     assert abs(found["auc_pooled"] - 0.5) < 2.5 * C.standard_error(0.5, 12, 12), found
 
 
+@pytest.mark.slow
 def test_the_second_channel_is_what_helps(tmp_path):
     images, subjects, labels = patients(24, 3, 2)
     blind = (0.1 * np.random.default_rng(0).random(images.shape)).astype(np.float16)

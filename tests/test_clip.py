@@ -162,7 +162,7 @@ def test_number_features_by_hand():
     assert features[1, 10:].tolist() == pytest.approx([-0.75, 0, 1])
 
 
-@pytest.mark.parametrize("which", ["fresh", "trained"])
+@pytest.mark.parametrize("which", ["fresh", pytest.param("trained", marks=pytest.mark.slow)])
 def test_near_numbers_have_near_features(request, which):
     clip = request.getfixturevalue(which)
     clip = clip if which == "fresh" else clip[0]
@@ -547,6 +547,7 @@ def test_contrast_is_recognised_on_unseen_subjects(trained):
     assert found["image_to_text"] >= 0.9 and found["image_to_text_chance"] == 0.25
 
 
+@pytest.mark.slow
 def test_anatomy_is_kept_only_because_of_the_instance_term(trained):
     towers = trained[0], train(instance=0.0)[0], C.build("demo", TEXTS, 32)
     with_term, without, untrained = (C.report(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)

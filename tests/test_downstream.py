@@ -138,6 +138,7 @@ def trained(tmp_path_factory):
     return D.train_segmenter(start(tmp_path_factory.mktemp("toy")), *shapes(64, 0), CLASSES, 60, batch=8, lr=3e-3)
 
 
+@pytest.mark.slow
 def test_discs_and_squares_are_told_apart_on_unseen_slices(trained):
     images, truth = shapes(24, 99)
     scores = D.dice(truth, D.segment(trained, images), np.repeat(list("abcdef"), 4), (1, 4))
@@ -288,6 +289,7 @@ def test_bright_squares_are_found_in_subjects_that_were_not_seen(tmp_path):
     assert (result["masks"] == masks).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_the_second_channel_is_what_helps(tmp_path):
     images, masks, subjects = squares(10, 3, 2)
     blind = np.random.default_rng(0).random(images.shape).astype(np.float16)

@@ -536,6 +536,7 @@ def test_torchrun_equals_one_process(trained, tmp_path):
     assert [(r["n"], r["slices"]) for r in rows] == [(3, 6)]
 
 
+@pytest.mark.slow
 def test_several_directions_and_names_as_people_write_them(ixi, tmp_path, monkeypatch, capsys):
     base = ["--data", ixi, "--out", tmp_path / "run"]
     status, text = call(monkeypatch, capsys, *base, *TINY, "--source", "T1,pd", "--target", "T2w,PD", "--train", "--evaluate")
@@ -584,8 +585,15 @@ def test_a_trained_model_is_tried_on_other_data(trained, tmp_path, monkeypatch, 
             path.rename(path.with_name(path.name.replace("IXI0", "IXI3")))
     status, text = call(monkeypatch, capsys, "--data", tmp_path / "other", "--out", tmp_path / "run", "--evaluate")
     assert status == 0 and "| MetaDB |" in text, text
-    other = json.loads((tmp_path / "run" / "results.json").read_text())
+    other = json.loads((tmp_path / "run" / "on-other" / "results.json").read_text())
     assert all(name.startswith("IXI3") for name in other["test"]) and other["fingerprint"] != numbers["fingerprint"]
+    assert len(other["test"]) == 8 and not (tmp_path / "run" / "results.json").exists()         # every subject; the run's own results are apart
+    methods = {row["method"] for row in other["rows"]}
+    assert methods == {"MetaDB"}                            # the run has kept no baselines, as its file was not copied
+    (tmp_path / "run" / "baselines.npz").write_bytes((out / "baselines.npz").read_bytes())
+    call(monkeypatch, capsys, "--data", tmp_path / "other", "--out", tmp_path / "run", "--evaluate")
+    again = json.loads((tmp_path / "run" / "on-other" / "results.json").read_text())
+    assert {row["method"] for row in again["rows"]} == {"MetaDB", "copy-source", "mean-of-train", "intensity-lookup"}
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
@@ -614,6 +622,7 @@ def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     assert status == 1 and "have no embedding" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_segmenter_judges_the_results(ixi, tmp_path, monkeypatch, capsys):
     phantom.make("brats", tmp_path / "brats", subjects=9, size=32, slices=6)
     base = ["--data", tmp_path / "brats", "--out", tmp_path / "run", *TINY, "--source", "flair"]

@@ -96,6 +96,7 @@ def test_enhancement_is_only_where_contrast_agent_goes(woman):
 
 # ---- Files -------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_layout_of_breast(breast):
     folder, names, truth = breast
     assert names == [f"Breast_MRI_{k:03d}" for k in range(1, SUBJECTS + 1)]
@@ -109,6 +110,7 @@ def test_layout_of_breast(breast):
     assert {of["site"] for of in truth.values()} == set(BREAST_SITES)
 
 
+@pytest.mark.slow
 def test_tumours_of_the_breast_are_where_the_truth_says(breast):
     """In world coordinates, through the file's affine: a swapped side or axis cannot pass."""
     folder, names, truth = breast
@@ -123,6 +125,7 @@ def test_tumours_of_the_breast_are_where_the_truth_says(breast):
         assert away.max() < 2.6 * tumour["core"] + 8, name
 
 
+@pytest.mark.slow
 def test_breast_same_arguments_same_bytes(breast, tmp_path):
     make("breast", tmp_path / "few", subjects=2)
     make("breast", tmp_path / "other", subjects=2, seed=1)
@@ -156,6 +159,7 @@ def test_breasts_elsewhere(tmp_path):
 
 # ---- Difficulty --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_there_is_room_to_learn_on_the_breast(breast):
     """A model that knows the tissue is better than every function of the intensity before."""
     folder, names, truth = breast

@@ -105,6 +105,7 @@ def test_where_things_are_in_a_chest(patient):
 
 # ---- Files -------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_layout_of_cta(cta):
     folder, names, truth = cta
     assert names == [f"CTA{k:03d}" for k in range(1, SUBJECTS + 1)]
@@ -118,6 +119,7 @@ def test_layout_of_cta(cta):
     assert {of["site"] for of in truth.values()} == set(CTA_SITES)
 
 
+@pytest.mark.slow
 def test_cta_same_arguments_same_bytes(cta, tmp_path):
     make("cta", tmp_path / "few", subjects=2)
     make("cta", tmp_path / "other", subjects=2, seed=1)
@@ -149,6 +151,7 @@ def test_chests_elsewhere(tmp_path):
 
 # ---- Difficulty --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_there_is_room_to_learn_on_cta(cta):
     """Most of a chest does not change, so copying is good. Knowing the tissue is much better."""
     folder, names, truth = cta

@@ -133,6 +133,7 @@ def test_ct_of_head_and_neck(patient):
     assert hu["gm"] - hu["wm"] == pytest.approx(10, abs=5)
 
 
+@pytest.mark.slow
 def test_suv_of_the_patients(scans, petct):
     ct, pet, seg = scans
     brain = pet[:, -3:]
@@ -145,6 +146,7 @@ def test_suv_of_the_patients(scans, petct):
     assert np.all(pet[ct < -900].mean() < 0.1)
 
 
+@pytest.mark.slow
 def test_tumours_are_where_the_truth_says(petct):
     """In world coordinates, through the file's affine: a swapped side or axis cannot pass."""
     folder, names, truth = petct
@@ -182,6 +184,7 @@ def test_tumour_pushes_the_airway_aside():
 
 # ---- Files -------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_layout_of_petct(petct):
     folder, names, truth = petct
     assert names[:5] == ["HN-CHUM-001", "HN-CHUS-001", "HN-HGJ-001", "HN-HMR-001", "HN-CHUM-002"]
@@ -204,6 +207,7 @@ def test_layout_of_petct(petct):
     assert sum(len(data) for data in contents(folder).values()) < 9e6
 
 
+@pytest.mark.slow
 def test_sheet_of_labels(petct):
     folder, names, truth = petct
     text = (folder / "labels.csv").read_bytes().decode("utf-8")
@@ -214,6 +218,7 @@ def test_sheet_of_labels(petct):
     assert 8 <= sum(int(row["label"]) for row in rows) <= 12  # about 40 % of 24
 
 
+@pytest.mark.slow
 def test_petct_same_arguments_same_bytes(petct, tmp_path):
     make("petct", tmp_path / "few", subjects=2)
     make("petct", tmp_path / "other", subjects=2, seed=1)
@@ -234,6 +239,7 @@ def test_same_neck_at_another_resolution():
         assert np.corrcoef(blocks.ravel(), coarse.maps[name].ravel())[0, 1] > 0.85
 
 
+@pytest.mark.slow
 def test_the_other_hospital(tmp_path):
     """Larger pixels, other people, more noise in PET, bones that read higher."""
     make("petct-external", tmp_path / "x", subjects=3)
@@ -276,6 +282,7 @@ def test_label_shows_in_pet_and_hardly_in_ct():
         assert abs(np.corrcoef(label, [t[of] for t in traits])[0, 1]) < 0.12
 
 
+@pytest.mark.slow
 def test_label_in_the_images(petct):
     """The uptake of tongue and glands tells the patients apart; CT of them does not."""
     folder, names, truth = petct
@@ -295,6 +302,7 @@ def test_label_in_the_images(petct):
 
 # ---- Difficulty --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_there_is_room_to_learn_on_petct(scans):
     """CT's intensity does not tell the uptake. A model that knows the tissue is better by much."""
     ct, pet, _ = scans

@@ -586,6 +586,7 @@ PAIR = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
 def test_two_processes_skip_and_stop_at_the_same_step(tmp_path):
     """Without torchrun, whose clean-up would hide a process that hangs or dies."""

@@ -291,6 +291,7 @@ def test_slices_too_small_for_ssim_are_refused(tmp_path):
         score_volumes.score_files(path, path)
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command(folders):
     words = [sys.executable, "-m", "common.evaluation", "--truth", folders[0], "--predicted", folders[1]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

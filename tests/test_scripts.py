@@ -18,6 +18,7 @@ from toys import flat, weights
 
 import apt
 import metadb
+import rlbcd
 from common import script
 from common.files import RunError
 from data import phantom
@@ -195,6 +196,7 @@ def test_the_codebook_picture_shows_the_prior_that_sampling_takes(loaded, monkey
         assert abs(float((plot[:, 20] < 1).sum()) / 32 - float(apt.warp(x, book.curves[curve]))) < 0.05   # dark up to the curve
 
 
+@pytest.mark.slow
 def test_a_table_is_made_from_one_trained_model(trained, tmp_path, monkeypatch, capsys):
     """Table 3 trains nothing; its rows equal what the flags beside them give; the second call samples nothing."""
     data, source, _ = trained
@@ -270,6 +272,7 @@ def test_synthesis_writes_volumes_on_the_sources_grid(trained, tmp_path, monkeyp
     assert "already in" in text                                                            # nothing is overwritten
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path):
     """Killed in two stages, by watching the checkpoint; the weights of every stage equal those of the undisturbed run."""
@@ -368,6 +371,7 @@ def test_a_model_is_loaded_from_python_without_side_effects(trained, capsys):
     assert "sampling: fields of the config" in apt.load.__doc__
 
 
+@pytest.mark.slow
 def test_torchrun_equals_one_process(trained, tmp_path):
     """Two processes, three test subjects: the weights agree to rounding, each subject is scored once, the scores agree."""
     data, alone, _ = trained
@@ -444,8 +448,8 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
     from common.cli import parse
     from common.tables import load_tables
     for line in (line for block in blocks for line in block.splitlines()):
-        for name, words in re.findall(r"(apt|metadb)\.py ([^#&|]*)", line):
-            module = {"apt": apt, "metadb": metadb}[name]
+        for name, words in re.findall(r"(apt|metadb|rlbcd)\.py ([^#&|]*)", line):
+            module = {"apt": apt, "metadb": metadb, "rlbcd": rlbcd}[name]
             tables = [*load_tables(name), *module.METHOD.figures]
             parse(module.Config, module.PRESETS, tables, module.LIMITS, lambda folder: "paper", module.__doc__, words.split(), name)
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):

@@ -530,7 +530,7 @@ def same(a, b):
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    monkeypatch.setattr(vqae, "WINDOW", 2)
+    monkeypatch.setattr(autoencoder, "WINDOW", 2)
 
 
 @pytest.mark.parametrize("bottleneck", ["vq", "kl"])
@@ -595,7 +595,7 @@ def test_the_discriminator_trains_a_tenth_of_the_steps_ahead(tmp_path):
 
 
 def test_without_weight_there_is_no_discriminator(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqae, "PatchDiscriminator", None)
+    monkeypatch.setattr(autoencoder, "PatchDiscriminator", None)
     run = begin(tmp_path)
     fit(run, disc_weight=0)
     assert not {"discriminator", "optimiser_d"} & set(run.stages["autoencoder"]["parts"])
@@ -639,7 +639,7 @@ def test_the_discriminator_sees_the_images_and_what_became_of_them(tmp_path, mon
         def forward(self, x):
             seen.append(x)
             return super().forward(x)
-    monkeypatch.setattr(vqae, "PatchDiscriminator", Recorder)
+    monkeypatch.setattr(autoencoder, "PatchDiscriminator", Recorder)
     fit(begin(tmp_path), val=None)
     assert [x.requires_grad for x in seen] == [False, False] + 7 * [True, False, False]
     for step in range(2, 10):
@@ -698,7 +698,7 @@ def test_balance_is_measured_at_the_last_layer(tmp_path, monkeypatch):
     def spy(run, rec, adv, weight):
         asked.append((rec.item(), adv.item(), weight))
         return rule(run, rec, adv, weight)
-    monkeypatch.setattr(vqae, "adaptive_weight_of", spy)
+    monkeypatch.setattr(autoencoder, "adaptive_weight_of", spy)
     run = begin(tmp_path)
     _, logs = watched(run, monkeypatch)
     made = []
@@ -713,7 +713,7 @@ def test_balance_is_measured_at_the_last_layer(tmp_path, monkeypatch):
 
 def test_first_codes_come_from_the_first_batch(tmp_path):
     run = begin(tmp_path)
-    torch.manual_seed(vqae.seed_of(0, "autoencoder"))
+    torch.manual_seed(autoencoder.seed_of(0, "autoencoder"))
     fresh = small()
     parts = state_after(tmp_path / "run", 1, lr=1e-12)
     x = shapes(run.order("autoencoder", COUNT, 4, 0))
@@ -735,7 +735,7 @@ def test_codes_restart_in_the_first_four_fifths_only(tmp_path, monkeypatch, shor
         count = rule(codebooks, dead, sites, optimiser, generator)
         assert torch.equal(codebooks[0].weight[dead], codebooks[1].weight[dead])
         return count
-    monkeypatch.setattr(vqae, "restart", spy)
+    monkeypatch.setattr(autoencoder, "restart", spy)
     fit(run, steps=11)
     assert [(done, n) for done, n, _ in calls] == [(2, 256), (4, 256), (6, 256), (8, 256)] and len({seed for *_, seed in calls}) == 4
     used = [entry for entry in logs if "codes_used" in entry]
@@ -760,7 +760,7 @@ def test_weights_with_the_lowest_validation_are_kept(tmp_path, monkeypatch, disc
             scored.append(ae)
             return values.get(len(seen), 1.0)
         return validate
-    monkeypatch.setattr(vqae, "validation", rule)
+    monkeypatch.setattr(autoencoder, "validation", rule)
     run = begin(tmp_path)
     ae = fit(run, disc_weight=disc_weight)
     assert len(seen) == 10
@@ -780,7 +780,7 @@ def test_without_validation_the_last_averaged_weights_are_kept(tmp_path):
 
 
 def test_validation_is_the_mean_over_fixed_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqae, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(autoencoder, "ENCODE_BATCH", 3)
     asked = []
 
     def picture(numbers):
@@ -811,7 +811,7 @@ def test_it_learns_to_draw_its_images(tmp_path):
     def make():
         return tiny(codes=64, mult=(1, 2))
     x = shapes(range(4))
-    torch.manual_seed(vqae.seed_of(0, "autoencoder"))
+    torch.manual_seed(autoencoder.seed_of(0, "autoencoder"))
     before = F.l1_loss(make()(x)[0], x).item()
     ae = autoencoder.train_autoencoder(begin(tmp_path), lambda numbers: x[torch.from_numpy(numbers)], 4, None, make, 80, 4, 3e-3, 0)
     made = ae.from_latent(ae.to_latent(x))
@@ -844,7 +844,7 @@ def test_from_latent_scales_shifts_and_clamps():
 
 
 def test_scale_is_measured_in_float64_over_all_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqae, "ENCODE_BATCH", 5)
+    monkeypatch.setattr(autoencoder, "ENCODE_BATCH", 5)
     g = torch.Generator().manual_seed(0)
     images = torch.randn(32, 3, 64, 64, generator=g)
     images[:, 1] = 1000 + 0.1 * images[:, 1]
@@ -962,7 +962,7 @@ PAIR = """
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo without torchrun")
 def test_two_processes_equal_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(vqae, "WINDOW", 2)
+    monkeypatch.setattr(autoencoder, "WINDOW", 2)
     alone = fit(begin(tmp_path / "one"), steps=6)
     code = textwrap.dedent(PAIR.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path / "two")))
     with test_run.socket.socket() as free:
