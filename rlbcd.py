@@ -697,7 +697,7 @@ def figure2(cfg, run, ds, model):
 
 
 def figure4(cfg, run, ds, model):
-    """Fig. 4: is a sample with a high LCS a good one?  Ten samples of up to 200 test slices."""
+    """Fig. 4: is a sample with a high LCS a good one?  Ten samples of up to 200 slices [D12]."""
     model = replace(model, cfg=replace(cfg, samples=max(10, cfg.samples)))
     source, target = pair_of(cfg, ds.contrasts)
     src, tgt = channels(cfg, ds.contrasts)
@@ -714,7 +714,7 @@ def figure4(cfg, run, ds, model):
 
 
 def judge(cfg, run, ds, task):
-    """Tables 5 and 6: do labels or lesions get easier to predict with B?  See common/value.py."""
+    """Tables 5, 6: are labels or lesions easier to predict with B?  See common/value.py [D12]."""
     return value_rows(run, ds, task, cfg.value) if cfg.value else []
 
 

@@ -154,7 +154,7 @@ def report(run, name, title, score, samples, truth, subjects, task, rules, sourc
     title: what the score is called.  score: (n, K).  samples: (n, K, H, W) in [0,1].
     truth, sources: (n, H, W).  subjects: (n,) names.  task: its name, for the table of rules.
     rules: {name: (n, H, W)}, ways to come from the samples to one image.
-    places: (n, H, W) not negative, where the first sample is thought to be wrong.
+    places: (n, H, W), 0 or more, where the first sample is thought to be wrong.
 
     The error of a sample is its mean absolute error, and its quality is its SSIM.
     """
@@ -189,9 +189,10 @@ def report(run, name, title, score, samples, truth, subjects, task, rules, sourc
     run.say(metrics.markdown_table(metrics.score_table(task, rules, truth, subjects)))
     drawn = []
     labels = []
+    most = np.percentile(places, 99)
     for i in np.linspace(0, n - 1, min(n, 4)).astype(int):
         wrong = pictures.error_map(truth[i], samples[i, 0])
-        drawn.append([sources[i], samples[i, 0], truth[i], wrong, places[i] / places.max()])
+        drawn.append([sources[i], samples[i, 0], truth[i], wrong, places[i] / most])
         labels.append(str(subjects[i]))
     pictures.grid(run.out / f"{name}-places.png", drawn,
                   ["source", "first sample", "truth", "error", title], labels,

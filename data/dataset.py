@@ -102,7 +102,9 @@ class Dataset:
         data.subject.load_subject.
         """
         first = self.complete[0]
-        return picture_of(first.files["pet"]) if first.grid == ("pet",) else None
+        if first.grid != ("pet",) or first.in_slices:
+            return None
+        return picture_of(first.files["pet"])
 
     def spread(self, part, per_subject):
         """Some rows of each subject of a part, spread evenly over its kept slices.

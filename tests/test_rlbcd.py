@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import data
 import rlbcd
 import torch
 from rlbcd import CMA, SAM, CoDiffusion, Config, M, T, bridge_step, q_sample
@@ -105,6 +106,7 @@ def test_marginals_are_kept(eta):
     times = time_list(20)
     for i, n in zip(times, times[1:]):
         offset, of_state, of_noise = moments(i, n, 0.3, -1.2, eta)
+        assert of_noise == pytest.approx(eta * math.sqrt(2 * float(M[n]) * (1 - float(M[n]) / float(M[i]))), abs=1e-9)
         mean = offset + of_state * ((1 - float(M[i])) * 0.3 - 1.2 * float(M[i]))
         assert mean == pytest.approx((1 - float(M[n])) * 0.3 - 1.2 * float(M[n]), abs=1e-9)
         assert of_state ** 2 * delta(float(M[i])) + of_noise ** 2 == pytest.approx(delta(float(M[n])), rel=1e-9)
@@ -517,6 +519,18 @@ def test_one_folder_with_another_pair(monkeypatch, capsys, tmp_path):
 
 TINY = ("--preset demo --size 32 --base 8 --mult 1,2 --head-dim 8 --groups 4 --ae-base 8 --ae-mult 1,2 --codes 16 --ae-steps 10 --ae-batch 6 "
         "--disc-weight 0.5 --evaluator-steps 3 --steps 4 --batch 4 --S 3 --train-fraction 0.5 --test-subjects 2 --test-slices 2").split()
+
+
+def test_slices_in_npy_files(tmp_path):
+    """They have no grid, so there are no pixels of a PET to remember."""
+    for contrast in ("CT", "PET"):
+        for part in ("train", "test"):
+            home = tmp_path / "slices" / contrast / part
+            home.mkdir(parents=True)
+            for k in range(2):
+                np.save(home / f"slice_{k}.npy", np.random.default_rng([k, len(part)]).random((32, 32), dtype=np.float32))
+    ds = data.open_dataset(tmp_path / "slices", None, 32, cache=tmp_path / "cache", say=lambda text: None)
+    assert ds.contrasts == ("ct", "pet") and ds.picture is None and rlbcd.pair_of(small(), ds.contrasts) == ("ct", "pet")
 
 
 @pytest.fixture(scope="module")
