@@ -470,6 +470,26 @@ def test_selection_by_score():
     assert torch.allclose(one[:, 0], notes["samples"][:, 0], atol=1e-5)      # the first sample does not depend on their number
 
 
+def test_what_the_ends_of_the_bridges_become(monkeypatch):
+    """The enhanced end is the target; the residual end is added twice to A; H_E gets the target's latent first."""
+    model = toy_model()
+    u, known, keys = scene(2)
+    y, r = torch.full((2, 1, 32, 32), 0.5), torch.full((2, 1, 32, 32), 0.1)
+    seen = {}
+
+    def ends(gradients, x, times, noise, watch):
+        seen.update(times=times, branches=list(noise), x=x)
+        return {"residual": r, "enhanced": y}
+    monkeypatch.setattr(rlbcd, "sample", ends)
+    model.evaluator = lambda first, second: 10 * first + second
+    filled, extras = model.fill(u, known, keys)
+    A = 2 * u[:, 1] - 1
+    assert torch.allclose(filled[:, 0], torch.full((2, 32, 32), 0.75)) and torch.allclose(seen["x"][:, 0], A)
+    assert torch.allclose(extras["A + residual"][:, 0], ((A + 0.2).clamp(-1, 1) + 1) / 2, atol=1e-6)
+    assert torch.allclose(extras["notes"]["inconsistency"][:, 0], (A - 5.1) ** 2, atol=1e-4)
+    assert seen["times"] == falling_times(T, 4) and seen["branches"] == ["residual", "enhanced"]
+
+
 @torch.no_grad()
 def test_branches_alone():
     u, known, keys = scene()
