@@ -346,6 +346,7 @@ def test_memo_equals_recomputation_and_ends_with_the_weights():
     assert not torch.allclose(clip.encode_text(texts).pooled, first.pooled, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_another_process(trained, tmp_path):
     clip, _ = trained
     x, texts = torch.rand(2, 1, 32, 32), ["Modality: t1; TE: 17 ms", "unseen words: None"]

@@ -281,6 +281,7 @@ def test_no_subject_is_in_training_and_test_of_one_segmenter(tmp_path, monkeypat
         assert not set(subjects[list(before)]) & set(subjects[after]) and sorted([*before, *after]) == list(range(21))
 
 
+@pytest.mark.slow
 def test_bright_squares_are_found_in_subjects_that_were_not_seen(tmp_path):
     images, masks, subjects = squares(10, 4, 0)
     result = D.cross_validate_segmenter(start(tmp_path), D.two_channels(images), masks, subjects, **FAST)

@@ -174,6 +174,7 @@ def test_metadb(scans, tmp_path, monkeypatch, renew_golden):
     gold.compare(renew_golden)
 
 
+@pytest.mark.slow
 def test_metadb_segmenter(scans, tmp_path, monkeypatch, renew_golden):
     """Figure 6: the segmenter learns from real target slices of training subjects.
 

@@ -419,6 +419,7 @@ def test_what_a_step_minimises(ixi, tmp_path, monkeypatch, capsys, sem_real):
         assert not torch.allclose(e_mask, e_t, atol=0.1) and not e_t.requires_grad and not e_mask.requires_grad
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_builds_nothing(ixi, tmp_path, monkeypatch, capsys):
     status, text = call(monkeypatch, capsys, "--data", ixi, "--out", tmp_path / "run", *TINY, "--lambda-adv", "0", "--lambda-sem", "0", "--train")
     assert status == 0, text
@@ -607,6 +608,7 @@ def test_a_dry_run_and_a_benchmark_say_sizes_and_rates(ixi, tmp_path, monkeypatc
     assert status == 0 and "bridge: " in text and "sampling: " in text and "GFLOP/s" in text
 
 
+@pytest.mark.slow
 def test_your_own_embeddings(ixi, tmp_path, monkeypatch, capsys):
     base = ["--data", ixi, "--out", tmp_path / "run", *TINY]
     encoder.main(["--data", str(ixi), "--contrasts", "T1,t2", "--to", str(tmp_path / "prompts.txt")])

@@ -354,7 +354,7 @@ def test_update_clips_the_gradient_norm(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit(tmp_path, number, code):
     process = start_loop(tmp_path, 10 ** 6)
     while "ready" not in process.stdout.readline():
@@ -551,6 +551,7 @@ TWO = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     results = []
     for world in (1, 2):

@@ -306,6 +306,7 @@ def test_hash_seed_locale_and_optimised_python_change_nothing(trained, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(weights(out), weights(plain)))
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_further_when_steps_are_raised(trained, tmp_path, monkeypatch, capsys):
     """6 steps, then 9 on a copy of the data: the bits of 9 at once; fewer are refused; pictures of what is made so far."""
     import shutil

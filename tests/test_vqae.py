@@ -533,7 +533,7 @@ def short_windows(monkeypatch):
     monkeypatch.setattr(autoencoder, "WINDOW", 2)
 
 
-@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+@pytest.mark.parametrize("bottleneck", ["vq", pytest.param("kl", marks=pytest.mark.slow)])
 def test_killed_and_continued_equals_undisturbed_bit_for_bit(tmp_path, short_windows, bottleneck):
     def make():
         return small(bottleneck)
