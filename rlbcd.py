@@ -267,15 +267,15 @@ class CMA(nn.Module):
 
     As printed, the result replaces F_d.  At the last level it would be a mixture of values of the
     residual branch, which has not seen the noise that the enhanced branch must predict.  The text
-    says that CMA compensates for missing details.  So we add the result to F_d (--cma-out: as
-    printed), through a layer that starts at zero.  Norms keep the softmax moderate [D4].
+    says that CMA compensates for missing details.  So we add the result to F_d, through a layer
+    that starts at zero (--cma-out literal: we replace F_d).  Norms keep the softmax moderate [D4].
     """
 
     def __init__(self, site, head_dim, groups, out):
         super().__init__()
         C = site.channels
         self.key = (site.stage, site.level)
-        self.heads = max(1, C // head_dim)
+        self.heads = C // head_dim
         self.norm_q = nn.GroupNorm(groups, C)
         self.norm_kv = nn.GroupNorm(groups, C)
         self.to_q = nn.Conv2d(C, C, 1)
@@ -347,7 +347,7 @@ class CoDiffusion(nn.Module):
 
 
 class Evaluator(nn.Module):
-    """H_E of Sec. 3.5: the latent of A from those of B and of the residual [D9]."""
+    """H_E of Sec. 3.5: the latent of A from those of B and of the residual [D11]."""
 
     def __init__(self, z, width=64):
         super().__init__()
@@ -405,7 +405,7 @@ def bridge_step(x_t, x0, x, m_t, m_n, noise, eta=1.0):
     delta_t = 2 * m_t * (1 - m_t)
     delta_n = 2 * m_n * (1 - m_n)
     d = eta ** 2 * 2 * m_n * (m_t - m_n) / m_t
-    share = max(0.0, (delta_n - d) / delta_t) ** 0.5
+    share = ((delta_n - d) / delta_t) ** 0.5
     old_noise = x_t - (1 - m_t) * x0 - m_t * x                              # (B, z, h, w)
     return (1 - m_n) * x0 + m_n * x + share * old_noise + d ** 0.5 * noise
 
@@ -578,7 +578,7 @@ def train_bridges(cfg, run, stage, latents, of_validation, H_E):
     mine = run.shard(cfg.batch)                                    # this process's share of a batch
     for step in run.steps(stage, cfg.steps, parts, cfg.batch):
         pick = run.order(stage, latents.count, cfg.batch, step)[mine]       # (B,)
-        x, y, r = latents(pick)
+        x, y, r = latents(pick)                                             # (B, z, h, w) each
         # g gives the random numbers of this step.  They are drawn for the whole batch, and each
         # process takes its share.
         g = run.generator(stage, step)
@@ -596,7 +596,7 @@ def train_bridges(cfg, run, stage, latents, of_validation, H_E):
 
 
 def bridge_losses(cfg, run, network, H_E, x, y, r, t, noise):
-    """The losses of a batch, {name: ()}.  x, y, r: (B, z, h, w); t: (B,); noise: (2, B, z, h, w).
+    """The weighted losses, {name: ()}.  x, y, r: (B, z, h, w); t: (B,); noise: (2, B, z, h, w).
 
     Both branches share the time t, but their noise is independent [D5].  With equal noise, the
     difference of the two states would be (1 - m_t) (y - r), without any noise.  The enhanced branch
@@ -628,8 +628,8 @@ def bridge_losses(cfg, run, network, H_E, x, y, r, t, noise):
 @torch.no_grad()
 def validate(cfg, run, networks, latents, H_E):
     """The mean loss of up to 64 validation slices; times and noise are always the same."""
-    rows = np.linspace(0, latents.count - 1, min(64, latents.count)).astype(int)
-    x, y, r = latents(rows)
+    rows = data.evenly(np.arange(latents.count), 64)                        # (V,)
+    x, y, r = latents(rows)                                                 # (V, z, h, w) each
     g = run.generator("validation")
     t = torch.randint(T, (len(x),), generator=g, device=run.device)         # (V,)
     noise = torch.randn(2, *x.shape, generator=g, device=run.device)

@@ -15,6 +15,7 @@ import json
 import numpy as np
 from scipy import stats
 
+import data
 from common import metrics, pictures
 from common.files import replace
 
@@ -190,7 +191,7 @@ def report(run, name, title, score, samples, truth, subjects, task, rules, sourc
     drawn = []
     labels = []
     most = np.percentile(places, 99)
-    for i in np.linspace(0, n - 1, min(n, 4)).astype(int):
+    for i in data.evenly(np.arange(n), 4):
         wrong = pictures.error_map(truth[i], samples[i, 0])
         drawn.append([sources[i], samples[i, 0], truth[i], wrong, places[i] / most])
         labels.append(str(subjects[i]))
