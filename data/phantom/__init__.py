@@ -3,6 +3,9 @@
     python -m data.phantom brats data/brats             four contrasts of heads, most with a tumour
     python -m data.phantom ixi data/ixi                 T1, T2, PD of three hospitals, with IXI.csv
     python -m data.phantom ixi-hidden data/ixi-hidden   T2 depends on the hospital, T1 and PD do not
+    python -m data.phantom neuro data/neuro             T1, T2, FLAIR, PD, CT (HU), and PET with FDG
+                                                        and AV45, in BIDS. The times of every scan
+                                                        are its own
     python -m data.phantom pelvis data/pelvis           T1, T2 and CT (HU) of male pelves at three
                                                         sites, with meta.csv
     python -m data.phantom petct data/petct             CT (HU) and PET (SUV) of head and neck with
@@ -14,6 +17,7 @@
                                                         other pixels and other patients
 
     options: [--subjects 24] [--size 64] [--slices 12] [--seed 0]
+             neuro has 40 subjects and 16 slices if nothing else is asked for
 
 The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`,
 `neck_anatomy`, `breast_anatomy`, `chest_anatomy`) says how much of which tissue lies in every voxel
@@ -47,6 +51,7 @@ from data.phantom.chest import chest_anatomy, chest_grid
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
 from data.phantom.metabolic import breast_images, cta_images, petct_images
 from data.phantom.neck import neck_anatomy, neck_grid
+from data.phantom.neuro import neuro_subject, neuro_tissues, neuro_true, neuro_truth
 from data.phantom.pairs import texture_pairs
 from data.phantom.pelvis import pelvis_anatomy, pelvis_grid
 from data.phantom.physics import (
@@ -64,35 +69,40 @@ from data.phantom.sets import (
     ixi_anatomy,
     ixi_images,
     pelvis_images,
+    usual_numbers,
     write_ixi_scans,
 )
 
 __all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "acquire_pet",
            "brats_subject", "breast_anatomy", "breast_grid", "breast_images", "chest_anatomy",
            "chest_grid", "cta_images", "head_anatomy", "head_grid", "ixi_anatomy", "ixi_images",
-           "make", "neck_anatomy", "neck_grid", "pelvis_anatomy", "pelvis_grid", "pelvis_images",
-           "petct_images", "render", "render_ct", "render_pet", "texture_pairs",
+           "make", "neck_anatomy", "neck_grid", "neuro_subject", "neuro_tissues", "neuro_true",
+           "neuro_truth", "pelvis_anatomy", "pelvis_grid", "pelvis_images", "petct_images",
+           "render", "render_ct", "render_pet", "texture_pairs", "usual_numbers",
            "write_ixi_scans"]
 
 VERSION = 1             # raise it when the same arguments give other images
 
 
-def make(name, folder, subjects=24, size=64, slices=12, seed=0):
+def make(name, folder, subjects=None, size=64, slices=None, seed=0):
     """Write the phantom set `name` into `folder`, which must not exist yet. Its parents are made.
 
     The set grows under another name beside `folder` and is renamed when it is complete. So the
     folder appears complete or not at all.
 
     name: One of SETS.
-    subjects: How many.
+    subjects: How many. None is the usual number of this set; see usual_numbers.
     size: Pixels along a side of a slice.
-    slices: Slices of a subject.
+    slices: Slices of a subject. None is the usual number.
     seed: Another seed makes other subjects.
     DataError if there is no such set, if a number is too small, or if the folder exists.
     """
     folder = Path(folder)
     if name not in SETS:
         raise DataError(f"phantom {name!r}: there is no such set; choose one of: {', '.join(SETS)}")
+    usual_subjects, usual_slices = usual_numbers(name)
+    subjects = usual_subjects if subjects is None else subjects
+    slices = usual_slices if slices is None else slices
     if subjects < 1 or slices < 1 or size < 16 or seed < 0:
         raise DataError(f"phantom {name}: cannot make subjects {subjects}, size {size}, "
                         f"slices {slices}, seed {seed}; "

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data.files import DataError
-from data.phantom import SETS, make
+from data.phantom import SETS, make, usual_numbers
 
 
 def main():
@@ -14,10 +14,11 @@ def main():
                                      description="Make a synthetic data set.")
     parser.add_argument("name", choices=SETS, help="which set")
     parser.add_argument("folder", type=Path, help="where to; must not exist")
-    parser.add_argument("--subjects", type=int, default=24, help="how many (default 24)")
+    parser.add_argument("--subjects", type=int, help="how many (default 24; neuro 40)")
     parser.add_argument("--size", type=int, default=64,
                         help="pixels a side of a slice (default 64)")
-    parser.add_argument("--slices", type=int, default=12, help="slices per subject (default 12)")
+    parser.add_argument("--slices", type=int,
+                        help="slices per subject (default 12; neuro 16)")
     parser.add_argument("--seed", type=int, default=0,
                         help="another seed makes other subjects (default 0)")
     options = parser.parse_args()
@@ -26,7 +27,8 @@ def main():
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.folder}: {options.subjects} synthetic subjects ({options.name})")
+    subjects = usual_numbers(options.name)[0] if options.subjects is None else options.subjects
+    print(f"{options.folder}: {subjects} synthetic subjects ({options.name})")
     return 0
 
 

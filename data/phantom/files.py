@@ -1,8 +1,9 @@
-"""The files of a set: NIfTI and CSV, with the same bytes for the same content."""
+"""The files of a set: NIfTI, CSV and JSON, with the same bytes for the same content."""
 
 import csv
 import gzip
 import io
+import json
 
 import nibabel as nib
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
@@ -23,8 +24,13 @@ def write_nifti(path, array, grid, axes="LPS"):
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
 
 
-def write_sheet(path, rows):
+def write_sheet(path, rows, delimiter=","):
     """Write lists of values as CSV, with the same bytes on every system."""
     sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows(rows)
+    csv.writer(sheet, delimiter=delimiter, lineterminator="\n").writerows(rows)
     path.write_text(sheet.getvalue(), encoding="utf-8", newline="\n")
+
+
+def write_json(path, content):
+    """Write plain values as JSON, with the same bytes on every system."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")

@@ -10,6 +10,7 @@ from data.phantom.files import write_nifti, write_sheet
 from data.phantom.geometry import rng_for, smooth_field
 from data.phantom.head import SCALP_FIELD, head_anatomy, head_grid
 from data.phantom.metabolic import write_breast, write_cta, write_petct
+from data.phantom.neuro import write_neuro
 from data.phantom.pelvis import PELVIS_REACH, pelvis_anatomy, pelvis_grid
 from data.phantom.physics import (
     TISSUES,
@@ -280,6 +281,7 @@ def write_pelvis(folder, subjects, size, slices, seed):
 SETS = {"brats": write_brats,
         "ixi": write_ixi,
         "ixi-hidden": partial(write_ixi, hidden=True),
+        "neuro": write_neuro,
         "pelvis": write_pelvis,
         "petct": write_petct,
         "petct-external": partial(write_petct, external=True),
@@ -287,3 +289,10 @@ SETS = {"brats": write_brats,
         "breast-external": partial(write_breast, external=True),
         "cta": write_cta,
         "cta-external": partial(write_cta, external=True)}
+# The usual numbers (subjects, slices) of a set, for sets that do not have the usual 24 and 12.
+USUAL_NUMBERS = {"neuro": (40, 16)}
+
+
+def usual_numbers(name):
+    """How many subjects and slices a set has if nobody asks for others -> (subjects, slices)."""
+    return USUAL_NUMBERS.get(name, (24, 12))
