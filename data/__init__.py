@@ -11,9 +11,17 @@ said. Everything that is wrong with the data raises DataError with a message of 
 from data.check import check
 from data.dataset import Dataset, Rows, evenly, is_phantom, make_phantom, open_dataset
 from data.files import DataError
-from data.intensities import Scale, denormalise
+from data.intensities import Scale, denormalise, normalise
 from data.layouts import Layout, Subject, canonical_contrast, find_layout
-from data.prompts import PROMPT_FIELDS, caption, describe_lesion, prompt
+from data.prompts import (
+    PROMPT_FIELDS,
+    caption,
+    describe_lesion,
+    prompt,
+    record_of,
+    scan_fields,
+    scan_prompt,
+)
 from data.split import make_split
 from data.subject import (
     Picture,
@@ -29,5 +37,6 @@ from data.volumes import Volume, read_volume, write_volume
 __all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale", "Subject",
            "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
            "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_scans",
-           "load_subject", "make_phantom", "make_split", "open_dataset", "picture_of", "prompt",
-           "read_volume", "to_synthesize", "write_volume"]
+           "load_subject", "make_phantom", "make_split", "normalise", "open_dataset", "picture_of",
+           "prompt", "read_volume", "record_of", "scan_fields", "scan_prompt", "to_synthesize",
+           "write_volume"]

@@ -8,6 +8,8 @@ from data.dataset import grouped, make_phantom
 from data.files import DataError
 from data.intensities import find_background, foreground, normalise
 from data.layouts import find_layout
+from data.layouts.words import kind_of
+from data.prompts import record_of, scan_fields, scan_prompt
 from data.subject import anchor_name, read_scan, reference_first, require_pre
 from data.volumes import read_slices, read_volume, resample_to, same_grid
 
@@ -15,16 +17,17 @@ from data.volumes import read_slices, read_volume, resample_to, same_grid
 ROW = "{:24} {:8} {:>13} {:>16} {:4} {:>19} {:>10} {}"
 
 
-def check(folder, contrasts=None, say=print):
+def check(folder, contrasts=None, say=print, gaps=False):
     """Open every file of a folder, and say what was found and what is wrong.
 
+    gaps: True if subjects may lack contrasts, as in open_dataset. Two contrasts are enough then.
     say: A function that gets every line for the user.
     The result is True if open_dataset can use the folder. No DataError is raised; it is said.
     """
     folder = Path(folder)
     try:
         make_phantom(folder, say)
-        layout = find_layout(folder, contrasts)
+        layout = find_layout(folder, contrasts, every=gaps)
     except DataError as error:
         say(f"error: {error}")
         return False
@@ -36,6 +39,7 @@ def check(folder, contrasts=None, say=print):
         say(f"not a contrast: {path}")
     say(ROW.format("subject", "contrast", "shape", "spacing mm", "axes", "range", "background",
                    "foreground"))
+    needed = 2 if gaps else len(layout.contrasts)
     complete = 0
     people = set()
     all_errors = []
@@ -48,9 +52,10 @@ def check(folder, contrasts=None, say=print):
             errors, notes = _check_subject(subject, layout.contrasts, say)
         all_errors += errors
         all_notes += notes
-        if not errors and len(subject.files) == len(layout.contrasts):
+        if not errors and len(subject.files) >= needed:
             complete += 1
             people.add(subject.person)
+    _say_records(layout, say)
     for note in grouped(all_notes):
         say(f"note: {note}")
     for error in all_errors:
@@ -106,6 +111,44 @@ def _check_subject(subject, contrasts, say):
         except DataError as error:
             errors.append(str(error))
     return errors, notes
+
+
+def _say_records(layout, say):
+    """If the layout knows its scans, say in tables what is known, and show up to three prompts."""
+    if not any(subject.records for subject in layout.subjects):
+        return
+    say("scans, and the share of them of which a field is known, in %:")
+    first = []                          # prompts of the first contrast of each kind
+    others = []
+    for kind in ("MRI", "CT", "PET"):
+        contrasts = [contrast for contrast in layout.contrasts if kind_of(contrast) == kind]
+        texts = _say_kind(kind, contrasts, layout.subjects, say)
+        first += texts[:1]
+        others += texts[1:]
+    for text in (first + others)[:3]:
+        say(f"prompt: {text}")
+
+
+def _say_kind(kind, contrasts, subjects, say):
+    """Say the table of one kind of scan -> the prompt of the best-known scan of each contrast."""
+    texts = []
+    for contrast in contrasts:
+        fields = scan_fields(contrast)
+        records = []
+        for subject in subjects:
+            if contrast in subject.files:
+                records.append(record_of(subject, contrast))
+        if not records:
+            continue
+        if not texts:
+            say(f"{kind:8} scans " + "".join(f"{field:>9}" for field in fields))
+        shares = []
+        for field in fields:
+            known = sum(field in record for record in records)
+            shares.append(f"{100 * known / len(records):9.0f}")
+        say(f"{contrast:8} {len(records):5} " + "".join(shares))
+        texts.append(scan_prompt(contrast, max(records, key=len)))
+    return texts
 
 
 def _check_slices(subject, contrasts, say):

@@ -12,29 +12,38 @@ import numpy as np
 from data.files import DataError
 
 
-def decode(path, max_voxels, echoes):
+def decode(path, max_voxels, echoes=1, frames=None):
     """Read a file -> (header, voxels as float32 (X, Y, Z) as stored, True if it is compressed).
 
     The first bytes decide whether the file is compressed, not its name.
 
     max_voxels: The largest number of voxels. Larger files are refused before they are unpacked.
     echoes: With 2, a file of two volumes is allowed, and the voxels are (X, Y, Z, 2).
+    frames: For a PET of several frames, their durations in s. The voxels are the mean of the
+        frames, weighted by duration. If there are not as many durations as frames, all frames weigh
+        the same. By default, a file of several frames is refused.
     DataError if the file is missing, damaged, too large or no NIfTI-1 or NIfTI-2 file with real
     numbers in it.
     """
     with _in_plain_words(path):
         header, packed = _open_header(path)
-        return _decode(path, header, packed, max_voxels, echoes)
+        return _decode(path, header, packed, max_voxels, echoes, frames)
 
 
-def decode_header(path, max_voxels):
-    """Read the header of a file of one volume -> (header, shape (X, Y, Z)); no voxel is read.
+def decode_header(path, max_voxels, series=False):
+    """Read the header of a file -> (header, shape (X, Y, Z)); no voxel is read.
 
+    series: True if the file may hold several volumes, as a PET of several frames.
     DataError as decode, as far as the header shows it.
     """
     with _in_plain_words(path):
         header, _ = _open_header(path)
-        return header, _checked_shape(header, path, max_voxels, echoes=1)
+        return header, _checked_shape(header, path, max_voxels, 1, series)[:3]
+
+
+def volumes_of(header):
+    """The number of volumes along the fourth axis of a file."""
+    return int(max(header.get_data_shape()[3:], default=1))
 
 
 @contextmanager
@@ -70,9 +79,9 @@ def _open_header(path):
         return _read_header(file.read(nib.Nifti2Header.sizeof_hdr), path), packed
 
 
-def _decode(path, header, packed, max_voxels, echoes):
+def _decode(path, header, packed, max_voxels, echoes, frames):
     # We check the header first, so that a file that is too large is refused before it is unpacked.
-    shape = _checked_shape(header, path, max_voxels, echoes)
+    shape = _checked_shape(header, path, max_voxels, echoes, frames is not None)
     dtype = _checked_dtype(header, path)
     content = path.read_bytes()
     if packed:
@@ -84,9 +93,26 @@ def _decode(path, header, packed, max_voxels, echoes):
         raise DataError(f"{path}: ends early ({held} of {wanted} voxel bytes); "
                         "download the file again")
     # nibabel multiplies by the header's slope and adds its intercept, in float64.
-    array = np.asanyarray(nib.arrayproxy.ArrayProxy(BytesIO(content), header))
+    stored = nib.arrayproxy.ArrayProxy(BytesIO(content), header)
+    if frames is not None and len(shape) == 4:
+        array = _mean_of_frames(stored, shape, frames)
+    else:
+        array = np.asanyarray(stored).reshape(shape)
     with np.errstate(over="ignore"):        # too large a number becomes infinite; see volumes
-        return header, array.reshape(shape).astype(np.float32), packed
+        return header, array.astype(np.float32), packed
+
+
+def _mean_of_frames(stored, shape, durations):
+    """The mean over the last axis of stored voxels (X, Y, Z, T) -> (X, Y, Z). See decode.
+
+    One frame after the other is read, because all frames together may not fit into the memory.
+    """
+    count = shape[3]
+    weights = durations if len(durations) == count else [1] * count
+    total = np.zeros(shape[:3])
+    for frame, weight in enumerate(weights):
+        total += weight * stored[..., frame]
+    return total / sum(weights)
 
 
 def _read_header(start, path):
@@ -108,21 +134,26 @@ def _read_header(start, path):
                     "bytes); convert it again")
 
 
-def _checked_shape(header, path, max_voxels, echoes):
-    """The three axes of a volume; four for a file of two echoes. A missing axis has length 1."""
+def _checked_shape(header, path, max_voxels, echoes, series=False):
+    """The three axes of a volume. A missing axis has length 1.
+
+    There are four axes for a file of two echoes, and for one of several frames if `series` is True.
+    """
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 2 or min(shape) < 0:
         raise DataError(f"{path}: has shape {shape}, not that of an image or a volume")
     if 0 in shape:
         raise DataError(f"{path}: has an axis of length 0 (shape {shape}); export it again")
-    if any(n > 1 for n in shape[3:]) and shape[3:] != (echoes,):
+    several = volumes_of(header) > 1
+    if several and shape[3:] != (echoes,) and not (series and len(shape) == 4):
         raise DataError(f"{path}: is {len(shape)}-D with shape {shape}; split it into one 3-D file "
                         "per contrast")
-    voxels = np.prod(shape, dtype=np.float64)                   # integers could overflow
+    held = shape[:3] if series else shape                       # in the memory at one time
+    voxels = np.prod(held, dtype=np.float64)                    # integers could overflow
     if voxels > max_voxels:
         raise DataError(f"{path}: has {voxels:.0f} voxels (shape {shape}), more than {max_voxels}; "
                         "crop or resample it")
-    if shape[3:] == (2,):
+    if several:
         return shape
     return (shape + (1,))[:3]
 

@@ -1,22 +1,29 @@
 """Sentences about scans.
 
-`caption` describes a slice, `prompt` describes a scan, and `describe_lesion` describes what is
-drawn in a segmentation.
+`caption` describes a slice, `prompt` (MetaDB) and `scan_prompt` (UniSyn) describe a scan, and
+`describe_lesion` describes what is drawn in a segmentation.
 """
+
+import re
 
 import numpy as np
 
 from data.files import DataError
+from data.layouts.words import TRACERS, kind_of
 
 # The words for a contrast in a caption.
 MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": "PDw",
-              "t2star": "T2star", "ct": "CT", "cta": "CTA", "pet": "PET",
+              "t2star": "T2star", "swi": "SWI", "ct": "CT", "cta": "CTA", "pet": "PET",
+              "fdg": "FDG PET", "av45": "AV45 PET", "tau": "AV1451 PET", "pib": "PIB PET",
+              "fbb": "FBB PET",
               "pre": "T1w before contrast", "post": "T1w after contrast"}
 # The words for a contrast in a prompt.
 DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI",
                 "t1ce": "contrast-enhanced T1-weighted MRI", "t2": "T2-weighted MRI",
-                "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI", "ct": "CT",
-                "cta": "CT angiography", "pet": "PET",
+                "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI",
+                "swi": "susceptibility-weighted MRI", "ct": "CT", "cta": "CT angiography",
+                "pet": "PET", "fdg": "FDG PET", "av45": "florbetapir PET",
+                "tau": "flortaucipir PET", "pib": "PIB PET", "fbb": "florbetaben PET",
                 "pre": "T1-weighted MRI before contrast agent",
                 "post": "T1-weighted MRI after contrast agent"}
 # Facts in the order of a caption. Only those that are known are written.
@@ -24,6 +31,18 @@ META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("
                ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))
 # The fields of a prompt, which are those of MetaDB's Table 5.
 PROMPT_FIELDS = ("age", "gender", "scanner", "description")
+# The parts of UniSyn's sentence about a scan, for each kind of scan. In braces stand the field of a
+# record and its unit. See scan_prompt.
+SCAN_FORMS = {
+    "MRI": ("Modality: {modality}", "Age: {age y}", "Sex: {sex}",
+            "Scanner: {field T} {vendor} {model}", "Voxel: {voxel mm}", "TR: {TR ms}",
+            "TE: {TE ms}", "TI: {TI ms}", "FA: {FA deg}"),
+    "CT": ("Modality: {modality}", "Age: {age y}", "Sex: {sex}", "Scanner: {vendor} {model}",
+           "Voxel: {voxel mm}", "Tube: {kvp kVp}", "Current: {ma mA}", "Kernel: {kernel}",
+           "Contrast: {agent}"),
+    "PET": ("Modality: {modality}", "Tracer: {tracer}", "Age: {age y}", "Sex: {sex}",
+            "Scanner: {vendor} {model}", "Voxel: {voxel mm}", "Dose: {dose MBq}",
+            "Start: {start s}", "Duration: {duration s}", "Recon: {recon}")}
 
 
 def caption(contrast, position, brain, lesion=None, meta=None):
@@ -72,7 +91,7 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
     hidden = "modality" in masked
     own_scanner = f"scanner_{contrast}"             # a scanner that serves this contrast alone
     scanner = meta.get(own_scanner, meta.get("scanner"))
-    if scanner and "field" in meta:
+    if scanner and "field" in meta and kind_of(contrast) == "MRI":
         scanner = f"{scanner} {_number(meta['field'])}T"
     values = {"age": int(meta["age"]) if "age" in meta else None,
               "gender": meta.get("sex"),
@@ -98,6 +117,67 @@ def _describe_scan(contrast, meta, hidden):
         value = "[MASK]" if hidden else _number(time, digits=4)
         parts.append(f"{name} {value} ms")
     return ", ".join(parts)
+
+
+def scan_fields(contrast):
+    """The fields of a record that scan_prompt writes for a contrast, in order."""
+    return tuple(re.findall(r"\{(?!modality)(\w+)", "; ".join(SCAN_FORMS[kind_of(contrast)])))
+
+
+def scan_prompt(contrast, record, without=()):
+    """One line of text for a scan or for a wish (UniSyn), the same for all of its slices. Examples:
+
+    "Modality: T2w; Age: 61 y; Sex: F; Scanner: 3 T Siemens Prisma; Voxel: 1 x 1 x 1 mm;
+    TR: 3200 ms; TE: 563 ms; TI: None; FA: 120 deg" (in one line)
+
+    "Modality: PET; Tracer: FDG; Age: 61 y; Sex: F; Scanner: Siemens Biograph; Voxel: 2 x 2 x 2 mm;
+    Dose: 185 MBq; Start: 1800 s; Duration: 1200 s; Recon: None"
+
+    record: The facts that are known; see record_of. All others become the word None, without unit.
+    without: Fields that become None although they are known. The modality is always told.
+    DataError if there is no field of a name in `without`.
+    """
+    kind = kind_of(contrast)
+    there_are = dict.fromkeys([*scan_fields("t1"), *scan_fields("ct"), *scan_fields("fdg")])
+    unknown = set(without) - there_are.keys()
+    if unknown:
+        raise DataError(f"scan_prompt: there is no field {', '.join(sorted(unknown))}; "
+                        f"there are {', '.join(there_are)}", status=2)
+    known = {"tracer": TRACERS.get(contrast), **record}
+    for field in without:
+        known[field] = None
+    known["modality"] = "PET" if kind == "PET" else MODALITIES[contrast]
+
+    def fill(slot):
+        field, unit = slot.groups()
+        value = known.get(field)
+        if value is None:
+            return "None"
+        edges = value if isinstance(value, tuple | list) else [value]
+        return " x ".join(_number(edge) for edge in edges) + unit
+
+    return re.sub(r"\{(\w+)((?: \w+)?)\}", fill, "; ".join(SCAN_FORMS[kind]))
+
+
+def record_of(subject, contrast):
+    """What is known of one scan of a subject, for scan_prompt -> dict of data/layouts/records.py.
+
+    Readers of BIDS and of manifests know each scan. If such a subject does not have the scan, only
+    the age and the sex are known. Other readers know what is in Subject.meta.
+    """
+    if contrast in subject.records:
+        return dict(subject.records[contrast])
+    meta = subject.meta
+    record = {name: meta[name] for name in ("age", "sex") if name in meta}
+    if subject.records:
+        return record
+    scanner = meta.get(f"scanner_{contrast}", meta.get("scanner"))
+    if scanner:
+        record["vendor"] = scanner
+    if "field" in meta and kind_of(contrast) == "MRI":
+        record["field"] = meta["field"]
+    record.update(zip(("TR", "TE"), meta.get("times", {}).get(contrast, ())))
+    return record
 
 
 def _number(value, digits=6):

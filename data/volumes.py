@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
 from data.intensities import CT_BODY, background_value
-from data.nifti import checked_affine, decode, decode_header
+from data.nifti import checked_affine, decode, decode_header, volumes_of
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
 GRID_TOLERANCE = 1e-3       # mm; two grids that are closer than this everywhere are the same grid
@@ -55,21 +55,27 @@ class Volume:
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
+def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=None):
     """Read a NIfTI-1 or NIfTI-2 file, compressed or not, and turn it to RAS+ -> Volume.
 
     A 2-D image becomes a volume of one slice. Axes of length 1 behind the third are dropped.
 
     echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
     contrast: The notes depend on it, because CT and PET have other normal values than MR.
+    frames: For a PET of several frames, their durations in s; () if these are not known. The frames
+        are averaged, see nifti.decode.
     DataError if the file is missing, damaged, not NIfTI, too large, complex or coloured. It is also
-    raised if the file has more than one volume (two with `echo`), a singular affine, or many NaN.
+    raised if the file has more than one volume (two with `echo`, any number with `frames`), a
+    singular affine, or many NaN.
     """
     path = Path(path)
     if not is_nifti(path):
         raise DataError(f"{path}: only .nii and .nii.gz are read; convert the file to NIfTI")
-    header, array, packed = decode(path, max_voxels, echoes=1 if echo is None else 2)
+    header, array, packed = decode(path, max_voxels, 1 if echo is None else 2, frames)
     notes = []
+    if frames is not None and volumes_of(header) > 1:
+        notes.append(_say_mean(volumes_of(header), frames))
+        header.set_data_shape(array.shape)
     named_gz = path.name.lower().endswith(".gz")
     if packed and not named_gz:
         notes.append("is compressed although its name ends in .nii")
@@ -102,13 +108,24 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None):
     return Volume(turned, turned_affine, path, header, orientation, notes)
 
 
-def read_geometry(path):
+def _say_mean(count, durations):
+    """The note for a PET of several frames."""
+    if len(durations) == count:
+        return f"has {count} frames; their mean is used, weighted by duration"
+    why = f"there are {len(durations)} durations" if durations else "no durations are known"
+    return f"has {count} frames; their plain mean is used, because {why}"
+
+
+def read_geometry(path, series=False):
     """Read where a NIfTI file lies in space, and no voxel of it -> Volume whose voxels are all 0.
 
+    series: True if the file may hold several volumes, as a PET of several frames.
     DataError as read_volume, as far as the header shows it.
     """
     path = Path(path)
-    header, shape = decode_header(path, MAX_VOXELS)
+    header, shape = decode_header(path, MAX_VOXELS, series)
+    if volumes_of(header) > 1:
+        header.set_data_shape(shape)
     affine = checked_affine(header, path)
     orientation = io_orientation(affine)
     # The zeros are one number in memory, which looks like an array of this shape.

@@ -1,5 +1,6 @@
 """Small hand-made scans and folders of them, for the tests of data."""
 
+import json
 from dataclasses import replace
 
 import nibabel as nib
@@ -249,4 +250,18 @@ def make_breasts(folder, subjects=3):
         pre, post = breast(s)
         save(folder / f"p{s}" / "pre.nii.gz", pre)
         save(folder / f"p{s}" / "post.nii.gz", post)
+    return folder
+
+
+# ---- BIDS ------------------------------------------------------------------------------------------------------------
+
+def make_bids(folder, scans, texts=None):
+    """scans: {path without .nii.gz: its sidecar, or None}; texts: {other file: its text, or a dict for JSON}."""
+    for seed, (name, sidecar) in enumerate(scans.items()):
+        save(folder / f"{name}.nii.gz", head(seed=seed))
+        if sidecar is not None:
+            (folder / f"{name}.json").write_text(json.dumps(sidecar))
+    for name, text in (texts or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
     return folder

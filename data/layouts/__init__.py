@@ -1,8 +1,10 @@
 """Which file is which: the names of files and folders in data sets. No voxel is read here.
 
-Each family of data sets has a reader of its own, in folders.py, ixi.py, adni.py, hecktor.py,
-mamamia.py, autopet.py and slices.py. What they share is in words.py. Sheets beside the scans are
-read in sheets.py. find_layout looks at a folder and calls the reader that fits.
+Each family of data sets has a reader of its own, in folders.py, bids.py, ixi.py, adni.py,
+hecktor.py, mamamia.py, autopet.py and slices.py. A user can also say which file is which, see
+manifest.py. What they share is in words.py. Sheets beside the scans are read in sheets.py.
+records.py and sidecars.py tell what is known of a scan. find_layout looks at a folder and calls the
+reader that fits.
 """
 
 import os
@@ -12,10 +14,17 @@ from pathlib import Path
 from data.files import DataError, is_nifti
 from data.layouts.adni import ADNI_FILE, collect_adni
 from data.layouts.autopet import AUTOPET_FILE, collect_autopet
-from data.layouts.folders import collect_subjects, edition_of, person_of, take_tumour_masks
+from data.layouts.bids import collect_bids, is_bids
+from data.layouts.folders import (
+    collect_subjects,
+    edition_of,
+    person_of,
+    take_tumour_masks,
+)
 from data.layouts.hecktor import HECKTOR_FILE, collect_hecktor
 from data.layouts.ixi import IXI_FILE, collect_ixi
 from data.layouts.mamamia import MAMAMIA_FILE, collect_mamamia
+from data.layouts.manifest import collect_manifest
 from data.layouts.sheets import read_labels, read_patients, read_suv_factors
 from data.layouts.slices import collect_slices
 from data.layouts.words import (
@@ -31,6 +40,8 @@ from data.layouts.words import (
 __all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of",
            "role_of"]
 
+# The names of layouts that have sheets of their own about the patients, or none.
+OWN_FACTS = ("IXI", "ADNI", "manifest.csv", "BIDS", "BIDS derivative")
 # We cannot read these, so a folder that holds only these gets its own sentence.
 OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy",
                  ".npz", ".img", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -49,12 +60,13 @@ class Layout:
     split: dict | None = None       # {"train": [names], ...} if the folders say it
 
 
-def find_layout(folder, contrasts=None):
+def find_layout(folder, contrasts=None, every=False):
     """Recognise the data set in `folder` by its names -> Layout.
 
     contrasts: The names of contrasts to use, in this order. Other words for a contrast are
         understood. By default we use the contrasts that at least half of the subjects have. If no
         subject has a wanted contrast, this is noted only; it may be the one to synthesise.
+    every: True if by default all contrasts are used that at least two subjects have.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
     raised if two subjects have one name, if all subjects lie in one folder, if a wanted name is no
     contrast, or if none of the wanted contrasts is there.
@@ -64,10 +76,18 @@ def find_layout(folder, contrasts=None):
     notes = []
     files = _list_files(folder, notes)
     images = [path for path in files if is_nifti(path)]
-    if not images:
-        return _find_slices(folder, files, contrasts, notes)
+    manifest = folder / "manifest.csv" in files
+    if not images and not manifest:
+        return _find_slices(folder, files, contrasts, every, notes)
     named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
-    if named and all(IXI_FILE.fullmatch(path.name) for path in named):
+    if manifest:
+        name = "manifest.csv"
+        subjects = collect_manifest(folder, notes)
+        used = {path for subject in subjects for path in subject.paths}
+        ignored = [path for path in images if path not in used]
+    elif is_bids(folder, images):
+        name, subjects, ignored = collect_bids(folder, images, notes)
+    elif named and all(IXI_FILE.fullmatch(path.name) for path in named):
         name = "IXI"
         subjects, ignored = collect_ixi(files, images, notes)
     elif any(ADNI_FILE.search(path.as_posix()) for path in images):
@@ -89,10 +109,10 @@ def find_layout(folder, contrasts=None):
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as "
                         f"{examples}; name them with one of the words {', '.join(CONTRASTS)}")
-    if name not in ("IXI", "ADNI"):                 # they have sheets of their own, or none
+    if name not in OWN_FACTS:
         read_patients(folder, files, subjects, notes)
     read_labels(folder, files, subjects, notes)
-    chosen = _choose_contrasts(folder, subjects, contrasts, notes)
+    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes)
     if "pet" in chosen:
         notes.append("pet is read in SUV; 0 to 10 SUV become 0 to 1")
         read_suv_factors(folder, files, subjects, notes)
@@ -102,12 +122,12 @@ def find_layout(folder, contrasts=None):
     return layout
 
 
-def _find_slices(folder, files, contrasts, notes):
+def _find_slices(folder, files, contrasts, every, notes):
     """The layout of a folder of .npy slices. DataError if the folder holds none."""
     subjects, split = collect_slices(folder, files, notes)
     if split is None:
         raise DataError(_why_no_images(folder, files))
-    chosen = _choose_contrasts(folder, subjects, contrasts, notes)
+    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes)
     layout = _with_contrasts("slices in .npy files", subjects, chosen, [], notes)
     layout.split = split
     return layout
@@ -172,9 +192,10 @@ def _why_no_images(folder, files):
     if others:
         return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
                 "convert them to NIfTI")
-    return (f"{folder}: no subjects found; looked for BraTS 2020, 2021, 2023, IXI, ADNI, HECKTOR, "
-            "MAMA-MIA, autoPET, slices named like T1/train/slice_0.npy and one folder per subject "
-            f"with one .nii or .nii.gz per contrast; the folder holds {_entries(folder)}")
+    return (f"{folder}: no subjects found; looked for BIDS, BraTS 2020, 2021, 2023, IXI, ADNI, "
+            "HECKTOR, MAMA-MIA, autoPET, slices named like T1/train/slice_0.npy and one folder per "
+            "subject with one .nii or .nii.gz per contrast; the folder holds "
+            f"{_entries(folder)}")
 
 
 def _is_dicom(path):
@@ -191,8 +212,11 @@ def _is_dicom(path):
 
 # ---- Contrasts -----------------------------------------------------------------------------------
 
-def _choose_contrasts(folder, subjects, wanted, notes):
-    """The wanted contrasts under the project's names, or those of at least half of the subjects."""
+def _choose_contrasts(folder, subjects, wanted, every, notes):
+    """The wanted contrasts under the project's names, or those that enough subjects have.
+
+    Enough are half of the subjects. If `every` is True, two are enough.
+    """
     there = {}
     for name in CONTRASTS:
         count = sum(name in subject.files for subject in subjects)
@@ -200,7 +224,8 @@ def _choose_contrasts(folder, subjects, wanted, notes):
             there[name] = count
     if wanted is not None:
         return _wanted_contrasts(folder, there, wanted, notes)
-    common = tuple(name for name, count in there.items() if 2 * count >= len(subjects))
+    enough = 2 if every else len(subjects) / 2
+    common = tuple(name for name, count in there.items() if count >= enough)
     common = common or tuple(there)
     for name, count in there.items():
         if name not in common:
@@ -235,7 +260,8 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
         chosen = [contrast for contrast in contrasts if contrast in subject.files]
         missing = [contrast for contrast in contrasts if contrast not in subject.files]
         subject.files = {contrast: subject.files[contrast] for contrast in chosen}
-        subject.grid = subject.grid or grid
+        if set(subject.grid).isdisjoint(contrasts):
+            subject.grid = grid or subject.grid
         if pets and grid == ("pet",) and "pet" not in chosen:
             subject.like = pets[0]
         if not chosen:

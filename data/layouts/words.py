@@ -17,12 +17,22 @@ CONTRASTS = {
     "t2": {"t2", "t2w"},
     "pd": {"pd", "pdw"},
     "t2star": {"t2star", "t2starw"},
+    "swi": {"swi"},
     "ct": {"ct", "ctres"},
     "cta": {"cta"},
     "pet": {"pet", "suv", "pt"},
+    "fdg": {"fdg", "18fdg", "18ffdg", "fluorodeoxyglucose"},
+    "av45": {"av45", "18fav45", "florbetapir"},
+    "tau": {"tau", "av1451", "18fav1451", "flortaucipir", "t807"},
+    "pib": {"pib", "11cpib"},
+    "fbb": {"fbb", "18ffbb", "florbetaben"},
     "pre": {"pre", "precontrast"},
     "post": {"post", "postcontrast"},
 }
+# PET of the brain has one contrast for each tracer, because they show different things. Here stands
+# the usual name of the tracer. These images keep their own units, and are scaled like MR. "pet" is
+# PET in SUV: of a body, or of an unknown tracer.
+TRACERS = {"fdg": "FDG", "av45": "AV45", "tau": "AV1451", "pib": "PIB", "fbb": "FBB"}
 # These words often mean something else, such as a visit before a treatment, or a patient. They name
 # a contrast only if no other word of the file does: T1_pre is t1, T1_post is t1ce, PT_07_CT is ct.
 WEAK_WORDS = {"pre", "precontrast", "post", "postcontrast", "pt"}
@@ -59,6 +69,10 @@ class Subject:
     suv_factor: float | None = None     # of suv.csv: voxels of the PET times this number are SUV
     like: Path | None = None        # a PET of another subject, if this one should have one but has
                                     # none; see subject.load_subject
+    records: dict = field(default_factory=dict)     # contrast -> what is known of that scan; see
+                                                    # layouts/records.py
+    frames: dict = field(default_factory=dict)      # contrast -> durations in s of the frames of a
+                                                    # 4-D PET; () if they are not known
 
     @property
     def in_slices(self):
@@ -103,8 +117,9 @@ def words_of(file_name, subject):
 
 
 def named_contrasts(words):
-    """The contrasts that the words of a file name mean, as a list."""
+    """The contrasts that the words of a file name mean, as a list. FDG_PET is fdg, not pet."""
     text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
+    text = text.replace("av 1451", "av1451").replace("av 45", "av45")
     found = {"strong": [], "weak": []}
     for name, aliases in CONTRASTS.items():
         named = aliases & set(text.split())
@@ -112,6 +127,8 @@ def named_contrasts(words):
             found["strong"].append(name)
         elif named:
             found["weak"].append(name)
+    if "pet" in found["strong"] and not TRACERS.keys().isdisjoint(found["strong"]):
+        found["strong"].remove("pet")
     return found["strong"] or found["weak"]
 
 
@@ -140,6 +157,13 @@ def preferred_grid(contrasts):
     if "pre" in contrasts and "post" in contrasts:
         return ("pre",)
     return ()
+
+
+def kind_of(contrast):
+    """What a contrast is made with: "MRI", "CT" or "PET"."""
+    if contrast in ("ct", "cta"):
+        return "CT"
+    return "PET" if contrast == "pet" or contrast in TRACERS else "MRI"
 
 
 def canonical_contrast(name):

@@ -1,0 +1,160 @@
+"""manifest.csv: a table that says which file is which scan, for folders of any other form.
+
+    subject,session,modality,path,mask,age,sex,vendor,field,TR,TE
+    anna,1,T1w,scans/0001.nii.gz,lesions/0001.nii.gz,61,F,Siemens,3,2300,2.98
+    anna,1,FDG,scans/0002.nii.gz,,61,F,GE,,,
+
+Each row is one scan. Paths are seen from the folder of the table. The columns session and mask may
+be missing. A mask is a label map of a lesion or a tumour. All other columns are fields of a record
+in its units; see records.py. An empty cell means that the value is not known.
+"""
+
+from data.files import DataError, is_nifti
+from data.layouts.records import (
+    NUMBERS,
+    TEXTS,
+    age_of,
+    header_of,
+    number_of,
+    sex_of,
+    text_of,
+    tracer_of,
+    vendor_of,
+    voxel_of,
+    write_meta,
+)
+from data.layouts.words import (
+    CONTRASTS,
+    TRACERS,
+    Subject,
+    canonical_contrast,
+    kind_of,
+    read_sheet,
+)
+
+NEEDED = ("subject", "modality", "path")
+# Field of a record -> a function from the text of a cell to its value, and what to write in a cell.
+# The function gives None if the text makes no sense.
+FIELDS = {"age": (age_of, "a number of years"), "sex": (sex_of, "M, F or O"),
+          "voxel": (voxel_of, "three numbers such as 1 x 1 x 4"),
+          "vendor": (vendor_of, "a word"), "tracer": (text_of, "a word")}
+FIELDS.update({field: (number_of, "a number") for field in NUMBERS})
+FIELDS.update({field: (text_of, "a word") for field in TEXTS})
+
+
+def collect_manifest(folder, notes):
+    """Read folder/manifest.csv -> subjects sorted by name.
+
+    A subject is called subject_session, or like the subject if no session is given.
+
+    notes: A list that gets sentences for the user.
+    DataError if a column is missing, or if a row has no subject, an unknown modality, a file that
+    does not exist, a scan that an earlier row has, or a value that makes no sense.
+    """
+    sheet = folder / "manifest.csv"
+    rows, columns = read_sheet(sheet)
+    for column in NEEDED:
+        if column.upper() not in columns:
+            raise DataError(f"{sheet}: has no column {column}; its first line must be "
+                            "subject,session,modality,path and any fields, correct or rename it")
+    fields = {}                         # field -> name of its column
+    unknown = []
+    names = {field.upper(): field for field in FIELDS}
+    for column, title in columns.items():
+        if column in names:
+            fields[names[column]] = title
+        elif column not in ("SUBJECT", "SESSION", "MODALITY", "PATH", "MASK"):
+            unknown.append(title)
+    if unknown:
+        notes.append(f"manifest.csv: the columns {', '.join(unknown)} are not known and not read")
+    subjects = {}
+    for row in rows:
+        cells = {}
+        for column, title in columns.items():
+            cells[column] = (row[title] or "").strip()
+        record = {}
+        line = f"{sheet}, line {rows.line_num}"
+        for field, title in fields.items():
+            value = _value_of(field, row[title], line)
+            if value is not None:
+                record[field] = value
+        if any(cells.values()):
+            _add_scan(folder, subjects, cells, record, line)
+    if not subjects:
+        raise DataError(f"{sheet}: has no rows; write one for each scan, or remove the file")
+    for subject in subjects.values():
+        write_meta(subject)
+    return [subjects[name] for name in sorted(subjects)]
+
+
+def _add_scan(folder, subjects, cells, record, line):
+    """Add the scan of one row to its subject, which is made if it is new.
+
+    subjects: {name: Subject}. cells: {column in upper case: text}.
+    line: Where the row stands, for a message.
+    """
+    person = cells["SUBJECT"]
+    session = cells.get("SESSION")
+    if not person:
+        raise DataError(f"{line}: names no subject; fill the column subject")
+    contrast = _contrast_of(cells["MODALITY"], record, line)
+    path = _file_of(folder, cells["PATH"], line)
+    name = f"{person}_{session}" if session else person
+    if name not in subjects:
+        subjects[name] = Subject(name, person, {}, grid=("t1",))
+    subject = subjects[name]
+    if contrast in subject.files:
+        raise DataError(f"{line}: {name} has another {contrast} in an earlier line, "
+                        f"{subject.files[contrast].name}; remove one of them, or give a session")
+    voxel, volumes = header_of(path)
+    if voxel:
+        record.setdefault("voxel", voxel)
+    subject.files[contrast] = path
+    subject.records[contrast] = record
+    if volumes > 1 and kind_of(contrast) == "PET":
+        subject.frames[contrast] = ()           # a manifest has no durations of single frames
+    if cells.get("MASK"):
+        mask = _file_of(folder, cells["MASK"], line)
+        if subject.segmentation not in (None, mask):
+            raise DataError(f"{line}: {name} has another mask in an earlier line, "
+                            f"{subject.segmentation.name}; give one for each subject and session")
+        subject.segmentation = mask
+
+
+def _contrast_of(modality, record, line):
+    """The contrast of a scan. For PET, the tracer is written into the record."""
+    contrast = canonical_contrast(modality)
+    if contrast not in CONTRASTS:
+        raise DataError(f"{line}: {modality or 'nothing'} is no modality; write one of "
+                        f"{', '.join(CONTRASTS)}")
+    if contrast == "pet" and "tracer" in record:
+        record["tracer"], contrast = tracer_of(record["tracer"])
+    elif contrast in TRACERS:
+        record["tracer"] = TRACERS[contrast]
+    return contrast
+
+
+def _file_of(folder, cell, line):
+    """The path of a file that a cell names. Both kinds of slashes are understood."""
+    path = folder / cell
+    if not path.exists() and "\\" in cell:
+        path = folder / cell.replace("\\", "/")
+    if not cell or not is_nifti(path):
+        raise DataError(f"{line}: {cell or 'an empty path'} is no .nii or .nii.gz file; "
+                        "give the path of a NIfTI file")
+    if not path.exists():
+        raise DataError(f"{line}: {cell} does not exist in {folder}; correct the path, "
+                        "or remove the line")
+    return path
+
+
+def _value_of(field, cell, line):
+    """The value in a cell, or None if it is not known. DataError if the cell makes no sense."""
+    if text_of(cell) is None:
+        return None
+    understand, wanted = FIELDS[field]
+    value = understand(cell)
+    if value is None:
+        raise DataError(f"{line}: the {field} is {cell.strip()!r}; write {wanted}, "
+                        "or leave the cell empty if it is not known")
+    return value

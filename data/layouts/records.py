@@ -1,0 +1,153 @@
+"""What is known of a scan, for the readers of BIDS and of manifests.
+
+A record is a dict {field: value} of one scan. A field that is not known is absent.
+
+    tracer              of a PET, such as FDG
+    age                 years
+    sex                 M, F or O (other)
+    vendor, model       of the scanner
+    field               T
+    TR, TE, TI          ms
+    FA                  degrees
+    voxel               the three edges of a voxel in mm, in the order of the axes of the file
+    kvp, ma, mas        of a CT: kV, mA and mAs
+    kernel              of a CT
+    agent               a contrast agent
+    dose                of a PET, MBq
+    start, duration     of a PET, s: the start of the first frame, and the length of all frames
+    recon               of a PET: how it was reconstructed
+"""
+
+import math
+import re
+
+from nibabel.affines import voxel_sizes
+
+from data.files import DataError
+from data.layouts.sheets import UNKNOWN
+from data.layouts.words import CONTRASTS, TRACERS, kind_of
+from data.nifti import checked_affine, decode_header, volumes_of
+
+NUMBERS = ("field", "TR", "TE", "TI", "FA", "kvp", "ma", "mas", "dose", "start", "duration")
+TEXTS = ("model", "kernel", "agent", "recon")
+# Vendors whose first word is not their name. Of all others the first word is taken.
+VENDORS = {"general": "GE", "united": "UIH", "shanghai": "UIH"}
+# The letter behind an age, as DICOM writes it, and how many of these are a year.
+AGE_UNITS = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+# Words for parts of the body -> the word in a prompt. Other words are not used.
+BODIES = {"brain": "brain", "head": "brain", "skull": "brain", "spine": "spine", "cspine": "spine",
+          "tspine": "spine", "lspine": "spine", "abdomen": "abdomen", "pelvis": "pelvis",
+          "chest": "chest"}
+
+
+# ---- Values --------------------------------------------------------------------------------------
+
+def text_of(value):
+    """The words in a cell or a value of JSON, or None if it is unknown. A list gives its first."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    text = "" if value is None else str(value).strip()
+    return None if text.lower() in UNKNOWN else text
+
+
+def number_of(value):
+    """The number in a cell or a value of JSON, or None if there is none. A list gives its first."""
+    text = text_of(value)
+    if text is None:
+        return None
+    try:
+        number = float(text.replace(",", "."))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def age_of(value):
+    """An age in years, or None. 89+ is 89, and 018M, as in DICOM, is 1.5."""
+    found = re.fullmatch(r"(\d+(?:[.,]\d+)?)\s*([YMWD]?)\+?", (text_of(value) or "").upper())
+    if not found:
+        return None
+    return round(float(found[1].replace(",", ".")) / AGE_UNITS[found[2]], 2)
+
+
+def sex_of(value):
+    """"M", "F", "O" (other), or None. The first letter decides."""
+    letter = (text_of(value) or "")[:1].upper()
+    return letter if letter in ("M", "F", "O") else None
+
+
+def vendor_of(value):
+    """A short name of a vendor, or None: "GE MEDICAL SYSTEMS" is GE, "SIEMENS" is Siemens."""
+    text = text_of(value)
+    if text is None:
+        return None
+    word = text.split()[0]
+    if word.lower() in VENDORS:
+        return VENDORS[word.lower()]
+    if len(word) <= 3:
+        return word.upper()
+    return word.capitalize() if word.isupper() else word
+
+
+def voxel_of(value):
+    """The edges of a voxel in mm, or None: "1 x 1 x 4" is (1, 1, 4)."""
+    edges = [number_of(word) for word in re.split(r"[x\s]+", text_of(value) or "")]
+    return None if len(edges) != 3 or None in edges else tuple(edges)
+
+
+def tracer_of(value):
+    """A tracer under its usual name, and its contrast: [18F]AV-45 is (AV45, av45).
+
+    Of a tracer that is not in TRACERS the contrast is pet. If none is named, the name is None.
+    """
+    text = text_of(value)
+    if text is None:
+        return None, "pet"
+    whole = re.sub(r"[\[\]()_\s-]", "", text.lower())
+    for word in (whole, *re.findall(r"[a-z0-9]+", text.lower())):
+        for contrast, name in TRACERS.items():
+            if word in CONTRASTS[contrast]:
+                return name, contrast
+    return text, "pet"
+
+
+def header_of(path):
+    """The size of a voxel in mm and the number of volumes in a file -> (three numbers, number).
+
+    Of a file that cannot be read the size is None. This is reported when its voxels are needed.
+    """
+    try:
+        header, _ = decode_header(path, math.inf, series=True)
+        edges = voxel_sizes(checked_affine(header, path))
+    except DataError:
+        return None, 1
+    return tuple(round(float(edge), 2) for edge in edges), volumes_of(header)
+
+
+# ---- Subjects ------------------------------------------------------------------------------------
+
+def write_meta(subject):
+    """Write the facts for data.prompts.prompt from the records of a subject into its meta.
+
+    A scanner or a field is one fact only if all scans agree. Otherwise each contrast has its own
+    scanner. The field is that of MR.
+    """
+    facts = subject.meta
+    vendors = {}
+    fields = set()
+    for contrast, record in subject.records.items():
+        for name in ("age", "sex"):
+            if name in record:
+                facts.setdefault(name, record[name])
+        vendors[contrast] = record.get("vendor")
+        if kind_of(contrast) == "MRI":
+            fields.add(record.get("field"))
+        if "TR" in record and "TE" in record:
+            facts.setdefault("times", {})[contrast] = (record["TR"], record["TE"])
+    if len(set(vendors.values())) == 1:
+        vendors = {"": vendors.popitem()[1]}
+    for contrast, vendor in vendors.items():
+        if vendor:
+            facts[f"scanner_{contrast}" if contrast else "scanner"] = vendor
+    if len(fields) == 1 and None not in fields:
+        facts["field"] = fields.pop()
