@@ -739,7 +739,7 @@ METHOD = script.Method(
     "RLBCD", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
     contrasts=lambda cfg: typed_pair(cfg.source, cfg.target), outline=outline,
     patterns=lambda cfg, contrasts: one_task(pair_of(cfg, contrasts)),
-    beside=beside, judge=judge, regions=True,
+    beside=beside, judge=judge, regions=("body", "lesion"),
     figures={"fig2": ("are the maps of both branches alike?", figure2),
              "fig4": ("does the LCS find good samples?", figure4)})
 

@@ -41,6 +41,10 @@ SIZES = {
     "base": {"embed": 512,
              "text": {"vocab": 4096, "context": 128, "width": 256, "depth": 6, "heads": 8},
              "image": {"width": 384, "depth": 6, "heads": 6}},
+    # parameters: text 40 M, image 26 M at 256 x 256; UniSyn's context is 224, its embedding 768
+    "neuro": {"embed": 768,
+              "text": {"vocab": 4096, "context": 224, "width": 512, "depth": 12, "heads": 8},
+              "image": {"width": 512, "depth": 8, "heads": 8}},
 }
 MAX_LOG_SCALE = math.log(100)       # CLIP's limit; beyond it a single pair dominates the gradient
 
@@ -388,15 +392,18 @@ def hide_values(texts, share, generator):
 
 
 def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, instance=0.5,
-               stage="encoder", field_dropout=0.0):
+               stage="encoder", field_dropout=0.0, draw=None):
     """Train a CLIP in place on slices with captions.  Returns it.
 
     run        common.run.Run, for order, randomness, checkpoints and progress
     images     array (n, C, H, W) in [0,1], also memory-mapped
-    captions   n lists of C str
+    captions   n lists of C str, with None where a contrast is missing
     subjects   n names
     instance   weight of instance_loss; if it is above 0, C must be at least 2
     field_dropout   share of captions that hide_values changes
+    draw       step -> (rows, contrasts), (batch,) each: the samples of a step.  By default all
+               slices come in shuffled passes, and their contrasts at random.  With missing
+               contrasts it is needed, and instance must be 0
 
     The random numbers of a step depend on the step alone, so training resumes exactly.  Several
     processes all work on the same batch: every sample needs all others as negatives, and the
@@ -416,8 +423,10 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
     optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6)
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
         rows = run.order(stage, n, batch, step)                         # (B,)
-        x = run.fetch(images, rows)                                     # (B, C, H, W)
         a, b = two_contrasts(contrasts, batch, run.generator(stage, step))  # (B,), (B,)
+        if draw:
+            rows, a = draw(step)                                        # (B,), (B,)
+        x = run.fetch(images, rows)                                     # (B, C, H, W)
         own = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
         texts = own
         if field_dropout:
@@ -476,24 +485,27 @@ def encode_all(clip, images, batch=32):
 def report(clip, images, captions):
     """Measure what the encoder can do on slices, which should come from validation subjects.
 
-    images: (n, C, H, W) in [0,1].  captions: n lists of C str.  Returns {name: float}:
-        image_to_text     the share of the n*C images whose nearest distinct caption is their own
+    images: (n, C, H, W) in [0,1].  captions: n lists of C str, None for a missing contrast.
+    Returns {name: float}:
+        image_to_text     the share of the images whose nearest distinct caption is their own
         slice_to_slice    the share of the n slices that are found again in another contrast, as the
-                          mean over ordered pairs of contrasts; only if C > 1
+                          mean over ordered pairs of contrasts; only if C > 1 and none is missing
         image_to_text_chance, slice_to_slice_chance    what guessing scores
     """
     z = encode_all(clip, images)                                        # (n, C, D)
-    own = list(itertools.chain.from_iterable(captions))
+    every = list(itertools.chain.from_iterable(captions))
+    there = torch.tensor([text is not None for text in every])          # (n*C,)
+    own = [text for text in every if text is not None]
     texts = list(dict.fromkeys(own))
     e = []
     for start in range(0, len(texts), 256):
         tokens = clip.tokenizer(texts[start:start + 256])
         e.append(clip.encode_tokens(tokens).pooled.float().cpu())       # (256, D)
-    found = contrastive.nearest(z.flatten(0, 1), torch.cat(e))                      # (n*C,)
-    hits = found == groups_of(own)                                      # (n*C,)
+    found = contrastive.nearest(z.flatten(0, 1)[there], torch.cat(e))   # (k,)
+    hits = found == groups_of(own)                                      # (k,)
     result = {"image_to_text": hits.float().mean().item(), "image_to_text_chance": 1 / len(texts)}
     pairs = list(itertools.permutations(range(z.shape[1]), 2))
-    if pairs:
+    if pairs and there.all():
         shares = [contrastive.retrieval(z[:, i], z[:, j]) for i, j in pairs]
         result["slice_to_slice"] = sum(shares) / len(pairs)
         result["slice_to_slice_chance"] = 1 / len(z)

@@ -19,10 +19,21 @@ FILE = "baselines.npz"
 MOST = 2000             # training slices from which baselines are learned
 
 
-def training_slices(ds):
-    """At most MOST training slices, {contrast: (m, H, W)}, from which baselines are learned."""
-    some = ds.images[ds.rows("train", MOST)].astype(np.float32)             # (m, C, H, W)
-    return {name: some[:, c] for c, name in enumerate(ds.contrasts)}
+class TrainingSlices:
+    """At most MOST training slices, from which baselines are learned."""
+
+    def __init__(self, ds):
+        rows = ds.rows("train", MOST)
+        self.contrasts = ds.contrasts
+        self.images = ds.images[rows].astype(np.float32)                    # (m, C, H, W)
+        self.present = ds.present[rows]                                     # (m, C)
+
+    def of(self, names):
+        """The slices of subjects that have all of these contrasts: {contrast: (k, H, W)}."""
+        channels = [self.contrasts.index(name) for name in names]
+        rows = self.present[:, channels].all(1)                             # (m,)
+        return {name: self.images[rows, c] for name, c in zip(names, channels)}
+
 
 
 def keep_baselines(run, ds, patterns):
@@ -33,11 +44,14 @@ def keep_baselines(run, ds, patterns):
     """
     if run.rank > 0 or (run.out / FILE).exists():
         return
-    train = training_slices(ds)
+    train = TrainingSlices(ds)
     content = {}
     for sources, missing in patterns:
         for target in missing:
-            learned = metrics.learn_baselines(train, sources, target)
+            both = train.of([*sources, target])
+            if len(both[target]) == 0:
+                continue
+            learned = metrics.learn_baselines(both, sources, target)
             task = "+".join(sources) + "->" + target
             content[f"{task}|copied"] = np.array(learned.copied)
             content[f"{task}|mean"] = learned.mean.astype(np.float32)

@@ -31,7 +31,7 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
     """Train a fresh CLIP on the training subjects and freeze it: stage "encoder" of a script.
 
     ds: data.Dataset.  captions: a function that returns, for each of some rows of ds, one sentence
-    per contrast.  terms: further arguments of clip.train_clip.
+    per contrast, None for a missing one.  terms: further arguments of clip.train_clip.
 
     Returns the CLIP.  What it can do on validation slices is said to the user.
 
@@ -39,7 +39,7 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
     """
     rows = ds.rows("train")
     texts = captions(rows)
-    vocabulary = list(itertools.chain.from_iterable(texts))
+    vocabulary = [text for text in itertools.chain.from_iterable(texts) if text is not None]
     encoder = clip.build(size_name, vocabulary, image_size, seed=run.seed).to(run.device)
     encoder.subjects = sorted(ds.split["train"])
     run.about["encoder"] = {k: v for k, v in encoder.state().items() if k != "weights"}

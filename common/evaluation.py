@@ -20,7 +20,8 @@ and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, 
 scored and drawn beside the result, for example the prior that a sampler started from. An extra
 called "notes" is a dict of its own, {name: (B, ...)}, for example with a score of confidence.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ import torch
 import data
 from common import downstream, metrics, pictures, score_volumes
 from common.cli import as_command
-from common.cohort import stored_baselines, training_slices
+from common.cohort import TrainingSlices, stored_baselines
 from common.files import replace
 from common.table_pages import SHOWN, scores_csv
 from data import canonical_contrast
@@ -80,9 +81,9 @@ class Trained:
                              "give one (subject, slice) for each")
         made = []
         notes = []
-        for start in range(0, len(u), self.config.sample_batch):
-            part = slice(start, start + self.config.sample_batch)
-            result, found = fill(self.model, u[part], known[part], keys[part])
+        numbers = list(range(len(u)))
+        for part in in_parts(self.model, numbers, self.config.sample_batch, lambda b: keys[b][0]):
+            result, found = fill(self.model, u[part], known[part], [keys[b] for b in part])
             made.append(result)
             notes.append(found)
         filled = self._like(images, torch.cat(made))
@@ -185,7 +186,8 @@ class Task:
     subjects    (n,) names
     segmenter   of the target contrast (common/downstream.py), or None
     labels      the true label maps (n, H, W), or None
-    regional    True if lesions and the body are also scored by themselves
+    wanted      names of the regions that are also scored by themselves
+    notes       {name: (n, ...)}, what the model noted of each slice
     """
 
     sources: dict
@@ -195,7 +197,8 @@ class Task:
     subjects: np.ndarray
     segmenter: torch.nn.Module | None = None
     labels: np.ndarray | None = None
-    regional: bool = False
+    wanted: tuple = ()
+    notes: dict = field(default_factory=dict)
 
     @property
     def name(self):
@@ -205,14 +208,15 @@ class Task:
     def regions(self):
         """Parts of the slices that are scored by themselves: {name: mask (n, H, W)}.
 
-        The body is where the first source is above a tenth of its range.
+        The body is where the first source is above a tenth of its range. Tissue is where the first
+        source or the truth is not exactly 0, which is the brain if the skull is stripped.
+        "volume" in `wanted` is no region; see metrics.volume_table.
         """
-        if not self.regional:
-            return {}
-        found = {"body": next(iter(self.sources.values())) > 0.1}
+        source = next(iter(self.sources.values()))
+        found = {"body": source > 0.1, "tissue": (source > 0) | (self.truth > 0)}
         if self.labels is not None:
             found["lesion"] = self.labels > 0
-        return found
+        return {name: found[name] for name in self.wanted if name in found}
 
 
 def evaluate(method, cfg, run, ds, model, home=None):
@@ -224,23 +228,35 @@ def evaluate(method, cfg, run, ds, model, home=None):
     Each process works on whole subjects. The first process scores all of them.
     """
     contrasts = list(ds.contrasts)
-    rows = ds.spread("test", cfg.test_slices)
-    patterns = method.patterns(cfg, contrasts)
+    chosen = ds.spread("test", cfg.test_slices)
+    patterns = []
+    rows_of = []                            # for each pattern the rows that have all its contrasts
+    for sources, absent in method.patterns(cfg, contrasts):
+        rows = ds.having(chosen, [*sources, *absent])
+        if len(rows):
+            patterns.append((sources, absent))
+            rows_of.append(rows)
+        else:
+            run.say(f"no test subject has {', '.join([*sources, *absent])}; not scored")
+    if not patterns:
+        raise data.DataError(f"{ds.folder}: no test subject has what is to be scored; "
+                             "choose other contrasts or another --split")
     missing = set()
     for _, absent in patterns:
         missing |= set(absent)
     segmenters = method.segmenters(cfg, run, ds, missing) if method.segmenters else {}
-    done = fill_test(method, cfg, run, ds, model, rows, patterns)
+    done = fill_test(method, cfg, run, ds, model, rows_of, patterns)
     if run.rank > 0:
         return
 
-    truth = np.asarray(ds.images[rows], dtype=np.float32)                   # (n, C, H, W)
-    given = truth
-    if method.disturb:
-        whole = torch.from_numpy(truth).to(run.device)
-        given = method.disturb(cfg, run, whole, ds.keys(rows)).cpu().numpy()
     tasks = []
     for p, (sources, absent) in enumerate(patterns):
+        rows = rows_of[p]
+        truth = np.asarray(ds.images[rows], dtype=np.float32)               # (n, C, H, W)
+        given = truth
+        if method.disturb:
+            whole = torch.from_numpy(truth).to(run.device)
+            given = method.disturb(cfg, run, whole, ds.keys(rows)).cpu().numpy()
         known = {name: given[:, contrasts.index(name)] for name in sources}
         for target in absent:
             c = contrasts.index(target)
@@ -254,23 +270,40 @@ def evaluate(method, cfg, run, ds, model, home=None):
                 results.update(method.beside(cfg, run, model, truth[:, c], notes))
             labels = ds.labels[rows] if ds.labels is not None else None
             tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows],
-                              segmenters.get(target), labels, method.regions))
+                              segmenters.get(target), labels, method.regions, notes))
     further = []
     if method.judge:
         for task in tasks:
             further += method.judge(cfg, run, ds, task)
     if home is None:
-        learned = training_slices(ds)
-        simple = [metrics.baselines(learned, task.sources, task.target) for task in tasks]
+        train = TrainingSlices(ds)
+        simple = []
+        for task in tasks:
+            both = train.of([*task.sources, task.target])
+            some = len(both[task.target]) > 0
+            simple.append(metrics.baselines(both, task.sources, task.target) if some else {})
     else:
         simple = [stored_baselines(home, task.name, task.sources) for task in tasks]
     report(run, tasks, simple, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
                                "unit: subject, the mean of its slices", further)
-    draw_steps(run, ds, model, patterns[:2], rows[len(rows) // 2])
+    draw_steps(run, ds, model, patterns[:2], [rows[len(rows) // 2] for rows in rows_of])
 
 
-def fill_test(method, cfg, run, ds, model, rows, patterns):
-    """Fill these rows of the data set for every pattern -> {(pattern, row): (images, notes)}.
+def in_parts(model, items, size, subject_of):
+    """Divide items into parts that the model is given at once, as lists.
+
+    They have up to `size` items. A model that needs whole volumes (.volumes is True) gets all
+    neighbours of one subject together.
+    """
+    if not getattr(model, "volumes", False):
+        return [items[start:start + size] for start in range(0, len(items), size)]
+    return [list(part) for _, part in groupby(items, subject_of)]
+
+
+def fill_test(method, cfg, run, ds, model, rows_of, patterns):
+    """Fill rows of the data set for every pattern -> {(pattern, row): (images, notes)}.
+
+    rows_of: for each pattern its rows.
 
     images: {name: (C, H, W)}, with the names of the method and of its extras. notes: {name: array}.
     The processes share the work, and each of them gets the results of all.
@@ -279,9 +312,10 @@ def fill_test(method, cfg, run, ds, model, rows, patterns):
     mine = set(ds.split["test"][run.rank::run.world])
     todo = []
     for p in range(len(patterns)):
-        todo += [(p, int(r)) for r in rows if ds.subject[r] in mine]
+        todo += [(p, int(r)) for r in rows_of[p] if ds.subject[r] in mine]
+    parts = in_parts(model, todo, cfg.sample_batch, lambda item: (item[0], ds.subject[item[1]]))
     done = []
-    for part in run.batches("sampling", todo, cfg.sample_batch):
+    for (part,) in run.batches("sampling", parts, 1):
         known = []
         for p, _ in part:
             known.append([c in patterns[p][0] for c in contrasts])
@@ -311,7 +345,7 @@ def notes_of(run, ds, model, rows, sources, batch):
     """The notes of filling rows from these sources, {name: (n, ...)}.  batch: slices at once."""
     known = torch.tensor([c in sources for c in ds.contrasts], device=run.device)   # (C,)
     found = {}
-    for part in run.batches("sampling", rows, batch):
+    for (part,) in run.batches("sampling", in_parts(model, rows, batch, lambda r: ds.subject[r]), 1):
         u = run.fetch(ds.images, part)                                      # (B, C, H, W)
         made, extras = fill(model, u, known.expand(len(u), -1), ds.keys(part))
         for name, x in as_arrays("", made, extras)[1].items():
@@ -335,6 +369,8 @@ def report(run, tasks, simple, protocol, further=()):
         methods = {**task.results, **baselines}
         rows += metrics.score_table(task.name, methods, task.truth, task.subjects,
                                     slices=len(task.truth))
+        if "volume" in task.wanted:
+            rows += metrics.volume_table(task.name, methods, task.truth, task.subjects)
         for region, mask in task.regions.items():
             rows += metrics.score_table(task.name, methods, task.truth, task.subjects, mask,
                                         variant=region)
@@ -349,14 +385,17 @@ def report(run, tasks, simple, protocol, further=()):
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
     rows += further
     whole = [row for row in rows if not row.get("variant")]
-    run.say("\n" + metrics.markdown_table(whole) + "\n")
+    # Many tasks from one source each fit into a square; scores.csv holds all numbers.
+    many = len(tasks) > 12 and all(len(task.sources) == 1 for task in tasks)
+    table = metrics.matrix_table if many else metrics.markdown_table
+    run.say("\n" + table(whole) + "\n")
     for region in tasks[0].regions:
         own = [row for row in rows if row.get("variant") == region]
-        run.say(metrics.markdown_table(own, f"{region} only") + "\n")
+        run.say(table(own, f"{region} only") + "\n")
     run.results(rows, kept, protocol)
-    table = scores_csv(rows)
+    sheet = scores_csv(rows)
     replace(run.out / "scores.csv",
-            lambda tmp: tmp.write_text(table, encoding="utf-8", newline=""))
+            lambda tmp: tmp.write_text(sheet, encoding="utf-8", newline=""))
     draw_samples(run.out / "samples.png", tasks)
     if drawn:
         pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn],
@@ -417,21 +456,24 @@ def draw_samples(path, tasks):
     pictures.grid(path, rows, [*titles, *others, name, "truth", "error"], labels, note=note)
 
 
-def draw_steps(run, ds, model, patterns, r):
-    """Draw steps.png: on the way to slice r, what the network is given and what it makes of it.
+def draw_steps(run, ds, model, patterns, chosen):
+    """Draw steps.png: on the way to a slice, what the network is given and what it makes of it.
 
-    patterns: pairs (known contrasts, missing contrasts); each gets two rows of pictures.
+    patterns: pairs (known contrasts, missing contrasts); each gets two rows of pictures. chosen:
+    for each pattern the row of ds to show. A method without steps has no such picture.
     """
     contrasts = list(ds.contrasts)
-    u = run.fetch(ds.images, [r])                                           # (1, C, H, W)
     rows = []
     labels = []
-    for sources, absent in patterns:
+    for (sources, absent), r in zip(patterns, chosen):
+        u = run.fetch(ds.images, [r])                                       # (1, C, H, W)
         c = contrasts.index(absent[0])
         known = [[name in sources for name in contrasts]]
         known = torch.tensor(known, device=run.device)                      # (1, C)
         watched = []                                        # (title, state, estimate of x0)
         made, _ = fill(model, u, known, ds.keys([r]), watched)
+        if not watched:
+            return
         shown = [watched[i] for i in data.evenly(np.arange(len(watched)), 7)]
         # The states hold all contrasts, or only the one that is made.
         channel = c if shown[0][1].shape[1] == len(contrasts) else 0
@@ -460,14 +502,17 @@ def synthesize(method, cfg, run, model, subjects, asked):
     contrasts = list(model.contrasts)
     mine = subjects[run.rank::run.world]
     home = run.out / "synthetic"
+    windows = run.about.get("windows", {})
     pixels = run.about.get("picture")
     pixels = pixels and data.Picture(*map(tuple, pixels))
-    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels)
+    tags = getattr(model, "tags", {})
+    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels, tags)
     for subject, sources, absent, volume, paths in todo:
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
         out = volume.images.copy()                                          # (Z, C, H, W)
         filled = np.flatnonzero(volume.images.any((1, 2, 3)))               # other slices are empty
-        for part in run.batches(f"synthesis of {subject.name}", filled, cfg.sample_batch):
+        parts = in_parts(model, filled, cfg.sample_batch, lambda z: "")
+        for (part,) in run.batches(f"synthesis of {subject.name}", parts, 1):
             keys = [(subject.name, int(z)) for z in part]
             u = run.fetch(volume.images, part)                              # (B, C, H, W)
             made, _ = fill(model, u, known.expand(len(part), -1), keys)
@@ -475,7 +520,9 @@ def synthesize(method, cfg, run, model, subjects, asked):
         absent = [c for c in absent if not paths[c].exists()]
         for c in absent:
             slices = out[:, contrasts.index(c)]
-            volume.write(paths[c], slices, f"synthetic {c}, {method.name}", contrast=c)
+            window = windows.get(c)
+            volume.write(paths[c], slices, f"synthetic {c}, {method.name}", contrast=c,
+                         window=window and data.Scale(*window))
         shown = sources + absent
         folder = paths[absent[0]].parent
         some = filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1]

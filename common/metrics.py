@@ -14,6 +14,7 @@ kept: images (n, H, W) give n values.  Images lie in [0,1] with background 0, an
 float64.  The slices of one subject are not independent.  The unit of all statistics is therefore
 the subject.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -252,6 +253,20 @@ def score_table(task, images_by_method, truth, subjects, mask=None, **extra):
     return rows
 
 
+def volume_table(task, images_by_method, truth, subjects):
+    """PSNR with one mean squared error over all slices of a subject, as rows of "variant" volume.
+
+    The arguments are those of score_table.  score_table takes the mean of the slices' PSNR instead.
+    """
+    rows = []
+    for method, images in images_by_method.items():
+        errors = per_subject(((np.asarray(images, np.float64) - truth) ** 2).mean((1, 2)), subjects)
+        values = {name: -10 * np.log10(error) if error > 0 else np.inf
+                  for name, error in errors.items()}
+        rows.append(row(task, method, "psnr", values, variant="volume"))
+    return rows
+
+
 def wilcoxon(a_by_subject, b_by_subject):
     """Paired two-sided signed-rank test over common subjects -> {"p", "difference", "n"}.
 
@@ -430,6 +445,39 @@ def markdown_table(rows, region="whole slice"):
         lines.append("")
         lines.append(f"Left out of PSNR: {excluded} slice values that are infinite (identical "
                      f"images) or undefined.")
+    return "\n".join(lines)
+
+
+def matrix_table(rows, region="whole slice"):
+    """The PSNR of many tasks with one source each, as a Markdown table of sources and targets.
+
+    rows: as for markdown_table; the method of the first row is the model.  A cell holds the model's
+    mean PSNR and, in brackets, that of the best baseline.
+    """
+    model = _label(rows[0])
+    ours = {}
+    best = {}
+    for r in rows:
+        if r["metric"] != "psnr" or not r["n"]:
+            continue
+        place = tuple(r["task"].split("->"))
+        if _label(r) == model:
+            ours[place] = r["mean"]
+        else:
+            best[place] = max(r["mean"], best.get(place, -math.inf))
+    targets = sorted({target for _, target in ours})
+    lines = [f"PSNR in dB of {model} (of the best of the simple methods), mean over subjects; "
+             f"{region}; range [0,1].", "",
+             "| from \\ to | " + " | ".join(targets) + " |", "| " + "--- | " * (len(targets) + 1)]
+    for source in sorted({source for source, _ in ours}):
+        cells = [source]
+        for target in targets:
+            place = (source, target)
+            text = f"{ours[place]:.2f}" if place in ours else ""
+            cells.append(text + (f" ({best[place]:.2f})" if place in best else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    above = sum(ours[place] > best[place] for place in ours if place in best)
+    lines += ["", f"Above the best simple method in {above} of {len(ours)} tasks."]
     return "\n".join(lines)
 
 

@@ -159,6 +159,7 @@ class Run(Loop):
         # A CT without a PET is synthesised on the pixels that the training had.
         picture = ds.picture
         self.about["picture"] = picture and [list(part) for part in picture]
+        self.about["windows"] = {name: list(scale) for name, scale in ds.windows.items()}
         self.write_json("split.json", ds.split)
 
     def refuse_seen(self, ds):

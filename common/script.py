@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,10 +63,13 @@ class Method:
     beside      (cfg, run, model, truth, notes) -> {name: images}, scored beside the results of
                 fill although they need the truth (evaluation.evaluate); or None
     judge       (cfg, run, ds, task) -> more rows of results.json about an evaluation.Task; or None
-    regions     True if lesions and the body are also scored by themselves, see evaluation.regions
+    regions     names of regions that are also scored by themselves, see evaluation.Task.regions
+    gaps        True if subjects may lack contrasts; two are enough then
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
     extensible  fields that may be raised to train a run further; nothing else may depend on them
     micro_batches    True if the training steps can be divided by --micro-batch
+    asked       (cfg, contrasts) -> contrasts that --synthesize makes although a subject has them;
+                None: those of the task, if there is only one
     choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
 
@@ -86,10 +90,12 @@ class Method:
     disturb: Callable | None = None
     beside: Callable | None = None
     judge: Callable | None = None
-    regions: bool = False
+    regions: tuple = ()
+    gaps: bool = False
     segmenters: Callable | None = None
     extensible: tuple = ()
     micro_batches: bool = False
+    asked: Callable | None = None
     choice: str = ""
     figures: dict = field(default_factory=dict)
 
@@ -127,7 +133,7 @@ def main(method, doc, argv=None):
     if args.reproduce == "list":
         print(list_tables(tables, method.figures))
     elif args.check:
-        if not data.check(args.data, method.contrasts(cfg)):
+        if not data.check(args.data, method.contrasts(cfg), gaps=method.gaps):
             raise SystemExit(1)
     elif args.reproduce:
         # The flags of a run that is there already count, as for --evaluate.
@@ -280,6 +286,8 @@ def asked(method, cfg, contrasts):
 
     Raises RunError if there are several tasks and the method needs the user's choice.
     """
+    if method.asked:
+        return method.asked(cfg, contrasts)
     tasks = method.patterns(cfg, contrasts)
     if len(tasks) == 1:
         return tasks[0][1]
@@ -299,7 +307,8 @@ def open_data(method, cfg, args, run):
     contrasts = tuple(run.about.get("contrasts", method.contrasts(cfg) or ())) or None
     return run.first(lambda: data.open_dataset(
         args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
-        test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say))
+        test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say,
+        gaps=method.gaps))
 
 
 def say_how_far(method, run):
@@ -326,7 +335,6 @@ def preview(method, cfg, run, ds):
     The slices are those of validation subjects, if there are any.
     """
     part = "val" if ds.split["val"] else "train"
-    rows = ds.rows(part, 2)
     compiled = run.args.compile
     run.args.compile = False
     # Building a network draws random numbers.  The training must not notice.
@@ -334,15 +342,24 @@ def preview(method, cfg, run, ds):
         model = method.load(cfg, run, ds.complete)
     run.args.compile = compiled
     contrasts = list(ds.contrasts)
-    u = run.fetch(ds.images, rows)                                      # (2, C, H, W)
-    images = []
-    labels = []
     # One task is enough to see how far the training is.  Sampling all of them takes long.
     sources, missing = method.patterns(cfg, contrasts)[0]
+    rows = ds.having(ds.rows(part), [*sources, *missing])
+    if len(rows) == 0:
+        return
+    shown = data.evenly(rows, 2)
+    rows = shown
+    if getattr(model, "volumes", False):            # it needs all neighbours of the slices
+        rows = ds.having(ds.rows(part), [*sources, *missing])
+        rows = rows[np.isin(ds.subject[rows], ds.subject[shown])]
+    u = run.fetch(ds.images, rows)                                      # (B, C, H, W)
+    images = []
+    labels = []
     known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
     made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))   # (2, C, H, W)
     c = contrasts.index(missing[0])
-    for b, r in enumerate(rows):
+    for r in shown:
+        b = int(np.flatnonzero(rows == r)[0])
         source = u[b, contrasts.index(sources[0])]                      # (H, W)
         images.append([source.cpu(), made[b, c].cpu(), u[b, c].cpu()])
         labels.append(f"{missing[0]} of {ds.subject[r]}")

@@ -115,6 +115,10 @@ def cell(cells, row, task):
             parts.append(f"/ {name} {line['mean']:.3f}")
         if line.get("paper"):
             parts.append(f"({name} {line['paper']:.3f})")
+    pace = cells.get((row, task, "seconds"), {})
+    if pace.get("n"):
+        theirs = f" ({pace['paper']:.1f} s)" if pace.get("paper") else ""
+        parts.append(f"/ {pace['mean']:.2f} s{theirs}")
     return " ".join(parts)
 
 

@@ -189,6 +189,8 @@ def _describe(slices, numbers, images, contrasts):
         scales[contrast] = [float(scale.background), float(scale.high)]
     digests = {}                        # equal images in two subjects are found by these
     for channel, contrast in enumerate(contrasts):
+        if not slices.present[channel]:
+            continue
         channel_bytes = np.ascontiguousarray(images[:, channel])
         digests[contrast] = hashlib.blake2b(channel_bytes, digest_size=16).hexdigest()
     lesion = [slices.lesion[number] if slices.lesion else None for number in numbers]

@@ -10,7 +10,7 @@ from data import phantom
 from data.cache import cached_slices
 from data.files import DataError
 from data.identity import Memory, digests_of, fingerprint_of, subject_key
-from data.intensities import Scale
+from data.intensities import WINDOWS, Scale
 from data.layouts import find_layout
 from data.prompts import caption
 from data.split import check_duplicates, make_split, read_split
@@ -40,10 +40,10 @@ class Rows:
 
 @dataclass
 class Dataset:
-    """The kept slices of all complete subjects.
+    """The kept slices of all subjects that are used.
 
-    n is the number of slices and C the number of contrasts. Row r of every field of length n belongs
-    to images[r].
+    They are the complete ones, or all that have two contrasts; see open_dataset. n is the number of
+    slices and C the number of contrasts. Row r of every field of length n belongs to images[r].
     """
 
     folder: Path
@@ -52,10 +52,11 @@ class Dataset:
     size: int                       # height and width of a slice in pixels
     phantom: bool                   # True if the folder says that it is synthetic (phantom.json)
     fingerprint: str                # of names, contrasts, size and the content of the files
-    subjects: list                  # of layouts.Subject, all; only complete ones are in split and rows
-    incomplete: list                # those of them that lack contrasts, for later synthesis
+    subjects: list                  # of layouts.Subject, all; only those used are in split and rows
+    incomplete: list                # those of them that lack too many contrasts to be used
     split: dict                     # {"train": [names], "val": [names], "test": [names]}
-    images: Stack                   # (n, C, size, size) float16 in [0, 1], read when indexed
+    images: Stack                   # (n, C, size, size) float16 in [0, 1], read when indexed; 0
+                                    # where a contrast is missing
     subject: np.ndarray             # (n,) names
     slice_number: np.ndarray        # (n,) index of the slice in the canonical volume
     position: np.ndarray            # (n,) height in the kept range, from 0 to 1
@@ -89,10 +90,37 @@ class Dataset:
         return texts
 
     @property
+    def present(self):
+        """(n, C) bool: which contrasts were scanned, for each row."""
+        has = {}
+        for subject in self.subjects:
+            has[subject.name] = [contrast in subject.files for contrast in self.contrasts]
+        return np.array([has[name] for name in self.subject])
+
+    def having(self, rows, contrasts):
+        """Those of the rows whose subjects have all of these contrasts."""
+        channels = [self.contrasts.index(contrast) for contrast in contrasts]
+        return rows[self.present[rows][:, channels].all(1)]
+
+    @property
     def complete(self):
         """The subjects whose slices are in the data set."""
         there = set(self.subject)
         return [subject for subject in self.subjects if subject.name in there]
+
+    @property
+    def windows(self):
+        """{contrast: Scale} of the contrasts in physical units, CT and PET.
+
+        All scans of a contrast share one window. Only of CT there are two, see data.intensities.
+        The one that most subjects have is returned.
+        """
+        found = {}
+        for contrast in set(self.contrasts) & set(WINDOWS):
+            scales = [of[contrast] for of in self.scales.values() if contrast in of]
+            if scales:
+                found[contrast] = max(set(scales), key=scales.count)
+        return found
 
     @property
     def picture(self):
@@ -127,7 +155,7 @@ def evenly(rows, most):
 
 
 def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8,
-                 test_subjects=50, cache=Path("runs/cache"), workers=0, say=print):
+                 test_subjects=50, cache=Path("runs/cache"), workers=0, say=print, gaps=False):
     """Recognise, check, decode and split a folder of scans -> Dataset. Decoding is done once.
 
     contrasts: The names of the channels in order, by default all that most subjects have.
@@ -137,17 +165,20 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     cache: The folder for decoded slices. If decoding is interrupted, the next call continues it.
     workers: The number of threads that decode; 0 means up to 4.
     say: A function that gets every line for the user.
+    gaps: True if subjects may lack contrasts. Two are enough then, and by default the contrasts are
+    all that at least two subjects have. The images of a missing contrast are 0.
     DataError for everything that is wrong with the data.
     """
     folder = Path(folder)
     make_phantom(folder, say)
-    layout = find_layout(folder, contrasts)
+    layout = find_layout(folder, contrasts, every=gaps)
+    needed = 2 if gaps else len(layout.contrasts)
     complete = []
     incomplete = []
     for subject in layout.subjects:
-        has_all = len(subject.files) == len(layout.contrasts)
-        (complete if has_all else incomplete).append(subject)
-    _say_layout(folder, layout, complete, incomplete, say)
+        enough = len(subject.files) >= needed
+        (complete if enough else incomplete).append(subject)
+    _say_layout(folder, layout, complete, incomplete, gaps, say)
     _require_two(folder, layout, complete)
     if split_file:
         split = read_split(split_file, complete, say)
@@ -202,11 +233,12 @@ def _read_scales(stored):
     return scales
 
 
-def _say_layout(folder, layout, complete, incomplete, say):
+def _say_layout(folder, layout, complete, incomplete, gaps, say):
     """Tell the user what was found in the folder."""
+    having = "at least two of " if gaps else ""
     also = f", {len(incomplete)} incomplete" if incomplete else ""
     say(f"data: {folder} ({layout.name}), {len(complete)} subjects with "
-        f"{', '.join(layout.contrasts)}{also}")
+        f"{having}{', '.join(layout.contrasts)}{also}")
     _say_notes(layout.notes + [f"{name}: {why}" for name, why in layout.skipped], say)
     if layout.ignored:
         say(f"  {len(layout.ignored)} NIfTI files are no contrast and not used, "

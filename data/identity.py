@@ -9,10 +9,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from data.files import DataError, Progress, write_atomically
-from data.intensities import CT_WINDOW, ENHANCEMENT, PET_WINDOW
+from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, PET_WINDOW
 from data.layouts.words import BODY_CONTRASTS
 
-VERSION = 4             # raise it when load_subject returns other pixels, or when the files change
+VERSION = 5             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
 ANNOUNCED = 1 << 28     # bytes; the user is told before so much or more is read
 
@@ -131,18 +131,22 @@ def subject_key(subject, digests, contrasts, size):
     """
     files = {}
     for contrast in contrasts:
-        paths = subject.files[contrast]
+        paths = subject.files.get(contrast, ())
         paths = paths if isinstance(paths, tuple) else (paths,)
         files[contrast] = [digests[path] for path in paths]
     about = {"version": VERSION, "name": subject.name, "contrasts": list(contrasts), "size": size,
              "files": files, "segmentation": digests.get(subject.segmentation),
              "echoes": subject.echoes, "grid": subject.grid}
     if "ct" in contrasts:
-        about["window"] = CT_WINDOW
+        about["window"] = [CT_WINDOW, BRAIN_WINDOW]
     if not BODY_CONTRASTS.isdisjoint(contrasts):
         about["body"] = [CT_WINDOW, PET_WINDOW, ENHANCEMENT]
     if "pet" in contrasts:
         about["suv_factor"] = subject.suv_factor
+    frames = {contrast: subject.frames[contrast] for contrast in contrasts
+              if contrast in subject.frames}
+    if frames:
+        about["frames"] = frames
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
 
 

@@ -25,6 +25,10 @@ class Scale(NamedTuple):
 
 # HU, from air to dense bone. Voxels outside of a scan often hold -1024 or -3024, which is below.
 CT_WINDOW = Scale(-1000.0, 1500.0)
+# HU, from fluid to blood. For CT whose skull was stripped, where bone and air are gone.
+BRAIN_WINDOW = Scale(-20.0, 100.0)
+# HU. If hardly a voxel is brighter, there is no bone in a CT.
+NO_BONE = 200
 # HU. The body is above. Air, lung and the foam of the table are far below.
 CT_BODY = -500
 # SUV. Above are the bladder and some tumours and parts of the brain; all of it becomes 1.
@@ -96,10 +100,11 @@ def foreground(array, background=None, contrast=None):
 
     background: What find_background returns; it is found here if it is not given.
     contrast: For "ct" and "cta" the array is in HU. The foreground is then the body, which is the
-        largest connected piece above CT_BODY. The table is another, smaller piece. For "pet" the
+        largest connected piece above CT_BODY. The table is another, smaller piece. If the skull was
+        stripped, the foreground is all that is not background, as in MR. For "pet" the
         array is in SUV, and the foreground is the body in the same way; see _pet_body.
     """
-    if contrast in ("ct", "cta"):
+    if contrast in ("ct", "cta") and not is_stripped(array):
         return _largest_piece(array > CT_BODY)
     if contrast == "pet":
         return _pet_body(array)
@@ -110,6 +115,14 @@ def foreground(array, background=None, contrast=None):
         # In noisy air, darker voxels are only noise.
         distance = np.abs(distance)
     return distance > background.reach
+
+
+def is_stripped(array):
+    """True for a CT (X, Y, Z) in HU whose skull was stripped, so that it holds neither bone nor air.
+
+    The tools that strip leave 0 HU around the brain.
+    """
+    return array.min() > CT_BODY and np.percentile(array, 99.9) < NO_BONE
 
 
 def _largest_piece(mask):
@@ -144,7 +157,8 @@ def brightest_of(array):
 def normalise(array, background=None, contrast=None, pre=None):
     """Scale the intensities of a volume (X, Y, Z) -> (u float32 (X, Y, Z) in [0, 1], Scale).
 
-    CT and CTA (contrasts "ct" and "cta", in HU) are scaled by CT_WINDOW, and PET ("pet", in SUV) by
+    CT and CTA (contrasts "ct" and "cta", in HU) are scaled by CT_WINDOW. If the skull was stripped
+    (is_stripped), it is BRAIN_WINDOW, and the background is 0. PET ("pet", in SUV) is scaled by
     PET_WINDOW. All else is MR and has arbitrary units:
 
     u = clip((v - background) / (p99.5 of the foreground - background), 0, 1)
@@ -168,6 +182,10 @@ def normalise(array, background=None, contrast=None, pre=None):
         raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
     if contrast == "pet" and array.max() <= PET_BODY:
         raise DataError(f"has an empty foreground (nothing is above SUV {PET_BODY})")
+    if contrast in ("ct", "cta") and is_stripped(array):
+        u = _clipped(array, BRAIN_WINDOW)
+        u[~foreground(array, background)] = 0
+        return u, BRAIN_WINDOW
     if contrast in WINDOWS:
         return _clipped(array, WINDOWS[contrast]), WINDOWS[contrast]
     if contrast == "post":

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.files import DataError, is_nifti
 from data.intensities import (
+    BRAIN_WINDOW,
     PET_DARK,
     PET_IMPOSSIBLE,
     UNITS,
@@ -66,19 +67,24 @@ class SubjectSlices:
     reference: Volume | None        # as read; outputs are written on its grid. None for .npy slices
     notes: list                     # (file, sentence) pairs
 
-    def write(self, path, slices, description, overwrite=False, contrast=None):
+    def write(self, path, slices, description, overwrite=False, contrast=None, window=None):
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
 
         contrast: If it is given, the unit follows the description in the header. CT and CTA are
         written in HU and PET in SUV. A scan after an agent is written in the units of the scan
         before it, so that the two can be subtracted. Other MR stays normalised. Its own intensities
         are arbitrary, and where there was no scan nobody knows them.
+        window: The Scale that slices of CT or PET have, if it is not the usual one; see
+            Dataset.windows.
         DataError if the file exists and `overwrite` is False, or if it cannot be written.
         """
         array = unfit(slices, self.reference.array.shape)
         unit = "normalised"
         if contrast in WINDOWS:
-            array = denormalise(array, WINDOWS[contrast])
+            outside = array == 0
+            array = denormalise(array, window or WINDOWS[contrast])
+            if window == BRAIN_WINDOW:
+                array[outside] = 0                      # as the tools that strip leave it
             unit = UNITS[contrast]
         elif contrast in ("pre", "post") and "pre" in self.scales:
             array = denormalise(array, self.scales["pre"])
@@ -166,7 +172,7 @@ class Picture(NamedTuple):
 
 def picture_of(path):
     """The Picture of a PET file; its header is read, and no voxel. DataError if that is damaged."""
-    volume = read_geometry(path)
+    volume = read_geometry(path, series=True)
     return Picture(volume.array.shape[:2], tuple(float(edge) for edge in volume.spacing))
 
 
@@ -185,7 +191,7 @@ def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
     if subject.grid != ("pet",) or "pet" not in contrasts or "pet" in read:
         return None
     if "pet" in subject.files:
-        return read_geometry(subject.files["pet"])
+        return read_geometry(subject.files["pet"], series=True)
     source = read_geometry(subject.files[read[0]])
     if picture is None and subject.like is not None:
         picture = picture_of(subject.like)
@@ -259,7 +265,7 @@ def read_scan(subject, contrast):
     DataError if the file cannot be read, or if it is a PET whose voxels cannot be SUV.
     """
     volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast),
-                         contrast=contrast)
+                         contrast=contrast, frames=subject.frames.get(contrast))
     if contrast != "pet":
         return volume
     sheet = "give the factor from its unit to SUV in suv.csv"
@@ -345,7 +351,7 @@ def anchor_name(read, contrasts):
     return "the first contrast" if read[0] == contrasts[0] else read[0]
 
 
-def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None):
+def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, tags=None):
     """Yield what there is to synthesise, subject by subject.
 
     Each item is (subject, sources, absent, SubjectSlices of the sources, {absent: output path}).
@@ -354,6 +360,7 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None):
     outputs exist already in folder/<subject>.
     say: A function that gets every line for the user.
     picture: A Picture for subjects without PET, see load_subject.
+    tags: {contrast: what its file is called beyond the usual}.
     DataError if a source cannot be read.
     """
     made = 0
@@ -364,7 +371,10 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None):
             continue
         made += 1
         home = Path(folder) / subject.name
-        paths = {c: home / f"{subject.name}_{c}_synthetic.nii.gz" for c in absent}
+        paths = {}
+        for c in absent:
+            tag = (tags or {}).get(c, "")
+            paths[c] = home / f"{subject.name}_{c}{tag}_synthetic.nii.gz"
         if all(path.exists() for path in paths.values()):
             say(f"{subject.name}: {', '.join(absent)} is already in {home}; "
                 "delete it to make it again")

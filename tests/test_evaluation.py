@@ -250,6 +250,11 @@ class FakeData:
     def keys(self, rows):
         return [(str(self.subject[r]), int(r) % 2) for r in rows]
 
+    present = np.ones((10, 3), bool)
+
+    def having(self, rows, contrasts):
+        return rows
+
 
 def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives(tmp_path, monkeypatch):
     kept = {}

@@ -21,6 +21,7 @@ import apt
 import data
 import metadb
 import rlbcd
+import unisyn
 from common import downstream
 from common.run import Run
 from common.vqae import VQAE
@@ -32,6 +33,8 @@ PEOPLE = "--train-fraction 0.5 --test-subjects 2 --test-slices 2 --sample-batch 
 APT = [*NETWORK, *PEOPLE, *"--mif-epochs 6 --mif-batch 8 --mif-lr 0.003 --steps 7 --batch 4 --lr 0.05 --ema 0.8 --M 400 --S 4 --N 4".split()]
 RLBCD = [*PEOPLE, *("--preset demo --size 32 --base 8 --mult 1,2 --head-dim 8 --groups 4 --ae-base 8 --ae-mult 1,2 --codes 16 --ae-steps 4 "
                     "--ae-batch 6 --ae-lr 0.001 --evaluator-steps 4 --steps 4 --batch 4 --lr 0.002 --ema 0.8 --S 4").split()]
+UNISYN = [*PEOPLE, *("--preset demo --size 32 --width 8 --blocks 1 --features 16 --decoder 16,16,16 --slices 4 --patch 16 --encoder-steps 6 "
+                     "--encoder-batch 8 --epochs 3 --batch 4 --lr 0.02 --test-slices 3").split()]
 METADB = [*NETWORK, *PEOPLE, *"--disc-base 8 --epochs 1 --batch 4 --N 4 --lr 0.02 --lr-d 0.004 --lambda-sem 0.3".split()]
 
 
@@ -113,8 +116,8 @@ class Recorder:
 def scans(tmp_path_factory):
     """Eight subjects of each kind, four slices each."""
     folder = tmp_path_factory.mktemp("golden-data")
-    for name in ("brats", "ixi", "petct", "petct-external"):
-        phantom.make(name, folder / name, subjects=8, size=32, slices=4)
+    for name in ("brats", "ixi", "petct", "petct-external", "neuro"):
+        phantom.make(name, folder / name, subjects=8, size=32, slices=6 if name == "neuro" else 4)
     return folder
 
 
@@ -217,3 +220,17 @@ def test_rlbcd(scans, tmp_path, monkeypatch, renew_golden):
     gold.keep_volumes()
     # In training, too, rounding may choose another code. The losses agree to 1e-3 nevertheless, and scores to these.
     gold.compare(renew_golden, psnr=0.1, ssim=0.005)
+
+
+def test_unisyn(scans, tmp_path, monkeypatch, renew_golden):
+    """Subjects who lack modalities, sentences of their own scans, tiles; a table whose rows train otherwise; T2w at another TE."""
+    gold = Recorder(unisyn, monkeypatch, tmp_path / "unisyn")
+    where = ["--data", scans / "neuro"]
+    gold.call(*where, *UNISYN, "--train", "--evaluate", "--only", "t1:t2,t1:ct,flair:t1")
+    gold.keep_scores("three")
+    assert_best_is_not_last(gold.numbers)
+    gold.call(*where, "--reproduce", "fusion", "--only", "t1:t2", "--test-slices", "2")
+    gold.keep_table("fusion")
+    gold.call(*where, "--synthesize", "--target", "modality=T2w TE=200", "--full-slice")
+    gold.keep_volumes()
+    gold.compare(renew_golden)

@@ -4,18 +4,19 @@ import sys
 
 import numpy as np
 import pytest
-from test_golden import APT, METADB, RLBCD
+from test_golden import APT, METADB, RLBCD, UNISYN
 
 import apt
 import data
 import metadb
 import rlbcd
+import unisyn
 from common import metrics
 from data import phantom
 
 # script, phantoms, flags, and the contrast that is made
 SCRIPTS = {"apt": (apt, "brats", [*APT, "--missing", "flair"], "flair"), "metadb": (metadb, "ixi", METADB, "t2"),
-           "rlbcd": (rlbcd, "petct", RLBCD, "pet")}
+           "rlbcd": (rlbcd, "petct", RLBCD, "pet"), "unisyn": (unisyn, "neuro", [*UNISYN, "--only", "t1:t2", "--test-subjects", "3"], "t2")}
 
 
 class Watched:
@@ -91,12 +92,16 @@ def trained_on(world):
 def test_training_reads_no_test_slice(world, trained_on):
     """All training slices are read, all of validation too, and none of the test subjects, whatever for."""
     expected = {*trained_on.rows("train").tolist(), *trained_on.rows("val").tolist()}
-    assert trained_on.images.asked == expected and len(trained_on.rows("test")) == 8
+    asked = trained_on.images.asked
+    if world.script is unisyn:                      # it draws slabs at random, so a slice may not have had its turn
+        assert asked <= expected and len(asked) > len(expected) / 2 and len(trained_on.rows("test")) > 6
+    else:
+        assert asked == expected and len(trained_on.rows("test")) == 8
 
 
 def test_baselines_learn_from_training_slices_alone(world, trained_on, monkeypatch):
     _, _, learned, ds = world.evaluate(monkeypatch)
-    rows = ds.rows("train")
+    rows = ds.having(ds.rows("train"), list(learned))
     for name, images in learned.items():
         own = {image.astype(np.float32).tobytes() for image in ds.images.images[rows, ds.contrasts.index(name)]}
         assert {np.asarray(image, np.float32).tobytes() for image in images} == own
@@ -118,6 +123,8 @@ def test_truth_never_enters_what_is_scored(world, trained_on, monkeypatch):
 
 def test_noise_differs_between_slices(world, trained_on, monkeypatch):
     """Equal sources in all test slices: what the model makes of them differs, within a subject and between two."""
+    if world.script is unisyn:
+        pytest.skip("UniSyn draws no noise")
     def all_the_same(images, test):
         images[test] = images[test[:1]]
         return images

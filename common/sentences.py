@@ -1,0 +1,117 @@
+"""Sentences about scans for a frozen text tower: from sidecars, from typical values, from the user.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+A record says what is known of a scan, {field: value}; its units are those of data/prompts.py.
+"""
+import numpy as np
+
+from data import canonical_contrast, record_of, scan_fields
+
+PERSONAL = ("age", "sex", "voxel")      # all scans of one subject share these
+
+
+def typical_records(subjects, contrasts):
+    """The typical record of each contrast: {contrast: {field: value}}.
+
+    Numbers are medians over the subjects' scans, and words are the most common ones.  A field that
+    fewer than half of the scans know is left out.  subjects: list of layouts.Subject.
+    """
+    typical = {}
+    for contrast in contrasts:
+        records = [record_of(subject, contrast) for subject in subjects
+                   if contrast in subject.files]
+        fields = []
+        for record in records:
+            fields += [field for field in record if field not in fields]
+        found = {}
+        for field in fields:
+            values = [record[field] for record in records if field in record]
+            if 2 * len(values) < len(records):
+                continue
+            if isinstance(values[0], str):
+                found[field] = max(sorted(set(values)), key=values.count)
+            else:
+                found[field] = np.median(np.array(values, float), axis=0).tolist()
+        typical[contrast] = found
+    return typical
+
+
+def parse_target(text):
+    """ "modality=T2w TE=90" -> (contrast, {field: value}); an empty text -> (None, {}).
+
+    A PET is named by its tracer: modality=PET tracer=FDG is the contrast fdg.
+    ValueError if the text is not like that, or names a contrast twice.
+    """
+    if not text:
+        return None, {}
+    values = {}
+    for word in text.split():
+        field, equals, value = word.partition("=")
+        if not equals or not value:
+            raise ValueError(f'--target "{text}": write words such as modality=T2w TE=90')
+        values[field] = number_or_word(value)
+    if "modality" not in values:
+        raise ValueError(f'--target "{text}": say which modality=, such as T2w')
+    modality = str(values.pop("modality"))
+    if modality.lower() == "pet" and "tracer" in values:
+        modality = str(values["tracer"])
+    return canonical_contrast(modality), values
+
+
+def parse_sweep(text):
+    """ "TE=60:140:9" -> ("TE", nine numbers from 60 to 140).  ValueError if it is not like that."""
+    field, _, numbers = text.partition("=")
+    try:
+        first, last, count = numbers.split(":")
+        return field, np.linspace(float(first), float(last), int(count))
+    except ValueError:
+        raise ValueError(f'--sweep "{text}": write field=first:last:number, such as '
+                         "TE=60:140:9") from None
+
+
+def number_or_word(text):
+    """The text as a number, if it is one, else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+class Records:
+    """What is known of the scans of some subjects, also of scans that do not exist.
+
+    subjects   list of layouts.Subject
+    typical    {contrast: record}, see typical_records
+    """
+
+    def __init__(self, subjects, typical):
+        self.typical = typical
+        self.scans = {}                             # (subject, contrast) -> record
+        self.people = {}                            # subject -> what all of its scans share
+        for subject in subjects:
+            person = self.people.setdefault(subject.name, {})
+            for contrast in subject.files:
+                record = record_of(subject, contrast)
+                self.scans[subject.name, contrast] = record
+                for field in PERSONAL:
+                    if field in record:
+                        person.setdefault(field, record[field])
+
+    def of(self, name, contrast):
+        """The record of a scan.  For a scan that does not exist: the typical one of its contrast,
+        with what is known of the person."""
+        if (name, contrast) in self.scans:
+            return self.scans[name, contrast]
+        return {**self.typical.get(contrast, {}), **self.people.get(name, {})}
+
+
+def hidden_field(contrast, record, share, g):
+    """For a share of the calls: the name of one field that the sentence tells, (name,); else ().
+
+    g: numpy generator.
+    """
+    told = [field for field in scan_fields(contrast) if field in record]
+    if not told or g.random() >= share:
+        return ()
+    return (told[g.integers(len(told))],)
