@@ -39,9 +39,13 @@ def benchmark(method, cfg, run, ds, seconds=3.0):
                     f"peak {peak_gigabytes(run.device):.2f} GB")
         model = method.load(cfg, run, ds.subjects)
         contrasts = list(ds.contrasts)
-        sources, _ = method.patterns(cfg, contrasts)[0]
+        sources, missing = method.patterns(cfg, contrasts)[0]
+        rows = ds.having(ds.rows("train"), [*sources, *missing])
+        if getattr(model, "volumes", False):                            # one subject
+            rows = rows[ds.subject[rows] == ds.subject[rows[0]]]
+        else:
+            rows = data.evenly(rows, cfg.sample_batch)                  # (B,)
         known = torch.tensor([c in sources for c in contrasts], device=run.device)  # (C,)
-        rows = data.evenly(ds.rows("train"), cfg.sample_batch)          # (B,)
         u = run.fetch(ds.images, rows)                                  # (B, C, H, W)
         keys = ds.keys(rows)
 
@@ -49,6 +53,8 @@ def benchmark(method, cfg, run, ds, seconds=3.0):
             fill(model, u, known.expand(len(u), -1), keys)
         spent = seconds_per_call(run, sample, seconds)
         run.say(f"sampling: {spent:.2f} s for {len(u)} slices, {len(u) / spent:.3g} slices/s")
+        if method.speed:
+            method.speed(cfg, run, model)
     run.seconds = None
     run.out = out
 

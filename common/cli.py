@@ -77,7 +77,8 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     args.cache = args.cache or args.out.parent / "cache"
     for name, least in (("workers", 0), ("seed", 0), ("seeds", 1), ("micro_batch", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed are {least} and more")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: "
+                         f"allowed are {least} and more")
     defaults = {field.name: field.default for field in fields}
     chosen = {**defaults, **presets[args.preset], **args.typed}
     # Limits are checked before the Config is made, because it computes with the values.

@@ -401,9 +401,10 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
     subjects   n names
     instance   weight of instance_loss; if it is above 0, C must be at least 2
     field_dropout   share of captions that hide_values changes
-    draw       step -> (rows, contrasts), (batch,) each: the samples of a step.  By default all
-               slices come in shuffled passes, and their contrasts at random.  With missing
-               contrasts it is needed, and instance must be 0
+    draw       (step, batch) -> (rows, contrasts, texts): the samples of a step, (batch,) each,
+               and their captions as the text tower shall see them.  By default all slices come in
+               shuffled passes, and their contrasts at random.  With missing contrasts `draw` is
+               needed, and instance must be 0
 
     The random numbers of a step depend on the step alone, so training resumes exactly.  Several
     processes all work on the same batch: every sample needs all others as negatives, and the
@@ -424,11 +425,12 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
         rows = run.order(stage, n, batch, step)                         # (B,)
         a, b = two_contrasts(contrasts, batch, run.generator(stage, step))  # (B,), (B,)
+        drawn = None
         if draw:
-            rows, a = draw(step)                                        # (B,), (B,)
+            rows, a, drawn = draw(step, batch)                          # (B,), (B,)
         x = run.fetch(images, rows)                                     # (B, C, H, W)
         own = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
-        texts = own
+        texts = drawn or own
         if field_dropout:
             texts = hide_values(own, field_dropout, run.generator(f"{stage} fields", step))
         each = torch.arange(batch)                                      # (B,)

@@ -245,7 +245,11 @@ def evaluate(method, cfg, run, ds, model, home=None):
     for _, absent in patterns:
         missing |= set(absent)
     segmenters = method.segmenters(cfg, run, ds, missing) if method.segmenters else {}
-    done = fill_test(method, cfg, run, ds, model, rows_of, patterns)
+    # Tasks with the same sources are made together.
+    wanted = {}
+    for (sources, _), rows in zip(patterns, rows_of):
+        wanted[sources] = np.union1d(wanted.get(sources, rows), rows)
+    done = fill_test(method, cfg, run, ds, model, wanted)
     if run.rank > 0:
         return
 
@@ -261,11 +265,12 @@ def evaluate(method, cfg, run, ds, model, home=None):
         for target in absent:
             c = contrasts.index(target)
             results = {}
-            for name in done[p, int(rows[0])][0]:
-                results[name] = np.stack([done[p, int(r)][0][name][c] for r in rows])
+            for name in done[sources, int(rows[0])][0]:
+                results[name] = np.stack([done[sources, int(r)][0][name][c] for r in rows])
             notes = {}
-            for name in done[p, int(rows[0])][1]:
-                notes[name] = np.stack([done[p, int(r)][1][name] for r in rows])    # (n, ...)
+            for name in done[sources, int(rows[0])][1]:
+                found = [done[sources, int(r)][1][name] for r in rows]
+                notes[name] = np.stack(found)                               # (n, ...)
             if method.beside:
                 results.update(method.beside(cfg, run, model, truth[:, c], notes))
             labels = ds.labels[rows] if ds.labels is not None else None
@@ -300,10 +305,10 @@ def in_parts(model, items, size, subject_of):
     return [list(part) for _, part in groupby(items, subject_of)]
 
 
-def fill_test(method, cfg, run, ds, model, rows_of, patterns):
-    """Fill rows of the data set for every pattern -> {(pattern, row): (images, notes)}.
+def fill_test(method, cfg, run, ds, model, wanted):
+    """Fill rows of the data set from some of their contrasts -> {(sources, row): (images, notes)}.
 
-    rows_of: for each pattern its rows.
+    wanted: {names of the known contrasts: rows}.
 
     images: {name: (C, H, W)}, with the names of the method and of its extras. notes: {name: array}.
     The processes share the work, and each of them gets the results of all.
@@ -311,14 +316,14 @@ def fill_test(method, cfg, run, ds, model, rows_of, patterns):
     contrasts = list(ds.contrasts)
     mine = set(ds.split["test"][run.rank::run.world])
     todo = []
-    for p in range(len(patterns)):
-        todo += [(p, int(r)) for r in rows_of[p] if ds.subject[r] in mine]
+    for sources, rows in wanted.items():
+        todo += [(sources, int(r)) for r in rows if ds.subject[r] in mine]
     parts = in_parts(model, todo, cfg.sample_batch, lambda item: (item[0], ds.subject[item[1]]))
     done = []
     for (part,) in run.batches("sampling", parts, 1):
         known = []
-        for p, _ in part:
-            known.append([c in patterns[p][0] for c in contrasts])
+        for sources, _ in part:
+            known.append([c in sources for c in contrasts])
         known = torch.tensor(known, device=run.device)                      # (B, C)
         chosen = np.array([r for _, r in part])
         keys = ds.keys(chosen)
@@ -345,7 +350,8 @@ def notes_of(run, ds, model, rows, sources, batch):
     """The notes of filling rows from these sources, {name: (n, ...)}.  batch: slices at once."""
     known = torch.tensor([c in sources for c in ds.contrasts], device=run.device)   # (C,)
     found = {}
-    for (part,) in run.batches("sampling", in_parts(model, rows, batch, lambda r: ds.subject[r]), 1):
+    parts = in_parts(model, rows, batch, lambda r: ds.subject[r])
+    for (part,) in run.batches("sampling", parts, 1):
         u = run.fetch(ds.images, part)                                      # (B, C, H, W)
         made, extras = fill(model, u, known.expand(len(u), -1), ds.keys(part))
         for name, x in as_arrays("", made, extras)[1].items():
@@ -433,11 +439,12 @@ def segmented(task, methods):
 
 def draw_samples(path, tasks):
     """Two slices of each of the first six tasks: sources, results, truth and error."""
+    tasks = tasks[:6]
     width = max(len(task.sources) for task in tasks)
     name, *others = tasks[0].results
     rows = []
     labels = []
-    for task in tasks[:6]:
+    for task in tasks:
         for i in (0, len(task.truth) // 2):
             model, *start = (images[i] for images in task.results.values())
             sources = [images[i] for images in task.sources.values()]

@@ -468,7 +468,7 @@ def matrix_table(rows, region="whole slice"):
     targets = sorted({target for _, target in ours})
     lines = [f"PSNR in dB of {model} (of the best of the simple methods), mean over subjects; "
              f"{region}; range [0,1].", "",
-             "| from \\ to | " + " | ".join(targets) + " |", "| " + "--- | " * (len(targets) + 1)]
+             "| from \\ to | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]
     for source in sorted({source for source, _ in ours}):
         cells = [source]
         for target in targets:

@@ -71,6 +71,7 @@ class Method:
     asked       (cfg, contrasts) -> contrasts that --synthesize makes although a subject has them;
                 None: those of the task, if there is only one
     choice      the flag that chooses one of several tasks, if --synthesize needs one; else ""
+    speed       (cfg, run, model) says more of the speed for --benchmark; or None
     figures     {name: (title, function (cfg, run, ds, model))}, for --reproduce
 
     cfg is the script's Config, run a common.run.Run, and ds a data.Dataset.  subjects are those
@@ -97,6 +98,7 @@ class Method:
     micro_batches: bool = False
     asked: Callable | None = None
     choice: str = ""
+    speed: Callable | None = None
     figures: dict = field(default_factory=dict)
 
     @property

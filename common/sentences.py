@@ -8,7 +8,7 @@ import numpy as np
 
 from data import canonical_contrast, record_of, scan_fields
 
-PERSONAL = ("age", "sex", "voxel")      # all scans of one subject share these
+PERSONAL = ("age", "sex", "voxel")      # all scans of one subject share these, once registered
 
 
 def typical_records(subjects, contrasts):
@@ -109,9 +109,9 @@ class Records:
 def hidden_field(contrast, record, share, g):
     """For a share of the calls: the name of one field that the sentence tells, (name,); else ().
 
-    g: numpy generator.
+    The tracer of a PET is part of its modality, which is always told.  g: numpy generator.
     """
-    told = [field for field in scan_fields(contrast) if field in record]
+    told = [field for field in scan_fields(contrast) if field in record and field != "tracer"]
     if not told or g.random() >= share:
         return ()
     return (told[g.integers(len(told))],)

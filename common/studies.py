@@ -8,8 +8,11 @@ With the phantoms neuro the true image is known for every record.
 """
 import csv
 import io
+import time
 
+import nibabel as nib
 import numpy as np
+import torch
 from scipy import stats
 
 from common import metrics, pictures
@@ -40,16 +43,20 @@ class Truth:
         self.size = ds.size
         self.kept = ds.slice_number[rows]
 
+    def slices(self, array):
+        """An array of the phantom (X, Y, Z) as its kept slices, upright: (Z, H, W)."""
+        image = nib.Nifti1Image(array.astype(np.float32), self.anatomy.grid.affine())
+        return fit(nib.as_closest_canonical(image).get_fdata(), self.size)[self.kept]
+
     def image(self, contrast, record):
         """(Z, H, W) in [0,1], scaled as scans are."""
         array = phantom.neuro_true(self.anatomy, contrast, record)
-        return fit(normalise(array, None, contrast)[0], self.size)[self.kept]
+        return self.slices(normalise(array, None, contrast)[0])
 
     def tissues(self):
         """{tissue: bool (Z, H, W)}."""
         found = phantom.neuro_tissues(self.anatomy)
-        return {tissue: fit(mask.astype(np.float32), self.size)[self.kept] > 0.5
-                for tissue, mask in found.items()}
+        return {tissue: self.slices(mask) > 0.5 for tissue, mask in found.items()}
 
 
 def truth_of(ds, name, rows):
@@ -140,7 +147,10 @@ def report_ratio(run, target, field, values, followed):
     """
     names = "CSF/WM" if target == "flair" else "GM/CSF"
     mean = np.mean(followed, 0)                                             # (K, 2)
-    ranks = [stats.spearmanr(*ratios.T).statistic for ratios in followed]
+    ranks = []
+    for ratios in followed:
+        moves = np.ptp(ratios[:, 0]) > 0                    # a model that does not read the field
+        ranks.append(stats.spearmanr(*ratios.T).statistic if moves else 0.0)
     slopes = [stats.linregress(ratios[:, 1], ratios[:, 0]).slope for ratios in followed]
     run.say(f"{target}, {names} over {field}, mean of {len(followed)} subjects:")
     for value, (made, true) in zip(values, mean):
@@ -182,8 +192,8 @@ def other_sentences(run, ds, model, pairs):
             images = dict(zip(records, model.make(name, source, volume, wanted)))
             truth = truth_of(ds, name, rows)
             if truth:
-                images["ceiling, typical"] = truth.image(target, typical)
-                images["ceiling, own"] = truth.image(target, truth.known[target])
+                images["ceiling: typical"] = truth.image(target, typical)
+                images["ceiling: own"] = truth.image(target, truth.known[target])
             for title, image in images.items():
                 found.setdefault(title, []).append(metrics.psnr(true, image, 1).mean())
         table.append({"task": f"{source}->{target}", "n": len(chosen),
@@ -198,3 +208,64 @@ def other_sentences(run, ds, model, pairs):
     text = "\n".join(",".join(line) for line in [columns, *lines[2:]]) + "\n"
     replace(run.out / "text.csv", lambda tmp: tmp.write_text(text, encoding="utf-8", newline=""))
     run.say(f"\nwritten: {run.out / 'text.csv'}")
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def seconds(model, task, method):
+    """The seconds for the volume of each subject of an evaluation.Task, as a row of results.json.
+
+    One target is made from the source.  The first volume is made twice, because the first call
+    warms up.
+    """
+    source = next(iter(task.sources))
+    names = list(dict.fromkeys(task.subjects))
+    spent = {}
+    for name in [names[0], *names]:
+        volume = task.sources[source][task.subjects == name]                # (Z, H, W)
+        wanted = [(task.target, model.records.of(str(name), task.target))]
+        begin = time.perf_counter()
+        model.make(str(name), source, volume, wanted)
+        spent[str(name)] = time.perf_counter() - begin
+    return metrics.row(task.name, method, "seconds", spent)
+
+
+def speed(cfg, run, model, shape=(182, 218, 182), values=9):
+    """Say how long a head of 1 mm takes, for one target and for a sweep of nine values.
+
+    The time for a part of the slices is measured and scaled up.  What large convolutions of the
+    same kind reach on this machine is said beside it.
+    """
+    slab = min(shape[2], 2 * cfg.slices)
+    head = np.random.default_rng(0).random((slab, *shape[:2])).astype(np.float32)
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in head.shape), indexing="ij")
+    head *= y ** 2 + x ** 2 < 1                                             # as wide as a head
+    target = model.contrasts[-1]
+    record = model.records.typical.get(target, {})
+    spent = []
+    for count in (1, values):
+        begin = time.perf_counter()
+        model.make("", model.contrasts[0], head, [(target, record)] * count)
+        spent.append(time.perf_counter() - begin)
+    whole = spent[0] * shape[2] / slab
+    run.say(f"a volume of {' x '.join(map(str, shape))}: about {whole:.3g} s (from {slab} slices); "
+            f"{values} values of a sweep take {spent[1] / spent[0]:.2f} times as long as one")
+    width = cfg.width
+    conv = torch.nn.Conv2d(width, width, 3, padding=1)
+    conv.to(run.device, memory_format=torch.channels_last)
+    images = torch.randn(cfg.sample_batch, width, cfg.patch, cfg.patch, device=run.device)
+    images = images.to(memory_format=torch.channels_last)
+    with torch.no_grad(), run.autocast():
+        conv(images)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(10):
+            conv(images)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+    pace = (time.perf_counter() - begin) / 10
+    flops = 2 * 9 * width ** 2 * cfg.patch ** 2 * cfg.sample_batch
+    run.say(f"a single 3 x 3 convolution of {width} channels reaches "
+            f"{flops / pace / 1e9:.0f} GFLOP/s here")

@@ -2,7 +2,7 @@
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 """
-from itertools import combinations
+from itertools import combinations, permutations
 
 from common.files import RunError
 from data import canonical_contrast
@@ -49,6 +49,23 @@ def all_directions(source, target, contrasts):
             tgt = contrasts.index(canonical_contrast(other))
             if src != tgt:
                 pairs.append((src, tgt))
+    return pairs
+
+
+def named_pairs(words, contrasts):
+    """The pairs of names (source, target) that words such as t1:ct mean; without words all pairs.
+
+    contrasts: those of the data.  RunError if a word does not name two different ones of them.
+    """
+    if not words:
+        return list(permutations(contrasts, 2))
+    pairs = []
+    for word in words:
+        pair = tuple(canonical_contrast(name) for name in word.split(":"))
+        if len(set(pair)) < 2 or len(pair) != 2 or not set(pair) <= set(contrasts):
+            raise RunError(f"{word}: name two different ones of {', '.join(contrasts)}, such as "
+                           f"{contrasts[0]}:{contrasts[1]}", status=2)
+        pairs.append(pair)
     return pairs
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
-from data.intensities import CT_BODY, background_value
+from data.intensities import BRAIN_WINDOW, CT_BODY, background_value, is_stripped
 from data.nifti import checked_affine, decode, decode_header, volumes_of
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
@@ -95,7 +95,10 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=No
         notes.append("has no orientation in its header; the NIfTI default is assumed, "
                      "left and right may be swapped")
     if contrast in ("ct", "cta"):
-        if array.min() > CT_BODY:
+        if is_stripped(array):
+            notes.append("holds neither bone nor air; the skull was removed, it seems, and "
+                         f"{BRAIN_WINDOW.background:g} to {BRAIN_WINDOW.high:g} HU become 0 to 1")
+        elif array.min() > CT_BODY:
             notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
     elif contrast == "pet":
         if array.min() < 0:

@@ -1,4 +1,5 @@
 """Tests run from the project's root; those marked slow only with --slow."""
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,22 @@ sys.path.insert(0, str(ROOT))
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--renew-golden", action="store_true", help="store the numbers of the golden runs anew")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, if pytest-xdist is installed; the tests of a file stay together.
+
+    Nearly all tests work on tensors so small that a second thread does not help them. A second process does.
+    """
+    if "TESTS_IN_TWO" in os.environ:                # this is one of the two, or a test that runs tests
+        return
+    whole = [Path(word).resolve() for word in config.args] in ([ROOT / "tests"], [ROOT])
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and (os.cpu_count() or 1) > 1:
+        os.environ["TESTS_IN_TWO"] = "1"
+        os.environ["OMP_NUM_THREADS"] = "1"         # for both, and for the programs that tests start
+        config.option.numprocesses = 2
+        config.option.dist = "loadfile"
 
 
 def pytest_configure(config):

@@ -6,6 +6,7 @@ import pytest
 from data import check, denormalise, load_subject, read_volume
 from data.files import DataError
 from data.intensities import (
+    BRAIN_WINDOW,
     CT_WINDOW,
     PET_DARK,
     PET_IMPOSSIBLE,
@@ -15,6 +16,7 @@ from data.intensities import (
     brightest_of,
     find_background,
     foreground,
+    is_stripped,
     normalise,
 )
 from data.layouts import Subject
@@ -200,3 +202,32 @@ def test_odd_values_of_pet_and_cta_are_noted(tmp_path):
     assert read_volume(save(tmp_path / "b.nii", body_pet()), contrast="pet").notes == []
     path = save(tmp_path / "c.nii", scan()[0].clip(-1000) + 1000)
     assert read_volume(path, contrast="cta").notes == ["holds no air, its lowest value is 0; is it in HU?"]
+
+
+def stripped_ct():
+    """A brain of 10, 30 and 40 HU with blood of 70 HU, and 0 HU around it."""
+    array = np.zeros((20, 20, 6), np.float32)
+    array[4:16, 4:16] = 30
+    array[4:16, 4:10] = 40
+    array[6:8, 6:8] = 70
+    array[10:12, 10:12] = 10
+    return array
+
+
+def test_ct_without_skull_has_a_window_of_its_own():
+    array = stripped_ct()
+    assert is_stripped(array)
+    u, scale = normalise(array, None, "ct")
+    assert scale == BRAIN_WINDOW == (-20, 100)
+    assert np.allclose(u[5, 11, 0], 50 / 120) and np.allclose(u[6, 6, 0], 90 / 120) and np.allclose(u[10, 10, 0], 30 / 120)
+    assert not u[0].any() and foreground(array, contrast="ct").sum() == 12 * 12 * 6
+    assert np.allclose(denormalise(u, scale)[4:16, 4:16], array[4:16, 4:16], atol=1e-4)
+
+
+def test_bone_or_air_means_a_whole_ct():
+    bone = stripped_ct()
+    bone[4:16, 4] = 900
+    air = stripped_ct()
+    air[0] = -1000
+    for array in (bone, air):
+        assert not is_stripped(array) and normalise(array, None, "ct")[1] == CT_WINDOW

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import unisyn
 from common.embeddings import Features
+from common.slabs import Pairs
+from common.tasks import named_pairs
 from unisyn import GFM, Config, Encoder, Mapper, ResBlock, WordAttention, inject, losses, make_decoder, strip
 
 SMALL = dict(size=32, width=16, blocks=2, features=16, decoder=(24, 16, 16), slices=4, patch=16, encoder="demo")
@@ -341,8 +343,13 @@ class World:
             for c, contrast in enumerate(self.contrasts):
                 if contrast in has[name].split():
                     self.images[r, c] = 1 + c + 10 * number + column
+
     def rows(self, part):
         return np.flatnonzero(np.isin(self.subject, self.split[part]))
+
+
+def pairs_of(world, part="train", tasks=(), slices=4):
+    return Pairs(world, part, named_pairs(tasks, world.contrasts), slices, patch=16)
 
 
 def draws(pairs, n):
@@ -350,7 +357,7 @@ def draws(pairs, n):
 
 
 def test_pairs_are_equally_likely_although_few_people_have_some():
-    pairs = unisyn.Pairs(config(), World(), "train")
+    pairs = pairs_of(World())
     found = [pair for _, pair, _ in draws(pairs, 3000)]
     shares = [found.count(pair) / 3000 for pair in itertools.combinations(World.contrasts, 2)]
     assert np.allclose(shares, 1 / 3, atol=0.05)            # standard deviation .009
@@ -358,7 +365,7 @@ def test_pairs_are_equally_likely_although_few_people_have_some():
 
 
 def test_slabs_show_the_same_place_of_one_person_in_order():
-    pairs = unisyn.Pairs(config(), World(), "train")
+    pairs = pairs_of(World())
     mirrored = set()
     firsts = set()
     for _, pair, crop in draws(pairs, 200):
@@ -373,17 +380,17 @@ def test_slabs_show_the_same_place_of_one_person_in_order():
 
 
 def test_short_volumes_are_padded_and_tasks_limit_the_pairs():
-    pairs = unisyn.Pairs(config(slices=8), World(), "train")
+    pairs = pairs_of(World(), slices=8)
     _, _, crop = draws(pairs, 1)[0]
     assert crop.shape == (2, 8, 16, 16) and not crop[:, 6:].any() and crop[:, :6].all()
-    only = unisyn.Pairs(config(tasks=("ct:t1",)), World(), "train")
-    assert only.pairs == [("t1", "ct")] and unisyn.Pairs(config(), World(), "val").pairs == [("t2", "ct")]
+    only = pairs_of(World(), tasks=("ct:t1",))
+    assert only.pairs == [("t1", "ct")] and pairs_of(World(), part="val").pairs == [("t2", "ct")]
 
 
 def test_slabs_prefer_places_with_tissue():
     world = World()
     world.images[:, :, :, 8:] = 0                    # tissue on the left quarter: a fifth of all places show a tenth of it
-    pairs = unisyn.Pairs(config(), world, "train")
+    pairs = pairs_of(world)
     shares = [max((crop[0] > 0).mean(), (crop[1] > 0).mean()) for _, _, crop in draws(pairs, 200)]
     assert np.mean(np.array(shares) >= 0.1) > 0.9
 
@@ -391,12 +398,12 @@ def test_slabs_prefer_places_with_tissue():
 # ---- words of the user ---------------------------------------------------------------------------
 
 
-def test_directions():
-    assert unisyn.directions((), ("t1", "t2")) == [("t1", "t2"), ("t2", "t1")]
-    assert unisyn.directions(("T1w:CT",), ("t1", "ct")) == [("t1", "ct")]
+def test_named_pairs():
+    assert named_pairs((), ("t1", "t2")) == [("t1", "t2"), ("t2", "t1")]
+    assert named_pairs(("T1w:CT",), ("t1", "ct")) == [("t1", "ct")]
     for wrong in ("t1:t1", "t1:pet"):
         with pytest.raises(unisyn.RunError, match="name two different ones"):
-            unisyn.directions((wrong,), ("t1", "t2"))
+            named_pairs((wrong,), ("t1", "t2"))
 
 
 @pytest.mark.parametrize("field, value", [("target", "T2w"), ("target", "TE=90"), ("sweep", "TE"), ("sweep", "TE=1:2"), ("tasks", ("t1",)),

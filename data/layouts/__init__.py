@@ -116,7 +116,7 @@ def find_layout(folder, contrasts=None, every=False):
     if "pet" in chosen:
         notes.append("pet is read in SUV; 0 to 10 SUV become 0 to 1")
         read_suv_factors(folder, files, subjects, notes)
-    layout = _with_contrasts(name, subjects, chosen, ignored, notes)
+    layout = _with_contrasts(name, subjects, chosen, ignored, every, notes)
     if not BODY_CONTRASTS.isdisjoint(chosen):
         layout.ignored = take_tumour_masks(layout.subjects, chosen, ignored, notes)
     return layout
@@ -128,7 +128,7 @@ def _find_slices(folder, files, contrasts, every, notes):
     if split is None:
         raise DataError(_why_no_images(folder, files))
     chosen = _choose_contrasts(folder, subjects, contrasts, every, notes)
-    layout = _with_contrasts("slices in .npy files", subjects, chosen, [], notes)
+    layout = _with_contrasts("slices in .npy files", subjects, chosen, [], every, notes)
     layout.split = split
     return layout
 
@@ -249,7 +249,7 @@ def _wanted_contrasts(folder, there, wanted, notes):
     return chosen
 
 
-def _with_contrasts(name, subjects, contrasts, ignored, notes):
+def _with_contrasts(name, subjects, contrasts, ignored, every, notes):
     """Keep the chosen contrasts of every subject, and note what is missing -> Layout."""
     kept = []
     skipped = []
@@ -270,6 +270,13 @@ def _with_contrasts(name, subjects, contrasts, ignored, notes):
         if missing:
             lacking.setdefault(", ".join(missing), []).append(subject.name)
         kept.append(subject)
+    if every:                           # gaps are usual then, and numbers tell more than names
+        counts = []
+        for contrast in contrasts:
+            count = sum(contrast in subject.files for subject in kept)
+            counts.append(f"{contrast} {count}")
+        notes.append(f"scans: {', '.join(counts)}")
+        lacking = {}
     for missing, names in lacking.items():
         notes.append(f"{len(names)} subjects lack {missing}: {few(names)}")
     return Layout(name, contrasts, kept, ignored, notes, skipped)
