@@ -15,7 +15,7 @@ def training_set():
     rng = np.random.default_rng(0)
     images = rng.random((6, 2, 12, 12), dtype=np.float32)
     images[:, 1] = images[:, 0] ** 2
-    return SimpleNamespace(contrasts=("ct", "pet"), images=images, rows=lambda part, most=None: np.arange(4))
+    return SimpleNamespace(contrasts=("ct", "pet"), images=images, present=np.ones((6, 2), bool), rows=lambda part, most=None: np.arange(4))
 
 
 def test_kept_baselines_are_those_of_the_training_subjects(tmp_path):

@@ -269,7 +269,7 @@ def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives
 
     def disturb(cfg, run, u, keys):
         return u * 0.5
-    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb, beside=None, judge=None, regions=False)
+    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb, beside=None, judge=None, regions=())
     monkeypatch.setattr(evaluation, "draw_steps", lambda *what: None)       # FakeModel takes no steps
     ds = FakeData()
     evaluation.evaluate(method, SimpleNamespace(test_slices=2, sample_batch=4), run, ds, FakeModel())

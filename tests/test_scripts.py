@@ -490,4 +490,4 @@ def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
         shutil.copy(ROOT / file, tmp_path / file)
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: {n for n in names if n in (*phantom.SETS, "pictures")})
     done = subprocess.run([sys.executable, f"{name}.py", "--reproduce", "list"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "table3" in done.stdout, done.stderr
+    assert done.returncode == 0 and "table2" in done.stdout, done.stderr
