@@ -91,9 +91,8 @@ from data import canonical_contrast, record_of, scan_prompt
 
 @dataclass(frozen=True)
 class Config:
-    """The paper (Sec. 2.2, 3.1, 3.2) states width, blocks, features, decoder, epochs, batch, lr,
-    slices, patch, lambda_f, lambda_s and the split.  Other defaults are ours.  Phantoms take
-    PRESETS["demo"]."""
+    """The paper (Sec. 2.2, 3) states width, blocks, features, decoder, epochs, batch, lr, slices,
+    patch, both lambdas and the split.  Other defaults are ours.  Phantoms take the demo."""
     # data
     contrasts: tuple[str, ...] = ()             # modalities; empty: all that two subjects have
     size: int = 256                             # height and width of a slice in pixels
@@ -135,15 +134,9 @@ class Config:
     def __post_init__(self):
         if self.patch > self.size:
             raise ValueError(f"--patch {self.patch} is larger than --size {self.size}")
-        if self.fusion == "attention" and self.features % 8:
-            raise ValueError(f"--features {self.features}: attention has 8 heads; give a multiple "
-                             "of 8")
-        if self.fusion == "attention" and self.prompts not in ("target", "none"):
-            raise ValueError("--fusion attention reads the target's sentence only; add "
-                             "--prompts target (or none)")
-        for task in (*self.tasks, *self.only):
-            if task.count(":") != 1:
-                raise ValueError(f"--tasks, --only {task}: write source:target, such as t1:ct")
+        if self.fusion == "attention" and (self.features % 8 or self.prompts != "target"):
+            raise ValueError("--fusion attention has 8 heads and reads the target's sentence only; "
+                             "it needs --prompts target and --features that 8 divides")
         parse_target(self.target)
         parse_sweep(self.sweep)
 
@@ -161,11 +154,6 @@ STAGES = {
 }
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-
-
-def wanted_contrasts(cfg):
-    """The contrasts that the data shall have; None for all that there are."""
-    return tuple(canonical_contrast(c) for c in cfg.contrasts) or None
 
 
 def patterns(cfg, contrasts):
@@ -309,12 +297,10 @@ class GFM(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.mapper = None
-        self.attention = None
-        if cfg.fusion == "attention":
-            self.attention = WordAttention(cfg.features, word_dim)
-        elif cfg.prompts != "none":
-            self.mapper = Mapper(dim, cfg.features, cfg.alpha)
+        by_words = cfg.fusion == "attention"
+        by_maps = not by_words and cfg.prompts != "none"
+        self.attention = WordAttention(cfg.features, word_dim) if by_words else None
+        self.mapper = Mapper(dim, cfg.features, cfg.alpha) if by_maps else None
 
     def encode(self, x):
         """x: (B, slices, H, W).  Returns f, (B, F, H, W), in float32."""
@@ -699,8 +685,9 @@ def outline(cfg, ds):
 # ---- 8. Main -------------------------------------------------------------------------------------
 
 METHOD = script.Method(
-    "UniSyn", Config, PRESETS, LIMITS, SAMPLING, STAGES, contrasts=wanted_contrasts,
-    patterns=patterns, train=train, load=load_model, outline=outline, judge=judge, asked=asked,
+    "UniSyn", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
+    contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
+    patterns=patterns, outline=outline, judge=judge, asked=asked,
     gaps=True, regions=("tissue", "volume"), speed=studies.speed,
     figures={"sweep": ("one field of the target's sentence takes many values", sweep_figure),
              "text": ("is the text read? sentences of others, and shorter ones", text_figure)})

@@ -401,13 +401,13 @@ def test_slabs_prefer_places_with_tissue():
 def test_named_pairs():
     assert named_pairs((), ("t1", "t2")) == [("t1", "t2"), ("t2", "t1")]
     assert named_pairs(("T1w:CT",), ("t1", "ct")) == [("t1", "ct")]
-    for wrong in ("t1:t1", "t1:pet"):
+    for wrong in ("t1:t1", "t1:pet", "t1", "t1:t2:t1"):
         with pytest.raises(unisyn.RunError, match="name two different ones"):
             named_pairs((wrong,), ("t1", "t2"))
 
 
-@pytest.mark.parametrize("field, value", [("target", "T2w"), ("target", "TE=90"), ("sweep", "TE"), ("sweep", "TE=1:2"), ("tasks", ("t1",)),
-                                          ("patch", 64)])
+@pytest.mark.parametrize("field, value", [("target", "T2w"), ("target", "TE=90"), ("sweep", "TE"), ("sweep", "TE=1:2"), ("patch", 64),
+                                          ("fusion", "attention")])
 def test_clashing_values_are_refused(field, value):
     with pytest.raises(ValueError):
         config(**{field: value})
