@@ -21,7 +21,7 @@ from common.run import Run
 from data import phantom
 
 TINY = ("--preset demo --size 32 --width 8 --blocks 1 --features 16 --decoder 16,16,16 --slices 4 --patch 16 --encoder-steps 4 --encoder-batch 8 "
-        "--epochs 2 --batch 4 --lr 0.02 --train-fraction 0.5 --test-subjects 3 --seed 1").split()
+        "--epochs 2 --batch 4 --lr 0.002 --train-fraction 0.5 --test-subjects 3 --seed 1").split()
 
 
 @pytest.fixture(scope="module")
