@@ -284,8 +284,8 @@ class GFM(nn.Module):
 
     dim: width of the embedding of a sentence.  word_dim: width of its words.
 
-    torch's own start was measured: the maps are then so small that training takes far longer.  So
-    all convolutions start by Kaiming's rule, which keeps the size of the maps [D5].
+    With torch's own start the maps are small at first, and training takes longer.  So all
+    convolutions start by Kaiming's rule, which keeps the size of the maps [D5].
     """
 
     def __init__(self, cfg, dim, word_dim):
