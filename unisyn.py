@@ -46,7 +46,7 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D1]  Image encoder: order of a block, its small step, a long skip, a last convolution.
-  [D2]  Mapper: its layers; alpha is bounded and has mean 1 in each sentence (or --alpha literal).
+  [D2]  Mapper: its layers; alpha is bounded, its geometric mean is 1 (or --alpha literal).
   [D3]  Eq. (1) compares f_0 (or --feat-loss encoded: f_s); losses are means, not sums.
   [D4]  NeuroCLIP: our small 2-D CLIP and its optimiser; several samples of a class in a batch.
   [D5]  Start, clipping, epoch, decay of the GFM where the paper is silent; the best weights stay.
@@ -72,14 +72,21 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
-from common import clip, metrics, script, studies
+from common import clip, script, studies
 from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.embeddings import Features
 from common.encoder import load_encoder, train_encoder
 from common.files import RunError
 from common.loop import Best
-from common.sentences import Records, hidden_field, parse_sweep, parse_target, typical_records
+from common.sentences import (
+    Records,
+    hidden_field,
+    in_file_name,
+    parse_sweep,
+    parse_target,
+    typical_records,
+)
 from common.slabs import Pairs
 from common.tasks import named_pairs
 from common.tiles import tile_volume
@@ -179,8 +186,8 @@ class ResBlock(nn.Module):
     """x + 0.1 conv(relu(conv(x))).
 
     The paper writes conv, conv, ReLU.  Two convolutions without a ReLU between them are no more
-    than one, so the ReLU stands between.  With full steps, the sum over 24 blocks without any
-    normalisation would grow to about 3^24 at the start [D1].
+    than one, so the ReLU stands between.  There is no normalisation.  With full steps, each of the
+    24 blocks would multiply the variance of the maps by about 3 at the start [D1].
     """
 
     def __init__(self, width):
@@ -334,7 +341,7 @@ def losses(cfg, run, network, x, y, text_x, text_y):
 
     x and y are made from each other.  text_x, text_y: Features of their sentences.
     Returns the loss and facts {name: value}, all scalars.  All losses are means over elements.
-    With sums, L_f would count 768 / 8 times more, because it has so many more elements [D3].
+    With sums, L_f would outweigh L_s: a place has 768 features, and only 8 grey values [D3].
     """
     with run.autocast():
         f = network.encode(torch.cat([x, y]))                               # (2B, F, H, W)
@@ -389,10 +396,11 @@ def translate(model, volume, source, targets):
         B = len(x)
         with run.autocast():
             f = network.encode(x)                                           # (B, F, h, w)
+        with full_precision(x.device):
+            c = network.without_contrast(f, repeated(text_s, B))            # (B, F, h, w)
         made = []
         for text_t in texts_t:
             with full_precision(x.device):
-                c = network.without_contrast(f.float(), repeated(text_s, B))    # (B, F, h, w)
                 f_t = network.with_contrast(c, repeated(text_t, B))         # (B, F, h, w)
             with run.autocast():
                 made.append(network.decoder(f_t).float())                   # (B, z, h, w)
@@ -426,7 +434,7 @@ class Model:
     def tags(self):
         """What --target says, for the names of files: {contrast: "_TE-90"}."""
         contrast, changes = parse_target(self.cfg.target)
-        words = [f"_{field}-{value}" for field, value in changes.items()]
+        words = [f"_{field}-{in_file_name(value)}" for field, value in changes.items()]
         return {contrast: "".join(words)}
 
     def make(self, name, source, volume, wanted):

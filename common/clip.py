@@ -41,7 +41,7 @@ SIZES = {
     "base": {"embed": 512,
              "text": {"vocab": 4096, "context": 128, "width": 256, "depth": 6, "heads": 8},
              "image": {"width": 384, "depth": 6, "heads": 6}},
-    # parameters: text 40 M, image 26 M at 256 x 256; UniSyn's context is 224, its embedding 768
+    # parameters: text 40 M, image 28 M at 256 x 256; UniSyn's context is 224, its embedding 768
     "neuro": {"embed": 768,
               "text": {"vocab": 4096, "context": 224, "width": 512, "depth": 12, "heads": 8},
               "image": {"width": 512, "depth": 8, "heads": 8}},
@@ -419,20 +419,23 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
     if contrasts < 2 and instance:
         raise ValueError("the instance term compares two contrasts and the images have one; "
                          "use instance=0")
+    if draw and instance:
+        raise ValueError("the instance term draws two contrasts itself; with draw, use instance=0")
     clip.to(run.device)
     clip.subjects = sorted({str(name) for name in subjects})            # state() needs plain types
     optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6)
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
-        rows = run.order(stage, n, batch, step)                         # (B,)
-        a, b = two_contrasts(contrasts, batch, run.generator(stage, step))  # (B,), (B,)
-        drawn = None
+        texts = None
         if draw:
-            rows, a, drawn = draw(step, batch)                          # (B,), (B,)
+            rows, a, texts = draw(step, batch)                          # (B,), (B,), B texts
+        else:
+            rows = run.order(stage, n, batch, step)                     # (B,)
+            a, b = two_contrasts(contrasts, batch, run.generator(stage, step))  # (B,), (B,)
         x = run.fetch(images, rows)                                     # (B, C, H, W)
         own = [captions[row][contrast] for row, contrast in zip(rows, a.tolist())]
-        texts = drawn or own
+        texts = texts or own
         if field_dropout:
-            texts = hide_values(own, field_dropout, run.generator(f"{stage} fields", step))
+            texts = hide_values(texts, field_dropout, run.generator(f"{stage} fields", step))
         each = torch.arange(batch)                                      # (B,)
         # A caption with a hidden value still counts as the same caption.
         groups = groups_of(own)                                         # (B,)

@@ -35,7 +35,6 @@ class TrainingSlices:
         return {name: self.images[rows, c] for name, c in zip(names, channels)}
 
 
-
 def keep_baselines(run, ds, patterns):
     """Learn the baselines of every task on the training subjects, and write them into the run.
 

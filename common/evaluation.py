@@ -20,7 +20,7 @@ and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, 
 scored and drawn beside the result, for example the prior that a sampler started from. An extra
 called "notes" is a dict of its own, {name: (B, ...)}, for example with a score of confidence.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -187,7 +187,6 @@ class Task:
     segmenter   of the target contrast (common/downstream.py), or None
     labels      the true label maps (n, H, W), or None
     wanted      names of the regions that are also scored by themselves
-    notes       {name: (n, ...)}, what the model noted of each slice
     """
 
     sources: dict
@@ -198,7 +197,6 @@ class Task:
     segmenter: torch.nn.Module | None = None
     labels: np.ndarray | None = None
     wanted: tuple = ()
-    notes: dict = field(default_factory=dict)
 
     @property
     def name(self):
@@ -253,15 +251,16 @@ def evaluate(method, cfg, run, ds, model, home=None):
     if run.rank > 0:
         return
 
+    truth = np.asarray(ds.images[chosen], dtype=np.float32)                 # (n, C, H, W)
+    given = truth
+    if method.disturb:
+        whole = torch.from_numpy(truth).to(run.device)
+        given = method.disturb(cfg, run, whole, ds.keys(chosen)).cpu().numpy()
     tasks = []
     for p, (sources, absent) in enumerate(patterns):
         rows = rows_of[p]
-        truth = np.asarray(ds.images[rows], dtype=np.float32)               # (n, C, H, W)
-        given = truth
-        if method.disturb:
-            whole = torch.from_numpy(truth).to(run.device)
-            given = method.disturb(cfg, run, whole, ds.keys(rows)).cpu().numpy()
-        known = {name: given[:, contrasts.index(name)] for name in sources}
+        here = slice(None) if len(rows) == len(chosen) else np.isin(chosen, rows)
+        known = {name: given[here, contrasts.index(name)] for name in sources}
         for target in absent:
             c = contrasts.index(target)
             results = {}
@@ -272,10 +271,10 @@ def evaluate(method, cfg, run, ds, model, home=None):
                 found = [done[sources, int(r)][1][name] for r in rows]
                 notes[name] = np.stack(found)                               # (n, ...)
             if method.beside:
-                results.update(method.beside(cfg, run, model, truth[:, c], notes))
+                results.update(method.beside(cfg, run, model, truth[here, c], notes))
             labels = ds.labels[rows] if ds.labels is not None else None
-            tasks.append(Task(known, target, truth[:, c], results, ds.subject[rows],
-                              segmenters.get(target), labels, method.regions, notes))
+            tasks.append(Task(known, target, truth[here, c], results, ds.subject[rows],
+                              segmenters.get(target), labels, method.regions))
     further = []
     if method.judge:
         for task in tasks:

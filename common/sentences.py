@@ -4,9 +4,12 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
 
 A record says what is known of a scan, {field: value}; its units are those of data/prompts.py.
 """
+import re
+
 import numpy as np
 
 from data import canonical_contrast, record_of, scan_fields
+from data.layouts import CONTRASTS
 
 PERSONAL = ("age", "sex", "voxel")      # all scans of one subject share these, once registered
 
@@ -56,14 +59,38 @@ def parse_target(text):
     modality = str(values.pop("modality"))
     if modality.lower() == "pet" and "tracer" in values:
         modality = str(values["tracer"])
-    return canonical_contrast(modality), values
+    contrast = canonical_contrast(modality)
+    require_fields(values, contrast, f'--target "{text}"')
+    return contrast, values
+
+
+def require_fields(fields, contrast, where):
+    """ValueError if the sentence about a contrast does not tell one of these fields.
+
+    An unknown contrast is refused elsewhere, by whoever knows what a model makes.
+    """
+    if contrast not in CONTRASTS:
+        return
+    there = scan_fields(contrast)
+    unknown = [field for field in fields if field not in there]
+    if unknown:
+        raise ValueError(f"{where}: a sentence about {contrast} does not tell "
+                         f"{', '.join(unknown)}; it tells {', '.join(there)}")
+
+
+def in_file_name(value):
+    """A value as part of the name of a file: 90.0 -> "90", "GE/UIH" -> "GE-UIH"."""
+    text = f"{value:g}" if isinstance(value, float) else value
+    return re.sub(r"[^\w.+-]", "-", text)
 
 
 def parse_sweep(text):
-    """ "TE=60:140:9" -> ("TE", nine numbers from 60 to 140).  ValueError if it is not like that."""
+    """ "TE=60:140:9" -> ("TE", nine numbers from 60 to 140), at least two; else ValueError."""
     field, _, numbers = text.partition("=")
     try:
         first, last, count = numbers.split(":")
+        if int(count) < 2:
+            raise ValueError
         return field, np.linspace(float(first), float(last), int(count))
     except ValueError:
         raise ValueError(f'--sweep "{text}": write field=first:last:number, such as '

@@ -17,6 +17,7 @@ from scipy import stats
 
 from common import metrics, pictures
 from common.files import RunError, replace
+from common.sentences import require_fields
 from data import normalise, phantom
 from data.volumes import fit
 
@@ -86,8 +87,12 @@ def sweep(run, ds, model, target, changes, field, values):
     ratio of two tissues follows it.
 
     changes: {field: value}, further fields that shall differ.
-    RunError if no test subject has T1w.
+    RunError if no test subject has T1w, or if the sentence about the target does not tell `field`.
     """
+    try:
+        require_fields([field], target, f"--sweep {field}")
+    except ValueError as error:
+        raise RunError(str(error), status=2) from error
     rows_out = []
     followed = []
     sheet = []
@@ -171,7 +176,7 @@ def other_sentences(run, ds, model, pairs):
     typical     the typical record of the contrast
     no numbers  only the modality is known
     With phantoms there are two ceilings: the true anatomy, rendered with the typical record and
-    with its own.  A model that does not read the numbers cannot get above the first.
+    with its own.  A model that does not read the numbers can hardly get above the first.
 
     pairs: [(source, target)].  Writes text.csv and says the table.
     """

@@ -35,7 +35,7 @@ def test_parse_target():
     assert parse_target("") == (None, {})
     assert parse_target("modality=T2w TE=90 vendor=GE") == ("t2", {"TE": 90.0, "vendor": "GE"})
     assert parse_target("tracer=FDG modality=PET dose=200") == ("fdg", {"tracer": "FDG", "dose": 200.0})
-    for wrong in ("TE=90", "modality", "modality= TE=90"):
+    for wrong in ("TE=90", "modality", "modality= TE=90", "modality=T2w dose=3"):
         with pytest.raises(ValueError, match="--target"):
             parse_target(wrong)
 
@@ -43,7 +43,7 @@ def test_parse_target():
 def test_parse_sweep():
     field, values = parse_sweep("TE=60:140:9")
     assert field == "TE" and np.allclose(values, np.arange(60, 141, 10))
-    for wrong in ("TE", "TE=60:140", "TE=a:b:3"):
+    for wrong in ("TE", "TE=60:140", "TE=a:b:3", "TE=60:140:1"):
         with pytest.raises(ValueError, match="--sweep"):
             parse_sweep(wrong)
 

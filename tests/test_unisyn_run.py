@@ -93,7 +93,7 @@ def test_synthesis_makes_what_is_missing_and_what_target_names(trained, monkeypa
             assert (f"{name}_{contrast}_synthetic.nii.gz" in made) != there
     status, text = call(unisyn, monkeypatch, capsys, "--data", neuro, "--out", out, "--synthesize", "--target", "modality=CT kvp=100")
     assert status == 0, text
-    path = next((out / "synthetic").rglob("*_ct_kvp-100.0_synthetic.nii.gz"))
+    path = next((out / "synthetic").rglob("*_ct_kvp-100_synthetic.nii.gz"))
     name = path.name.split("_")[0]
     image = nib.load(path)
     source = nib.load(neuro / name / "anat" / f"{name}_T1w.nii.gz")
@@ -189,6 +189,8 @@ def test_dry_run_benchmark_and_check(trained, monkeypatch, capsys, tmp_path):
     (["--evaluate", "--only", "t1:pet"], "name two different ones of"),
     (["--synthesize", "--target", "modality=SWI"], "this model makes"),
     (["--evaluate", "--target", "TE=90"], "say which modality="),
+    (["--synthesize", "--target", "modality=T2w te=90"], "does not tell te; it tells age"),
+    (["--reproduce", "sweep", "--sweep", "dose=1:2:3"], "does not tell dose"),
     (["--evaluate", "--fusion", "attention"], "reads the target's sentence only"),
     (["--train", "--alpha", "literal"], 'alpha was "exp", now "literal"'),
 ])
