@@ -120,9 +120,13 @@ def foreground(array, background=None, contrast=None):
 def is_stripped(array):
     """True for a CT (X, Y, Z) in HU whose skull was stripped, so that it holds neither bone nor air.
 
-    The tools that strip leave 0 HU around the brain.
+    The tools that strip leave exactly 0 HU around the brain. A brain has no fat, and it has matter
+    of more than 20 HU. An image in [0, 1] and soft tissue of a body are therefore not taken for it.
     """
-    return array.min() > CT_BODY and np.percentile(array, 99.9) < NO_BONE
+    background = find_background(array)
+    low, high = np.percentile(array, [0.1, 99.9])
+    zero_outside = background.constant and abs(background.level) < 0.5
+    return bool(zero_outside and low > -50 and 20 < high < NO_BONE)
 
 
 def _largest_piece(mask):

@@ -229,5 +229,10 @@ def test_bone_or_air_means_a_whole_ct():
     bone[4:16, 4] = 900
     air = stripped_ct()
     air[0] = -1000
-    for array in (bone, air):
+    fat = stripped_ct()
+    fat[4:16, 4] = -100
+    wide = stripped_ct()
+    wide[0] = wide[-1] = 40
+    wide[:, 0] = wide[:, -1] = 40
+    for array in (bone, air, fat, wide, stripped_ct() / 70):
         assert not is_stripped(array) and normalise(array, None, "ct")[1] == CT_WINDOW
