@@ -34,7 +34,7 @@ APT = [*NETWORK, *PEOPLE, *"--mif-epochs 6 --mif-batch 8 --mif-lr 0.003 --steps 
 RLBCD = [*PEOPLE, *("--preset demo --size 32 --base 8 --mult 1,2 --head-dim 8 --groups 4 --ae-base 8 --ae-mult 1,2 --codes 16 --ae-steps 4 "
                     "--ae-batch 6 --ae-lr 0.001 --evaluator-steps 4 --steps 4 --batch 4 --lr 0.002 --ema 0.8 --S 4").split()]
 UNISYN = [*PEOPLE, *("--preset demo --size 32 --width 8 --blocks 1 --features 16 --decoder 16,16,16 --slices 4 --patch 16 --encoder-steps 6 "
-                     "--encoder-batch 8 --epochs 4 --batch 4 --lr 0.5 --decay halved --test-slices 3").split()]
+                     "--encoder-batch 8 --epochs 4 --batch 4 --lr 0.06 --decay halved --test-slices 3").split()]
 METADB = [*NETWORK, *PEOPLE, *"--disc-base 8 --epochs 1 --batch 4 --N 4 --lr 0.02 --lr-d 0.004 --lambda-sem 0.3".split()]
 
 
