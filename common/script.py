@@ -350,21 +350,18 @@ def preview(method, cfg, run, ds):
     if len(rows) == 0:
         return
     shown = data.evenly(rows, 2)
-    rows = shown
-    if getattr(model, "volumes", False):            # it needs all neighbours of the slices
-        rows = ds.having(ds.rows(part), [*sources, *missing])
-        rows = rows[np.isin(ds.subject[rows], ds.subject[shown])]
+    volumes = getattr(model, "volumes", False)      # such a model needs all neighbours of a slice
+    rows = rows[np.isin(ds.subject[rows], ds.subject[shown])] if volumes else shown
     u = run.fetch(ds.images, rows)                                      # (B, C, H, W)
     images = []
     labels = []
     known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
-    made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))   # (2, C, H, W)
+    made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))   # (B, C, H, W)
     c = contrasts.index(missing[0])
-    for r in shown:
-        b = int(np.flatnonzero(rows == r)[0])
+    for b in np.flatnonzero(np.isin(rows, shown)):
         source = u[b, contrasts.index(sources[0])]                      # (H, W)
         images.append([source.cpu(), made[b, c].cpu(), u[b, c].cpu()])
-        labels.append(f"{missing[0]} of {ds.subject[r]}")
+        labels.append(f"{missing[0]} of {ds.subject[rows[b]]}")
     last = list(method.stages)[-1]
     step = run.stages[last]["step"]
     (run.out / "previews").mkdir(exist_ok=True)

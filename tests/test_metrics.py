@@ -407,3 +407,21 @@ def test_markdown_table_says_what_was_left_out():
     assert "n = 2; whole slice;" in text
     assert text.splitlines()[-1].startswith("Left out of PSNR: 1 slice values")
     assert "Left out" not in M.markdown_table(M.score_table("t1->t2", {"copy": B3}, A3, list("aabb")))
+
+
+def test_volume_table_has_one_error_for_all_slices():
+    """Two slices with mean squared errors .01 and .03: -10 log10(.02) = 16.99 dB, and not the mean of 20 and 15.2 dB."""
+    truth = np.zeros((2, 4, 4))
+    image = np.stack([np.full((4, 4), 0.1), np.full((4, 4), np.sqrt(0.03))])
+    (row,) = M.volume_table("a->b", {"M": image}, truth, np.array(["s", "s"]))
+    assert abs(row["mean"] - 16.9897) < 1e-3 and row["variant"] == "volume"
+
+
+def test_matrix_table_by_hand():
+    rows = [M.row(task, method, "psnr", {"s": value})
+            for task, method, value in (("t1->ct", "M", 30.0), ("t1->ct", "copy-source", 12.0), ("t1->ct", "intensity-lookup", 31.0),
+                                        ("ct->t1", "M", 25.0), ("ct->t1", "copy-source", 12.0))]
+    lines = M.matrix_table(rows).splitlines()
+    assert lines[2] == "| from \\ to | ct | t1 |" and lines[3] == "| --- | --- | --- |"
+    assert lines[4] == "| ct |  | 25.00 (12.00) |" and lines[5] == "| t1 | 30.00 (31.00) |  |"
+    assert lines[-1] == "Above the best simple method in 1 of 2 tasks."

@@ -3,10 +3,8 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -645,27 +643,11 @@ def test_best_weights_are_sampled_with(trained, monkeypatch):
     assert ("bridges", ("best", "ema")) in asked and ("autoencoder", ("best", "ema")) in asked and ("evaluator", ("H_E",)) in asked
 
 
-def killed_run(petct, undisturbed, out, stage, step):
-    words = [sys.executable, "-c", toys.EAGER.format(script="rlbcd"), "--data", str(petct), "--out", str(out), *TINY, "--train"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.time() + 120
-    while time.time() < end and process.poll() is None:
-        if (out / "last.pt").exists() and torch.load(out / "last.pt", weights_only=True)["stages"].get(stage, {}).get("step", 0) >= step:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, theirs = toys.weights(out), toys.weights(undisturbed)
-    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, step", [("autoencoder", 2), ("autoencoder", 6), ("evaluator", 1), ("bridges", 2)])
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path, stage, step):
     petct, undisturbed, _ = trained
-    killed_run(petct, undisturbed, tmp_path / "killed", stage, step)
+    toys.assert_kill_changes_nothing("rlbcd", petct, tmp_path / "killed", undisturbed, stage, step, TINY)
 
 
 @pytest.mark.slow

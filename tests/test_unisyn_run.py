@@ -1,10 +1,8 @@
 """unisyn.py as a user runs it, on a few tiny phantoms: train, evaluate, synthesise, figures, Python, and what is typed wrong."""
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -242,20 +240,7 @@ def test_classes_of_a_batch_are_balanced_and_sentences_are_those_of_the_scans(ne
 @pytest.mark.parametrize("stage, step", [("encoder", 2), ("synthesis", 3)])
 def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path, stage, step):
     neuro, undisturbed, _ = trained
-    out = tmp_path / "killed"
-    words = [sys.executable, "-c", toys.EAGER.format(script="unisyn"), "--data", str(neuro), "--out", str(out), *TINY, "--train"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.time() + 120
-    while time.time() < end and process.poll() is None:
-        if (out / "last.pt").exists() and torch.load(out / "last.pt", weights_only=True)["stages"].get(stage, {}).get("step", 0) >= step:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, theirs = toys.weights(out), toys.weights(undisturbed)
-    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    toys.assert_kill_changes_nothing("unisyn", neuro, tmp_path / "killed", undisturbed, stage, step, TINY)
 
 
 @pytest.mark.slow

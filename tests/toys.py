@@ -1,8 +1,12 @@
 """What several tests of the scripts use: call a script as if typed, open what it trained, and compare weights."""
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
+from conftest import ROOT
 
 from common.run import Run
 from common.script import guarded, open_data
@@ -54,3 +58,22 @@ common.loop.time.monotonic = lambda: next(clock)
 import {script}, common.script
 common.script.guarded({script}.main)
 """
+
+
+def assert_kill_changes_nothing(script, data, out, undisturbed, stage, step, flags):
+    """A training that is killed after `step` steps of a stage, and started again, ends with the bits of `undisturbed`."""
+    words = [sys.executable, "-c", EAGER.format(script=script), "--data", str(data), "--out", str(out), *flags, "--train"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.time() + 120
+    while time.time() < end and process.poll() is None:
+        if (out / "last.pt").exists():
+            stages = torch.load(out / "last.pt", weights_only=True)["stages"]
+            if stages.get(stage, {}).get("step", 0) >= step:
+                break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = weights(out), weights(undisturbed)
+    assert len(ours) == len(theirs) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
