@@ -72,21 +72,13 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
-from common import clip, script, studies
+from common import clip, script, sentences, studies
 from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.embeddings import Features
 from common.encoder import load_encoder, train_encoder
 from common.files import RunError
 from common.loop import Best
-from common.sentences import (
-    Records,
-    hidden_field,
-    in_file_name,
-    parse_sweep,
-    parse_target,
-    typical_records,
-)
 from common.slabs import Pairs
 from common.tasks import named_pairs
 from common.tiles import tile_volume
@@ -144,8 +136,8 @@ class Config:
         if self.fusion == "attention" and (self.features % 8 or self.prompts != "target"):
             raise ValueError("--fusion attention has 8 heads and reads the target's sentence only; "
                              "it needs --prompts target and --features that 8 divides")
-        parse_target(self.target)
-        parse_sweep(self.sweep)
+        sentences.parse_target(self.target)
+        sentences.parse_sweep(self.sweep)
 
 
 # Fields that may change without training again.  All others need training in another --out.
@@ -422,7 +414,7 @@ class Model:
     contrasts: list
     neuroclip: clip.CLIP
     network: nn.Module
-    records: Records
+    records: sentences.Records
     volumes = True          # fill gets all slices of a subject at once (common/evaluation.py)
 
     def source_of(self, known):
@@ -433,9 +425,7 @@ class Model:
     @property
     def tags(self):
         """What --target says, for the names of files: {contrast: "_TE-90"}."""
-        contrast, changes = parse_target(self.cfg.target)
-        words = [f"_{field}-{in_file_name(value)}" for field, value in changes.items()]
-        return {contrast: "".join(words)}
+        return sentences.file_tags(self.cfg.target)
 
     def make(self, name, source, volume, wanted):
         """Volumes (K, Z, H, W) of a subject, from its scan of the contrast `source`.
@@ -456,7 +446,7 @@ class Model:
         fields that --target names replace others.
         Returns u with the made contrasts in place, and no further images.
         """
-        changed, changes = parse_target(self.cfg.target)
+        changed, changes = sentences.parse_target(self.cfg.target)
         filled = u.clone()                                                  # (B, C, H, W)
         subjects = groupby(range(len(u)), lambda b: (keys[b][0], tuple(known[b].tolist())))
         for (name, here), group in subjects:
@@ -485,7 +475,7 @@ def train(cfg, run, ds):
     """
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     training = [subject for subject in ds.complete if subject.name in ds.split["train"]]
-    run.about["typical"] = typical_records(training, ds.contrasts)
+    run.about["typical"] = sentences.typical_records(training, ds.contrasts)
     neuroclip = train_neuroclip(cfg, run, ds)
     train_synthesis(cfg, run, ds, neuroclip)
 
@@ -536,7 +526,8 @@ def train_neuroclip(cfg, run, ds):
             numbers.append(number)
             channels.append(c)
             # Whoever does not know a value writes None, so NeuroCLIP must have seen this [D6].
-            texts.append(scan_prompt(contrast, record, hidden_field(contrast, record, 0.1, g)))
+            without = sentences.hidden_field(contrast, record, 0.1, g)
+            texts.append(scan_prompt(contrast, record, without))
         return np.array(numbers), torch.tensor(channels), texts
     return train_encoder(run, ds, captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                          cfg.encoder_batch, cfg.encoder_lr, instance=0, draw=draw)
@@ -557,7 +548,7 @@ def pair_batch(cfg, run, pairs, neuroclip, records, purpose, step, count, hide, 
         slabs.append(slab)
         for side, contrast in enumerate(pair):
             record = records.of(name, contrast)
-            without = hidden_field(contrast, record, hide, g)
+            without = sentences.hidden_field(contrast, record, hide, g)
             texts[side].append(scan_prompt(contrast, record, without))
     x, y = torch.from_numpy(np.stack(slabs)).to(run.device).unbind(1)       # (B, slices, h, w) each
     return x, y, neuroclip.encode_text(texts[0]), neuroclip.encode_text(texts[1])
@@ -570,7 +561,7 @@ def train_synthesis(cfg, run, ds, neuroclip):
     there is one task only.  So all rows of Table 2 have the same number of steps [D5].
     """
     torch.manual_seed(seed_of(run.seed, "synthesis"))
-    records = Records(ds.complete, run.about["typical"])
+    records = sentences.Records(ds.complete, run.about["typical"])
     tasks = named_pairs(cfg.tasks, ds.contrasts)
     pairs = Pairs(ds, "train", tasks, cfg.slices, cfg.patch)
     if not pairs.pairs:
@@ -635,7 +626,7 @@ def load_model(cfg, run, subjects):
     contrasts = run.about["contrasts"]
     # The best weights, or without validation subjects the last ones.
     network = run.trained(GFM(cfg, **run.about["text"]), "synthesis", "best", "network")
-    records = Records(subjects, run.about["typical"])
+    records = sentences.Records(subjects, run.about["typical"])
     return Model(cfg, run, contrasts, load_encoder(run), network, records)
 
 
@@ -652,8 +643,8 @@ def judge(cfg, run, ds, task):
 
 def sweep_figure(cfg, run, ds, model):
     """One field of the target's sentence takes many values; see common/studies.py."""
-    target, changes = parse_target(cfg.target)
-    studies.sweep(run, ds, model, target or "t2", changes, *parse_sweep(cfg.sweep))
+    target, changes = sentences.parse_target(cfg.target)
+    studies.sweep(run, ds, model, target or "t2", changes, *sentences.parse_sweep(cfg.sweep))
 
 
 def text_figure(cfg, run, ds, model):
@@ -664,7 +655,7 @@ def text_figure(cfg, run, ds, model):
 
 def asked(cfg, contrasts):
     """What --synthesize makes although a subject has it: what --target names."""
-    target, _ = parse_target(cfg.target)
+    target, _ = sentences.parse_target(cfg.target)
     if target and target not in contrasts:
         raise RunError(f"--target {cfg.target}: this model makes {', '.join(contrasts)}", status=2)
     return (target,) if target else ()

@@ -78,10 +78,14 @@ def require_fields(fields, contrast, where):
                          f"{', '.join(unknown)}; it tells {', '.join(there)}")
 
 
-def in_file_name(value):
-    """A value as part of the name of a file: 90.0 -> "90", "GE/UIH" -> "GE-UIH"."""
-    text = f"{value:g}" if isinstance(value, float) else value
-    return re.sub(r"[^\w.+-]", "-", text)
+def file_tags(text):
+    """What a target says, for the names of files: "modality=T2w TE=90" -> {"t2": "_TE-90"}."""
+    contrast, values = parse_target(text)
+    words = []
+    for field, value in values.items():
+        shown = f"{value:g}" if isinstance(value, float) else value
+        words.append(f"_{field}-" + re.sub(r"[^\w.+-]", "-", shown))       # GE/UIH becomes GE-UIH
+    return {contrast: "".join(words)}
 
 
 def parse_sweep(text):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.sentences import Records, hidden_field, parse_sweep, parse_target, typical_records
+from common.sentences import Records, file_tags, hidden_field, parse_sweep, parse_target, typical_records
 
 
 def subject(name, **records):
@@ -38,6 +38,10 @@ def test_parse_target():
     for wrong in ("TE=90", "modality", "modality= TE=90", "modality=T2w dose=3"):
         with pytest.raises(ValueError, match="--target"):
             parse_target(wrong)
+
+
+def test_file_tags():
+    assert file_tags("modality=T2w TE=90 TR=4000.5 vendor=GE/UIH") == {"t2": "_TE-90_TR-4000.5_vendor-GE-UIH"}
 
 
 def test_parse_sweep():
