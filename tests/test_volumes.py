@@ -44,7 +44,7 @@ def test_misnamed_compression_is_read_and_noted(tmp_path):  # rows 5 and 6
     (b"\n <!DOCTYPE html><html>404</html>", "looks like HTML"),  # row 8
     (gzip.compress(b"<html>login</html>"), "looks like HTML"),
     (b"hello" * 200, "is not a NIfTI file"),
-])
+], ids=["empty", "page", "packed page", "text"])
 def test_no_nifti_inside(tmp_path, content, sentence):
     (tmp_path / "t1.nii.gz").write_bytes(content)
     with pytest.raises(DataError, match=sentence):
