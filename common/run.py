@@ -354,8 +354,22 @@ class Run(Loop):
     def close(self):
         """Unlock the folder when all processes are done with it."""
         self.barrier()
+        self.unlock()
+
+    def unlock(self):
+        """Unlock the folder."""
         if self.lock:
             self.lock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """End the work on the folder.  After an error no process may wait for the others."""
+        if error is None:
+            self.close()
+        else:
+            self.unlock()
 
 
 def about_of(ds):

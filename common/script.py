@@ -202,7 +202,12 @@ def work(method, cfg, args, figure=None):
 
     Raises RunError or data.DataError for what the user can mend.
     """
-    run = Run(method.script, cfg, args)
+    with Run(method.script, cfg, args) as run:
+        return work_in(run, method, cfg, args, figure)
+
+
+def work_in(run, method, cfg, args, figure):
+    """Do all that was asked for, in the folder of this run; see work."""
     cfg = run.settle(method.sampling)
     if run.load():
         run.say(f"found a run in {run.out}")
@@ -248,7 +253,6 @@ def work(method, cfg, args, figure=None):
         benchmark(method, cfg, run, ds)
     elif not (args.train or args.evaluate or args.synthesize or args.export):
         dry_run(method, cfg, run, ds)
-    run.close()
     return results
 
 

@@ -263,6 +263,15 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_not(tmp_path):
     start(tmp_path).close()
 
 
+def test_a_failed_run_unlocks_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="of the user") as kept, start(tmp_path):
+        raise ValueError("of the user")
+    assert kept.value.__traceback__ is not None                                          # as in a notebook, it holds the run alive
+    with start(tmp_path) as again:
+        assert again.lock and not again.lock.closed
+    assert again.lock.closed
+
+
 def test_unwritable_folders(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write into the run folder"):
