@@ -111,6 +111,25 @@ def auc(labels, scores):
     return float((ranks[positive].sum() - m * (m + 1) / 2) / (m * n))
 
 
+def average_precision(labels, scores):
+    """The area under the steps of the precision-recall curve.
+
+    labels: (n,) 0 or 1.  scores: (n,), higher for a positive.  Returns a float.  NaN if there is no
+    positive.
+
+    Each positive raises the recall by the same step.  The area is therefore the mean, over the
+    positives, of the precision among all cases that score at least as high.
+    """
+    positive = np.asarray(labels).astype(bool)
+    if not positive.any():
+        return float("nan")
+    falling = -np.asarray(scores, np.float64)
+    # the highest rank of a tie is the number of cases that score at least as high
+    chosen = stats.rankdata(falling, "max")[positive]
+    true = stats.rankdata(falling[positive], "max")
+    return float((true / chosen).mean())
+
+
 def standard_error(area, positives, negatives):
     """The standard error of an AUC, by Hanley and McNeil (1982), Radiology 143:29-36.
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from common import metrics
 from common.files import replace
+from data import TEXT
 
 FILE = "baselines.npz"
 MOST = 2000             # training slices from which baselines are learned
@@ -29,7 +30,11 @@ class TrainingSlices:
         self.present = ds.present[rows]                                     # (m, C)
 
     def of(self, names):
-        """The slices of subjects that have all of these contrasts: {contrast: (k, H, W)}."""
+        """The slices of subjects that have all of these contrasts: {contrast: (k, H, W)}.
+
+        Reports need not be there, because no baseline reads them.
+        """
+        names = [name for name in names if name != TEXT]
         channels = [self.contrasts.index(name) for name in names]
         rows = self.present[:, channels].all(1)                             # (m,)
         return {name: self.images[rows, c] for name, c in zip(names, channels)}
@@ -52,9 +57,10 @@ def keep_baselines(run, ds, patterns):
                 continue
             learned = metrics.learn_baselines(both, sources, target)
             task = "+".join(sources) + "->" + target
-            content[f"{task}|copied"] = np.array(learned.copied)
             content[f"{task}|mean"] = learned.mean.astype(np.float32)
-            content[f"{task}|table"] = learned.lookup.table
+            if learned.copied is not None:
+                content[f"{task}|copied"] = np.array(learned.copied)
+                content[f"{task}|table"] = learned.lookup.table
 
     def save(temporary):
         # The file is opened here, because numpy would add .npz to a name.
@@ -74,9 +80,12 @@ def stored_baselines(home, task, sources):
     with np.load(path) as content:
         if f"{task}|mean" not in content:
             return {}
-        lookup = metrics.IntensityLookup.of_table(list(sources), content[f"{task}|table"])
-        learned = metrics.Baselines(str(content[f"{task}|copied"]), content[f"{task}|mean"], lookup)
-    return learned.predict(sources)
+        learned = metrics.Baselines(None, content[f"{task}|mean"], None)
+        if f"{task}|copied" in content:
+            learned.copied = str(content[f"{task}|copied"])
+            names = [name for name in sources if name != TEXT]
+            learned.lookup = metrics.IntensityLookup.of_table(names, content[f"{task}|table"])
+    return learned.predict(sources, len(next(iter(sources.values()))))
 
 
 def other_cohort(run, ds, split_typed):

@@ -15,6 +15,8 @@ fill(u, known, keys, watch) gets
     known   (B, C) bool
     keys    (subject, slice number) of each slice; they fix the noise
     watch   a list for the steps of the sampler, or None
+    wanted  (B, C) bool, only for a model whose .selective is True: which of the missing contrasts
+            to make. Other models make all
 
 and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
 scored and drawn beside the result, for example the prior that a sampler started from. An extra
@@ -31,7 +33,7 @@ from common import downstream, metrics, pictures, score_volumes
 from common.cli import as_command
 from common.cohort import TrainingSlices, stored_baselines
 from common.files import replace
-from common.table_pages import SHOWN, scores_csv
+from common.table_pages import SCORES, SHOWN, scores_csv
 from data import canonical_contrast
 
 TOLERANCE = 1e-3        # rounding may lead so far outside of [0,1]
@@ -162,14 +164,18 @@ class Trained:
 
 
 @torch.no_grad()
-def fill(model, u, known, keys, watch=None):
+def fill(model, u, known, keys, watch=None, wanted=None):
     """Call model.fill, after everything in u (B, C, H, W) that is not known (B, C) was set to zero.
 
     watch: a list, or None. It gets (title, state, estimate of x0) at each evaluation of the
     network. State and estimate are images (B, C, H, W) in [-1,1].
+    wanted: (B, C) bool, what the caller needs of the missing contrasts; None: all.
     """
     mask = known[:, :, None, None]                                          # (B, C, 1, 1)
-    return model.fill(torch.where(mask, u, 0), known, keys, watch)
+    u = torch.where(mask, u, 0)                                             # (B, C, H, W)
+    if getattr(model, "selective", False):
+        return model.fill(u, known, keys, watch, wanted)
+    return model.fill(u, known, keys, watch)
 
 
 # ---- test subjects -------------------------------------------------------------------------------
@@ -245,9 +251,11 @@ def evaluate(method, cfg, run, ds, model, home=None):
     segmenters = method.segmenters(cfg, run, ds, missing) if method.segmenters else {}
     # Tasks with the same sources are made together.
     wanted = {}
-    for (sources, _), rows in zip(patterns, rows_of):
+    targets = {}
+    for (sources, absent), rows in zip(patterns, rows_of):
         wanted[sources] = np.union1d(wanted.get(sources, rows), rows)
-    done = fill_test(method, cfg, run, ds, model, wanted)
+        targets.setdefault(sources, set()).update(absent)
+    done = fill_test(method, cfg, run, ds, model, wanted, targets)
     if run.rank > 0:
         return
 
@@ -279,6 +287,8 @@ def evaluate(method, cfg, run, ds, model, home=None):
     if method.judge:
         for task in tasks:
             further += method.judge(cfg, run, ds, task)
+    if method.overall:
+        further += method.overall(cfg, run, ds, model, tasks)
     if home is None:
         train = TrainingSlices(ds)
         simple = []
@@ -304,16 +314,17 @@ def in_parts(model, items, size, subject_of):
     return [list(part) for _, part in groupby(items, subject_of)]
 
 
-def fill_test(method, cfg, run, ds, model, wanted):
+def fill_test(method, cfg, run, ds, model, wanted, targets):
     """Fill rows of the data set from some of their contrasts -> {(sources, row): (images, notes)}.
 
-    wanted: {names of the known contrasts: rows}.
+    wanted: {names of the known contrasts: rows}. targets: {the same: what is made of these}.
 
     images: {name: (C, H, W)}, with the names of the method and of its extras. notes: {name: array}.
     The processes share the work, and each of them gets the results of all.
     """
     contrasts = list(ds.contrasts)
     mine = set(ds.split["test"][run.rank::run.world])
+    present = ds.present                                                    # (n, C)
     todo = []
     for sources, rows in wanted.items():
         todo += [(sources, int(r)) for r in rows if ds.subject[r] in mine]
@@ -321,15 +332,18 @@ def fill_test(method, cfg, run, ds, model, wanted):
     done = []
     for (part,) in run.batches("sampling", parts, 1):
         known = []
+        needed = []
         for sources, _ in part:
             known.append([c in sources for c in contrasts])
+            needed.append([c in targets[sources] for c in contrasts])
         known = torch.tensor(known, device=run.device)                      # (B, C)
         chosen = np.array([r for _, r in part])
+        needed = torch.tensor(needed & present[chosen], device=run.device)  # (B, C)
         keys = ds.keys(chosen)
         u = run.fetch(ds.images, chosen)                                    # (B, C, H, W)
         if method.disturb:
             u = method.disturb(cfg, run, u, keys)
-        images, notes = as_arrays(method.name, *fill(model, u, known, keys))
+        images, notes = as_arrays(method.name, *fill(model, u, known, keys, wanted=needed))
         for b, key in enumerate(part):
             here = ({name: x[b] for name, x in images.items()},
                     {name: x[b] for name, x in notes.items()})
@@ -389,7 +403,9 @@ def report(run, tasks, simple, protocol, further=()):
             kept[f"{task.name}|{method}"] = images[middle].astype(np.float16)
         kept[f"{task.name}|truth"] = task.truth[middle].astype(np.float16)
     rows += further
-    whole = [row for row in rows if not row.get("variant")]
+    made = {task.name for task in tasks}
+    whole = [row for row in rows if not row.get("variant") and row["task"] in made
+             and row["metric"] in SCORES]
     # Many tasks from one source each fit into a square; scores.csv holds all numbers.
     many = len(tasks) > 12 and all(len(task.sources) == 1 for task in tasks)
     table = metrics.matrix_table if many else metrics.markdown_table

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage, stats
 
+from data import TEXT
+
 K1 = 0.01               # the two constants of SSIM (Wang et al. 2004, Sec. III-C)
 K2 = 0.03
 FEWEST = 6              # subjects of a test; with five, the smallest two-sided p is 2/2^5 = .0625
@@ -38,7 +40,7 @@ def psnr(truth, image, data_range, mask=None):
     Identical images give inf, and an empty mask gives NaN.  Raises ValueError if the shapes differ,
     or if a pixel is not finite.
     """
-    truth, image, mask = _checked(truth, image, mask)
+    truth, image, mask = checked_images(truth, image, mask)
     error = _mean((truth - image) ** 2, mask)
     with np.errstate(divide="ignore"):                      # identical images: 1 / 0 is inf
         return 10 * np.log10(data_range ** 2 / error)
@@ -49,7 +51,7 @@ def mae(truth, image, mask=None):
 
     mask and errors: as of psnr.
     """
-    truth, image, mask = _checked(truth, image, mask)
+    truth, image, mask = checked_images(truth, image, mask)
     return _mean(np.abs(truth - image), mask)
 
 
@@ -58,7 +60,7 @@ def nmse(truth, image, mask=None):
 
     A blank truth gives NaN.  mask and errors: as of psnr.
     """
-    truth, image, mask = _checked(truth, image, mask)
+    truth, image, mask = checked_images(truth, image, mask)
     error = _mean((truth - image) ** 2, mask)
     energy = _mean(truth ** 2, mask)
     with np.errstate(divide="ignore", invalid="ignore"):    # blank truth: NaN in the next line
@@ -80,7 +82,7 @@ def ssim(truth, image, data_range, window="gauss", mask=None):
     Raises ValueError if a side has fewer than 11 pixels, if there is no such window, if the shapes
     differ, or if a pixel is not finite.
     """
-    truth, image, mask = _checked(truth, image, mask)
+    truth, image, mask = checked_images(truth, image, mask)
     if min(truth.shape[-2:]) < 11:
         raise ValueError(f"ssim: the images are {truth.shape[-2:]}, smaller than the 11x11 window; "
                          f"use larger images")
@@ -90,14 +92,18 @@ def ssim(truth, image, data_range, window="gauss", mask=None):
     values = np.empty(truth.shape[:-2])
     # slice by slice, because the five maps of a whole data set may not fit into memory
     for at in np.ndindex(values.shape):
-        similarity = _ssim_map(truth[at], image[at], data_range, window)
+        luminance, contrast = ssim_maps(truth[at], image[at], data_range, window)
+        similarity = luminance * contrast
         inner = None if mask is None else mask[at][edge:-edge, edge:-edge]
         values[at] = _mean(similarity[edge:-edge, edge:-edge], inner)
     return values[()]
 
 
-def _ssim_map(truth, image, data_range, window):
-    """(H, W) -> (H, W).  The outermost half window is not valid."""
+def ssim_maps(truth, image, data_range, window):
+    """The two factors of SSIM, luminance and contrast with structure.  (H, W) -> 2 maps (H, W)
+
+    The outermost half window of the maps is not valid.
+    """
     maps = np.stack([truth, image, truth * truth, image * image, truth * image])    # (5, H, W)
     if window == "gauss":
         maps = ndimage.gaussian_filter(maps, sigma=(0, 1.5, 1.5), radius=(0, 5, 5))
@@ -112,7 +118,8 @@ def _ssim_map(truth, image, data_range, window):
     c1 = (K1 * data_range) ** 2
     c2 = (K2 * data_range) ** 2
     luminance = (2 * mean_t * mean_i + c1) / (mean_t ** 2 + mean_i ** 2 + c1)
-    return luminance * (2 * covariance + c2) / (var_t + var_i + c2)
+    contrast = (2 * covariance + c2) / (var_t + var_i + c2)
+    return luminance, contrast
 
 
 def score(truth, image, mask=None):
@@ -124,14 +131,14 @@ def score(truth, image, mask=None):
     Raises ValueError if an image lies outside of [0,1] by more than 0.001, if the shapes differ, or
     if a pixel is not finite.  A smaller excess is rounding and is clipped.
     """
-    truth, image, mask = _checked(truth, image, mask)
-    truth = _in_unit_range("truth", truth)
-    image = _in_unit_range("image", image)
+    truth, image, mask = checked_images(truth, image, mask)
+    truth = in_unit_range("truth", truth)
+    image = in_unit_range("image", image)
     return {"psnr": psnr(truth, image, 1, mask), "ssim": ssim(truth, image, 1, mask=mask),
             "mae": mae(truth, image, mask), "nmse": nmse(truth, image, mask)}
 
 
-def _checked(truth, image, mask):
+def checked_images(truth, image, mask):
     """The arguments as float64 and bool arrays of one shape."""
     truth = np.asarray(truth, np.float64)
     image = np.asarray(image, np.float64)
@@ -148,7 +155,7 @@ def _checked(truth, image, mask):
     return truth, image, mask
 
 
-def _in_unit_range(name, image):
+def in_unit_range(name, image):
     """The image clipped to [0,1].  ValueError if this changes a pixel by more than rounding."""
     image = np.asarray(image)
     outside = (image < -ROUNDING) | (image > 1 + ROUNDING)
@@ -361,7 +368,7 @@ class IntensityLookup:
 
     def _cells(self, sources):
         """The place in the table of every pixel: one integer array per source."""
-        images = [_in_unit_range(f"source {name}", sources[name]) for name in self.names]
+        images = [in_unit_range(f"source {name}", sources[name]) for name in self.names]
         return tuple(np.ceil(image * self.bins).astype(int) for image in images)
 
     def predict(self, sources):
@@ -373,19 +380,20 @@ class IntensityLookup:
 class Baselines:
     """What to beat, learned on training slices.
 
-    copied    name of the source that is copied
+    copied    name of the source that is copied; None if no source is an image
     mean      (H, W), the mean of the training targets
-    lookup    an IntensityLookup
+    lookup    an IntensityLookup, or None
     """
-    copied: str
+    copied: str | None
     mean: np.ndarray
-    lookup: IntensityLookup
+    lookup: IntensityLookup | None
 
-    def predict(self, sources):
-        """{contrast: (n, H, W)} in [0,1] -> {name of the baseline: (n, H, W)}"""
-        copied = sources[self.copied]
-        return {"copy-source": copied,
-                "mean-of-train": np.broadcast_to(self.mean, (len(copied), *self.mean.shape)),
+    def predict(self, sources, count):
+        """{contrast: (n, H, W)} in [0,1] and n -> {name of the baseline: (n, H, W)}"""
+        mean = {"mean-of-train": np.broadcast_to(self.mean, (count, *self.mean.shape))}
+        if self.copied is None:
+            return mean
+        return {"copy-source": sources[self.copied], **mean,
                 "intensity-lookup": self.lookup.predict(sources)}
 
 
@@ -393,8 +401,11 @@ def learn_baselines(train, names, target):
     """Learn the Baselines of one task.
 
     train: {contrast: (m, H, W)} in [0,1].  names: the sources.  target: the wanted contrast.
+    A report among the sources is no image and is passed over.
     """
-    seen = {name: train[name] for name in names}
+    seen = {name: train[name] for name in names if name != TEXT}
+    if not seen:
+        return Baselines(None, mean_of_train(train[target]), None)
     return Baselines(copy_source(seen, train[target]), mean_of_train(train[target]),
                      IntensityLookup(seen, train[target]))
 
@@ -404,8 +415,10 @@ def baselines(train, sources, target):
 
     train: {contrast: (m, H, W)}, from which they are learned.  sources: {contrast: (n, H, W)}, to
     which they are applied.  target: the name of the wanted contrast.  All images lie in [0,1].
+    From a report alone, there is only "mean-of-train".
     """
-    return learn_baselines(train, sources, target).predict(sources)
+    count = len(next(iter(sources.values())))
+    return learn_baselines(train, sources, target).predict(sources, count)
 
 
 # ---- table ---------------------------------------------------------------------------------------

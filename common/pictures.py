@@ -1,9 +1,10 @@
-"""Labelled grids of images, error maps and line plots as PNG files, with Pillow and NumPy only.
+"""Labelled grids of images, error maps, line plots and maps of points: PNG files, with Pillow.
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
     grid("samples.png", [[source, made, truth]], ["t1", "made", "t2"], ["subject 7"])
     curves("training.png", {"loss": (steps, values)}, "step", "loss", "stage bridge", log_y=True)
+    scatter("map.png", xy, labels, "embeddings")
 
 A file is written in one move: whoever opens it sees the old picture or the new one, never a half.
 """
@@ -259,6 +260,58 @@ def _polyline(draw, points, colour, width):
         x, y = points[0]
         draw.ellipse([x - width, y - width, x + width, y + width], fill=colour)
     draw.line(points, fill=colour, width=width, joint="curve")
+
+
+# ---- points --------------------------------------------------------------------------------------
+
+
+def scatter(path, xy, labels, title, note=None):
+    """Write a map of points as a PNG file.
+
+    xy      (n, 2) finite numbers; y points upwards, and both axes have the same scale
+    labels  (n,) texts; each has a colour of its own, up to seven
+    note    a text below the map
+
+    Points are drawn in the order in which they stand.  The axes have no numbers, because a map of
+    embeddings has no units.  Raises ValueError if the shapes do not fit.
+    """
+    xy = np.asarray(xy, np.float64)
+    if xy.shape != (len(labels), 2) or not len(xy) or not np.isfinite(xy).all():
+        raise ValueError(f"scatter {path}: the points are {xy.shape}, with {len(labels)} labels; "
+                         f"give finite (n, 2) and one label per point")
+    names = sorted(set(map(str, labels)))
+    font = _font()
+    side = 400
+    top = 2 * LINE
+    left = 4 * GAP
+    right = left + side + 4 * GAP
+    texts = [_plain(name) for name in names]
+    foot = _wrap(note, side, font) if note else []
+    head = [_plain(title)]
+    low = xy.min(0)
+    span = float((xy.max(0) - low).max()) or 1.0
+    places = (xy - low) / span * side                       # (n, 2)
+    places = places + (side - places.max(0)) / 2            # in the middle of the map
+
+    # points are drawn at twice the size and then halved, so that they have smooth edges
+    width = max(right + 16 + _width(texts, font), _width(head + foot, font)) + 2 * GAP
+    height = top + max(side, len(names) * LINE) + (2 + len(foot)) * LINE
+    page = Image.new("RGB", (2 * width, 2 * height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for label, (x, y) in zip(map(str, labels), places):
+        colour = COLOURS[names.index(label) % len(COLOURS)]
+        _polyline(draw, [(left + x, top + side - y)], colour, 6)
+    for i in range(len(names)):
+        colour = COLOURS[i % len(COLOURS)]
+        _polyline(draw, [(right + 4, top + i * LINE + LINE // 2)], colour, 8)
+    page = page.reduce(2)
+
+    draw = ImageDraw.Draw(page)
+    _write(draw, GAP, GAP, head, font)
+    for i, text in enumerate(texts):
+        _write(draw, right + 16, top + i * LINE, [text], font)
+    _write(draw, GAP, height - len(foot) * LINE - GAP, foot, font)
+    _save(page, path)
 
 
 # ---- text and files ------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ def cosine_alpha_bar(T=1000):
     return torch.tensor(alpha, dtype=torch.float64).cumprod(0).float()  # (T,)
 
 
-def linear_alpha_bar(T=1000):
-    """Ho et al. (2020), Sec. 4: beta rises linearly from 1e-4 to 0.02 in T steps.  Returns (T,)."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)           # (T,)
+def linear_alpha_bar(T=1000, first=1e-4, last=0.02):
+    """Ho et al. (2020), Sec. 4: beta rises linearly from first to last in T steps.  Returns (T,)."""
+    beta = torch.linspace(first, last, T, dtype=torch.float64)          # (T,)
     return (1 - beta).cumprod(0).float()                                # (T,)
 
 

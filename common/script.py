@@ -65,6 +65,9 @@ class Method:
     judge       (cfg, run, ds, task) -> more rows of results.json about an evaluation.Task; or None
     regions     names of regions that are also scored by themselves, see evaluation.Task.regions
     gaps        True if subjects may lack contrasts; two are enough then
+    texts       True if reports count as the contrast "text"
+    overall     (cfg, run, ds, model, tasks) -> more rows of results.json, about all tasks together
+                and about what is no image; or None
     segmenters  (cfg, run, ds, contrasts) -> {contrast: segmenter} that judge the results; or None
     extensible  fields that may be raised to train a run further; nothing else may depend on them
     micro_batches    True if the training steps can be divided by --micro-batch
@@ -93,6 +96,8 @@ class Method:
     judge: Callable | None = None
     regions: tuple = ()
     gaps: bool = False
+    texts: bool = False
+    overall: Callable | None = None
     segmenters: Callable | None = None
     extensible: tuple = ()
     micro_batches: bool = False
@@ -135,7 +140,8 @@ def main(method, doc, argv=None):
     if args.reproduce == "list":
         print(list_tables(tables, method.figures))
     elif args.check:
-        if not data.check(args.data, method.contrasts(cfg), gaps=method.gaps):
+        if not data.check(args.data, method.contrasts(cfg), gaps=method.gaps,
+                          texts=method.texts):
             raise SystemExit(1)
     elif args.reproduce:
         # The flags of a run that is there already count, as for --evaluate.
@@ -244,7 +250,7 @@ def work_in(run, method, cfg, args, figure):
     if args.synthesize:
         say_how_far(method, run)
         contrasts = run.about["contrasts"]
-        subjects = data.find_layout(args.data, contrasts).subjects
+        subjects = data.find_layout(args.data, contrasts, texts=method.texts).subjects
         # The model never synthesises for subjects that it was trained on.
         unseen = [s for s in subjects if s.name not in run.about["train"]]
         model = method.load(cfg, run, unseen)
@@ -314,7 +320,7 @@ def open_data(method, cfg, args, run):
     return run.first(lambda: data.open_dataset(
         args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
         test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say,
-        gaps=method.gaps))
+        gaps=method.gaps, texts=method.texts))
 
 
 def say_how_far(method, run):

@@ -69,6 +69,22 @@ def named_pairs(words, contrasts):
     return pairs
 
 
+def named_directions(words, contrasts):
+    """The tasks that words such as t1+t2:pd mean: pairs (known contrasts, contrasts to make).
+
+    contrasts: those of the data.  RunError if a word does not name different ones of them.
+    """
+    found = []
+    for word in words:
+        sides = [tuple(map(canonical_contrast, side.split("+"))) for side in word.split(":")]
+        names = [name for side in sides for name in side]
+        if len(sides) != 2 or len(set(names)) < len(names) or not set(names) <= set(contrasts):
+            raise RunError(f"{word}: name different ones of {', '.join(contrasts)}, such as "
+                           f"{contrasts[0]}:{contrasts[-1]}", status=2)
+        found.append(tuple(sides))
+    return found
+
+
 def chosen_direction(pairs, only, contrasts):
     """Of such pairs the one that `only` names, as a list; all pairs if `only` is empty.
 

@@ -2,6 +2,7 @@
 
 `open_dataset` turns a folder of scans into one array of slices that is split by person.
 `load_subject` reads one subject of such a folder, and `load_scans` reads any files of one subject.
+`read_picture` reads a PNG or JPEG file, and `clean_report` cleans the words of a report.
 `check` says what is wrong with a folder. `write_volume` writes a volume on the grid of its source.
 Each name stands in the file that it is imported from here.
 Decoded slices are kept under runs/cache/, never in the data folder. What is left out is counted and
@@ -12,7 +13,8 @@ from data.check import check
 from data.dataset import Dataset, Rows, evenly, is_phantom, make_phantom, open_dataset
 from data.files import DataError
 from data.intensities import Scale, denormalise, normalise
-from data.layouts import Layout, Subject, canonical_contrast, find_layout
+from data.layouts import TEXT, Layout, Subject, canonical_contrast, find_layout
+from data.picture_files import StoredPicture, fit_picture, read_picture, write_picture
 from data.prompts import (
     PROMPT_FIELDS,
     caption,
@@ -22,6 +24,7 @@ from data.prompts import (
     scan_fields,
     scan_prompt,
 )
+from data.reports import clean_report
 from data.split import make_split
 from data.subject import (
     Picture,
@@ -34,9 +37,10 @@ from data.subject import (
 )
 from data.volumes import Volume, read_volume, write_volume
 
-__all__ = ["PROMPT_FIELDS", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale", "Subject",
-           "SubjectSlices", "Volume", "canonical_contrast", "caption", "check", "denormalise",
-           "describe_lesion", "evenly", "find_layout", "is_phantom", "kept_slices", "load_scans",
-           "load_subject", "make_phantom", "make_split", "normalise", "open_dataset", "picture_of",
-           "prompt", "read_volume", "record_of", "scan_fields", "scan_prompt", "to_synthesize",
-           "write_volume"]
+__all__ = ["PROMPT_FIELDS", "TEXT", "DataError", "Dataset", "Layout", "Picture", "Rows", "Scale",
+           "StoredPicture", "Subject", "SubjectSlices", "Volume", "canonical_contrast", "caption",
+           "check", "clean_report", "denormalise", "describe_lesion", "evenly", "find_layout",
+           "fit_picture", "is_phantom", "kept_slices", "load_scans", "load_subject", "make_phantom",
+           "make_split", "normalise", "open_dataset", "picture_of", "prompt", "read_picture",
+           "read_volume", "record_of", "scan_fields", "scan_prompt", "to_synthesize",
+           "write_picture", "write_volume"]

@@ -24,6 +24,7 @@ import numpy as np
 
 from data.files import DataError, Progress, write_atomically
 from data.identity import BLOCK, size_text, stamps_of
+from data.layouts.words import TEXT
 from data.stack import Stack
 from data.subject import load_subject
 
@@ -189,8 +190,8 @@ def _describe(slices, numbers, images, contrasts):
         scales[contrast] = [float(scale.background), float(scale.high)]
     digests = {}                        # equal images in two subjects are found by these
     for channel, contrast in enumerate(contrasts):
-        if not slices.present[channel]:
-            continue
+        if not slices.present[channel] or contrast == TEXT:
+            continue                    # all reports have the same blank channel
         channel_bytes = np.ascontiguousarray(images[:, channel])
         digests[contrast] = hashlib.blake2b(channel_bytes, digest_size=16).hexdigest()
     lesion = [slices.lesion[number] if slices.lesion else None for number in numbers]

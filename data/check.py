@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import grouped, make_phantom
+from data.dataset import evenly, grouped, make_phantom
 from data.files import DataError
 from data.intensities import find_background, foreground, normalise
-from data.layouts import find_layout
+from data.layouts import TEXT, find_layout
 from data.layouts.words import kind_of
+from data.picture_files import read_picture
 from data.prompts import record_of, scan_fields, scan_prompt
+from data.reports import clean_report
 from data.subject import anchor_name, read_scan, reference_first, require_pre
 from data.volumes import read_slices, read_volume, resample_to, same_grid
 
@@ -17,17 +19,18 @@ from data.volumes import read_slices, read_volume, resample_to, same_grid
 ROW = "{:24} {:8} {:>13} {:>16} {:4} {:>19} {:>10} {}"
 
 
-def check(folder, contrasts=None, say=print, gaps=False):
+def check(folder, contrasts=None, say=print, gaps=False, texts=False):
     """Open every file of a folder, and say what was found and what is wrong.
 
     gaps: True if subjects may lack contrasts, as in open_dataset. Two contrasts are enough then.
+    texts: True if reports count as a contrast, as in open_dataset.
     say: A function that gets every line for the user.
     The result is True if open_dataset can use the folder. No DataError is raised; it is said.
     """
     folder = Path(folder)
     try:
         make_phantom(folder, say)
-        layout = find_layout(folder, contrasts, every=gaps)
+        layout = find_layout(folder, contrasts, gaps, texts)
     except DataError as error:
         say(f"error: {error}")
         return False
@@ -50,11 +53,15 @@ def check(folder, contrasts=None, say=print, gaps=False):
             notes = []
         else:
             errors, notes = _check_subject(subject, layout.contrasts, say)
+            more_errors, more_notes = _check_pictures(subject, layout.contrasts, say)
+            errors += more_errors
+            notes += more_notes
         all_errors += errors
         all_notes += notes
         if not errors and len(subject.files) >= needed:
             complete += 1
             people.add(subject.person)
+    _say_reports(layout.subjects, say)
     _say_records(layout, say)
     for note in grouped(all_notes):
         say(f"note: {note}")
@@ -113,6 +120,42 @@ def _check_subject(subject, contrasts, say):
     return errors, notes
 
 
+def _check_pictures(subject, contrasts, say):
+    """Say one row of the table for each picture -> (errors, notes), see _check_subject."""
+    errors = []
+    notes = []
+    for contrast in contrasts:
+        for path in subject.pictures(contrast):
+            try:
+                picture = read_picture(path)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            notes += [(f"{subject.name} {contrast}", note) for note in picture.notes]
+            height, width = picture.array.shape
+            say(ROW.format(subject.name, contrast, f"{width}x{height}", "-", "-",
+                           f"{picture.array.min():.4g}..{picture.array.max():.4g}", "-",
+                           f"{'-':>10}"))
+    return errors, notes
+
+
+def _say_reports(subjects, say):
+    """If there are reports, say how many and how long they are, and show three of them."""
+    texts = [clean_report(subject.report, mimic=True) for subject in subjects
+             if TEXT in subject.files]
+    if not texts:
+        return
+    vocabulary = set()
+    for text in texts:
+        vocabulary.update(text.split())
+    lengths = [len(text.split()) for text in texts]
+    say(f"reports: {len(texts)}; words in the shortest, the median and the longest: "
+        f"{min(lengths)}, {np.median(lengths):g}, {max(lengths)}; "
+        f"different words: {len(vocabulary)}")
+    for text in [texts[i] for i in evenly(np.arange(len(texts)), 3)]:
+        say(f"report: {text}")
+
+
 def _say_records(layout, say):
     """If the layout knows its scans, say in tables what is known, and show up to three prompts."""
     if not any(subject.records for subject in layout.subjects):
@@ -120,7 +163,7 @@ def _say_records(layout, say):
     say("scans, and the share of them of which a field is known, in %:")
     first = []                          # prompts of the first contrast of each kind
     others = []
-    for kind in ("MRI", "CT", "PET"):
+    for kind in ("MRI", "CT", "PET", "X-ray"):
         contrasts = [contrast for contrast in layout.contrasts if kind_of(contrast) == kind]
         texts = _say_kind(kind, contrasts, layout.subjects, say)
         first += texts[:1]

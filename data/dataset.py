@@ -11,9 +11,10 @@ from data.cache import cached_slices
 from data.files import DataError
 from data.identity import Memory, digests_of, fingerprint_of, subject_key
 from data.intensities import WINDOWS, Scale
-from data.layouts import find_layout
+from data.layouts import TEXT, find_layout
 from data.prompts import caption
-from data.split import check_duplicates, make_split, read_split
+from data.reports import clean_report
+from data.split import check_duplicates, make_split, read_split, use_split
 from data.stack import Stack
 from data.subject import picture_of
 
@@ -56,7 +57,7 @@ class Dataset:
     incomplete: list                # those of them that lack too many contrasts to be used
     split: dict                     # {"train": [names], "val": [names], "test": [names]}
     images: Stack                   # (n, C, size, size) float16 in [0, 1], read when indexed; 0
-                                    # where a contrast is missing
+                                    # where a contrast is missing, and for reports
     subject: np.ndarray             # (n,) names
     slice_number: np.ndarray        # (n,) index of the slice in the canonical volume
     position: np.ndarray            # (n,) height in the kept range, from 0 to 1
@@ -96,6 +97,16 @@ class Dataset:
         for subject in self.subjects:
             has[subject.name] = [contrast in subject.files for contrast in self.contrasts]
         return np.array([has[name] for name in self.subject])
+
+    def reports(self, rows):
+        """The cleaned report of the subject of each row, or None where there is no report."""
+        names = [str(self.subject[r]) for r in rows]
+        cleaned = dict.fromkeys(names)
+        for subject in self.subjects:
+            if subject.name in cleaned and TEXT in subject.files:
+                # For MIMIC, lines are joined. Reports without line breaks give the same words.
+                cleaned[subject.name] = clean_report(subject.report, mimic=True)
+        return [cleaned[name] for name in names]
 
     def having(self, rows, contrasts):
         """Those of the rows whose subjects have all of these contrasts."""
@@ -155,7 +166,8 @@ def evenly(rows, most):
 
 
 def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8,
-                 test_subjects=50, cache=Path("runs/cache"), workers=0, say=print, gaps=False):
+                 test_subjects=50, cache=Path("runs/cache"), workers=0, say=print, gaps=False,
+                 texts=False):
     """Recognise, check, decode and split a folder of scans -> Dataset. Decoding is done once.
 
     contrasts: The names of the channels in order, by default all that most subjects have.
@@ -167,11 +179,13 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     say: A function that gets every line for the user.
     gaps: True if subjects may lack contrasts. Two are enough then, and by default the contrasts are
     all that at least two subjects have. The images of a missing contrast are 0.
+    texts: True if reports count as a contrast, which is called "text"; see find_layout. Its images
+    are 0 everywhere. Dataset.present tells which rows have a report, and Dataset.reports gives it.
     DataError for everything that is wrong with the data.
     """
     folder = Path(folder)
     make_phantom(folder, say)
-    layout = find_layout(folder, contrasts, every=gaps)
+    layout = find_layout(folder, contrasts, gaps, texts)
     needed = 2 if gaps else len(layout.contrasts)
     complete = []
     incomplete = []
@@ -182,8 +196,10 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     _require_two(folder, layout, complete)
     if split_file:
         split = read_split(split_file, complete, say)
+    elif layout.split:
+        split = use_split(layout.split, complete, seed, say)
     else:
-        split = layout.split or make_split(complete, seed, train_fraction, test_subjects)
+        split = make_split(complete, seed, train_fraction, test_subjects)
     if not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
     workers = workers or min(4, os.cpu_count() or 1)

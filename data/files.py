@@ -30,6 +30,11 @@ def is_nifti(path):
     return re.search(r"\.nii(\.gz)?$", Path(path).name, re.IGNORECASE) is not None
 
 
+def is_picture(path):
+    """True if the name ends in .png, .jpg or .jpeg, in lower or upper case."""
+    return re.search(r"\.(png|jpe?g)$", Path(path).name, re.IGNORECASE) is not None
+
+
 @contextmanager
 def write_atomically(path):
     """Open a new binary file for writing; missing folders above it are made.

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data.files import DataError, Progress, write_atomically
 from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, PET_WINDOW
-from data.layouts.words import BODY_CONTRASTS
+from data.layouts.words import BODY_CONTRASTS, TEXT
 
 VERSION = 5             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
@@ -131,12 +131,17 @@ def subject_key(subject, digests, contrasts, size):
     """
     files = {}
     for contrast in contrasts:
+        if contrast == TEXT:
+            continue
         paths = subject.files.get(contrast, ())
         paths = paths if isinstance(paths, tuple) else (paths,)
         files[contrast] = [digests[path] for path in paths]
     about = {"version": VERSION, "name": subject.name, "contrasts": list(contrasts), "size": size,
              "files": files, "segmentation": digests.get(subject.segmentation),
              "echoes": subject.echoes, "grid": subject.grid}
+    if TEXT in contrasts:
+        # The words count, not their file, which may hold the reports of all subjects.
+        about["report"] = subject.report
     if "ct" in contrasts:
         about["window"] = [CT_WINDOW, BRAIN_WINDOW]
     if not BODY_CONTRASTS.isdisjoint(contrasts):

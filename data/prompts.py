@@ -13,19 +13,20 @@ from data.layouts.words import TRACERS, kind_of
 
 # The words for a contrast in a caption.
 MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": "PDw",
-              "t2star": "T2star", "swi": "SWI", "ct": "CT", "cta": "CTA", "pet": "PET",
-              "fdg": "FDG PET", "av45": "AV45 PET", "tau": "AV1451 PET", "pib": "PIB PET",
-              "fbb": "FBB PET",
-              "pre": "T1w before contrast", "post": "T1w after contrast"}
+              "t2star": "T2star", "swi": "SWI", "cine": "cine", "ct": "CT", "cta": "CTA",
+              "pet": "PET", "fdg": "FDG PET", "av45": "AV45 PET", "tau": "AV1451 PET",
+              "pib": "PIB PET", "fbb": "FBB PET",
+              "pre": "T1w before contrast", "post": "T1w after contrast", "xray": "X-ray"}
 # The words for a contrast in a prompt.
 DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI",
                 "t1ce": "contrast-enhanced T1-weighted MRI", "t2": "T2-weighted MRI",
                 "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI",
-                "swi": "susceptibility-weighted MRI", "ct": "CT", "cta": "CT angiography",
+                "swi": "susceptibility-weighted MRI", "cine": "cine MRI", "ct": "CT",
+                "cta": "CT angiography",
                 "pet": "PET", "fdg": "FDG PET", "av45": "florbetapir PET",
                 "tau": "flortaucipir PET", "pib": "PIB PET", "fbb": "florbetaben PET",
                 "pre": "T1-weighted MRI before contrast agent",
-                "post": "T1-weighted MRI after contrast agent"}
+                "post": "T1-weighted MRI after contrast agent", "xray": "X-ray"}
 # Facts in the order of a caption. Only those that are known are written.
 META_FIELDS = (("age", "Age: {} y"), ("sex", "Sex: {}"), ("TR", "TR: {} ms"), ("TE", "TE: {} ms"),
                ("TI", "TI: {} ms"), ("FA", "FA: {} deg"))
@@ -42,7 +43,8 @@ SCAN_FORMS = {
            "Contrast: {agent}"),
     "PET": ("Modality: {modality}", "Tracer: {tracer}", "Age: {age y}", "Sex: {sex}",
             "Scanner: {vendor} {model}", "Voxel: {voxel mm}", "Dose: {dose MBq}",
-            "Start: {start s}", "Duration: {duration s}", "Recon: {recon}")}
+            "Start: {start s}", "Duration: {duration s}", "Recon: {recon}"),
+    "X-ray": ("Modality: {modality}", "Age: {age y}", "Sex: {sex}", "Scanner: {vendor} {model}")}
 
 
 def caption(contrast, position, brain, lesion=None, meta=None):

@@ -30,10 +30,7 @@ def make_split(subjects, seed, train_fraction, test_subjects):
         raise DataError(f"split: train_fraction {train_fraction} must lie between 0 and 1, "
                         f"test_subjects {test_subjects} must be above 0")
 
-    def draw(person):
-        return hashlib.sha256(f"{seed}:{person}".encode()).hexdigest()
-
-    people = sorted({subject.person for subject in subjects}, key=draw)
+    people = _drawn({subject.person for subject in subjects}, seed)
     n = len(people)
     if n < 2:
         raise DataError(f"split: all subjects are visits of {people[0]}; "
@@ -57,6 +54,47 @@ def make_split(subjects, seed, train_fraction, test_subjects):
     for part, group in groups.items():
         split[part] = sorted(subject.name for subject in subjects if subject.person in group)
     return split
+
+
+def use_split(given, subjects, seed, say):
+    """The split that a data set comes with, for its complete subjects -> a split as make_split's.
+
+    If it has no validation part, a tenth of the persons for training validates, if there are ENOUGH
+    of them. This depends on the names and the seed only.
+
+    given: {"train": [names], "val": [names], "test": [names]}; other names are left out.
+    DataError if train or test is empty then.
+    """
+    person = {subject.name: subject.person for subject in subjects}
+    split = {}
+    for part in PARTS:
+        split[part] = [name for name in given[part] if name in person]
+    for part in ("train", "test"):
+        if not split[part]:
+            raise DataError(f"split: no subject of the data set's own {part} part is complete; "
+                            "give a split of your own with --split")
+    people = _drawn({person[name] for name in split["train"]}, seed)
+    if not split["val"] and len(people) >= ENOUGH:
+        moved = set(people[:round(len(people) / 10)])
+        split["val"] = [name for name in split["train"] if person[name] in moved]
+        split["train"] = [name for name in split["train"] if person[name] not in moved]
+        say(f"  the data set's own split has no validation part: {len(moved)} persons of the "
+            "training part validate")
+    part_of = {}                        # person -> part
+    for part, names in split.items():
+        for name in names:
+            if part_of.setdefault(person[name], part) != part:
+                say(f"  warning: images of {person[name]} are in {part_of[person[name]]} and "
+                    f"{part} of the data set's own split")
+    return split
+
+
+def _drawn(people, seed):
+    """Persons in a random order, which depends on their names and the seed only."""
+    def draw(person):
+        return hashlib.sha256(f"{seed}:{person}".encode()).hexdigest()
+
+    return sorted(people, key=draw)
 
 
 def read_split(split_file, subjects, say):

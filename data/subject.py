@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import DataError, is_nifti
+from data.files import DataError, is_nifti, is_picture
 from data.intensities import (
     BRAIN_WINDOW,
     PET_DARK,
@@ -23,7 +23,8 @@ from data.intensities import (
     normalise,
 )
 from data.layouts import CONTRASTS, Subject, canonical_contrast
-from data.layouts.words import BODY_CONTRASTS, preferred_grid
+from data.layouts.words import BODY_CONTRASTS, TEXT, preferred_grid
+from data.picture_files import fit_picture, read_picture, write_picture
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
@@ -52,23 +53,28 @@ class SubjectSlices:
 
     Z is the number of slices, C the number of contrasts, S the size of a slice in pixels. The
     reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
+    A picture, such as an X-ray, has no grid in space. It is the same in all slices. A subject of
+    pictures only has one slice for each view. The channel of a report ("text") is 0 everywhere.
     """
 
     images: np.ndarray              # (Z, C, S, S) in [0, 1]; float32, or float16 of .npy slices.
                                     # They are 0 where a contrast is missing.
     present: np.ndarray             # (C,) bool
-    scales: dict                    # contrast -> Scale
+    scales: dict                    # contrast -> Scale; pictures and reports have none
     kept: np.ndarray                # (Z,) bool; see kept_slices
     constant: int                   # number of slices that hold a single value in some contrast
     position: np.ndarray            # (Z,) from 0 at the lowest to 1 at the highest kept slice
     brain: np.ndarray               # (Z,) foreground of the reference as a share of the picture
     lesion: list | None             # (Z,) of str; None without a segmentation
     labels: np.ndarray | None       # (Z, S, S) uint8, the segmentation; None without one
-    reference: Volume | None        # as read; outputs are written on its grid. None for .npy slices
+    reference: Volume | None        # as read; outputs are on its grid. None without a NIfTI file
     notes: list                     # (file, sentence) pairs
 
     def write(self, path, slices, description, overwrite=False, contrast=None, window=None):
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
+
+        A path that ends in .png gives grey pictures of S x S pixels in normalised units instead,
+        see to_synthesize. The first slice gets this path, and the others get _2, _3 and so on.
 
         contrast: If it is given, the unit follows the description in the header. CT and CTA are
         written in HU and PET in SUV. A scan after an agent is written in the units of the scan
@@ -78,6 +84,12 @@ class SubjectSlices:
             Dataset.windows.
         DataError if the file exists and `overwrite` is False, or if it cannot be written.
         """
+        path = Path(path)
+        if is_picture(path):
+            for number, plane in enumerate(slices, 1):
+                name = path.name if number == 1 else f"{path.stem}_{number}{path.suffix}"
+                write_picture(path.with_name(name), plane, f"{description}, normalised", overwrite)
+            return
         array = unfit(slices, self.reference.array.shape)
         unit = "normalised"
         if contrast in WINDOWS:
@@ -95,11 +107,12 @@ class SubjectSlices:
 
 
 def load_subject(subject, contrasts, size, use=None, picture=None):
-    """Read one subject -> SubjectSlices, with all contrasts on the grid of the reference.
+    """Read one subject -> SubjectSlices, with all volumes on the grid of the reference.
 
     Every contrast is normalised on its own grid first. Its scale therefore does not depend on the
     grid of the reference. Outside of its own box a contrast is 0, which is air in CT.
     A scan after an agent ("post") is normalised by the scale of the scan before it ("pre").
+    Pictures are read by _add_pictures.
     subject: A layouts.Subject.
     contrasts: The names of the channels, in order.
     size: The height and width of a slice in pixels.
@@ -111,11 +124,27 @@ def load_subject(subject, contrasts, size, use=None, picture=None):
     """
     if subject.in_slices:
         return _load_slices(subject, contrasts, size, use)
-    wanted = [contrast for contrast in contrasts if use is None or contrast in use]
-    read = reference_first(subject, wanted)
-    if not read:
+    wanted = []
+    for contrast in contrasts:
+        if contrast in subject.files and (use is None or contrast in use):
+            wanted.append(contrast)
+    if not wanted:
         raise DataError(f"subject {subject.name}: has none of {', '.join(use or contrasts)}; "
                         "add a file")
+    if reference_first(subject, wanted):
+        slices = _load_volumes(subject, contrasts, size, wanted, picture)
+    else:
+        slices = _blank_slices(subject, contrasts, size, wanted)
+    _add_pictures(slices, subject, contrasts, wanted)
+    return slices
+
+
+def _load_volumes(subject, contrasts, size, wanted, picture):
+    """Read the volumes of one subject; the channels of pictures stay 0. See load_subject.
+
+    wanted: The contrasts that are read, as in load_subject.
+    """
+    read = reference_first(subject, wanted)
     body = shows_body(contrasts)
     notes = []
     reference = _grid_of_missing_pet(subject, contrasts, size, read, picture, notes)
@@ -141,8 +170,8 @@ def load_subject(subject, contrasts, size, use=None, picture=None):
             images = np.zeros((depth, len(contrasts), size, size), np.float32)
         images[:, contrasts.index(contrast)] = fit(u, size)
         areas.append(mask.sum((0, 1)))
-    present = np.array([contrast in read for contrast in contrasts])
-    flat = _flat_slices(images[:, present])
+    present = np.array([contrast in wanted for contrast in contrasts])
+    flat = _flat_slices(images[:, [contrasts.index(contrast) for contrast in read]])
     width, height = reference.array.shape[:2]
     kept = kept_slices(np.stack(areas), width * height if body else None) & ~flat
     lesion = None
@@ -155,6 +184,48 @@ def load_subject(subject, contrasts, size, use=None, picture=None):
     frame = max(size, width, height) ** 2               # source pixels that the picture covers
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
                          areas[0] / frame, lesion, labels, reference, notes)
+
+
+# ---- Pictures and reports ------------------------------------------------------------------------
+
+def _blank_slices(subject, contrasts, size, wanted):
+    """Slices that are all 0, for a subject without volumes: one for each view, but at least one.
+
+    It is not known where in the body they lie, so their position is 0.5. All are kept.
+    """
+    views = max(1, *(len(subject.pictures(contrast)) for contrast in wanted))
+    images = np.zeros((views, len(contrasts), size, size), np.float32)
+    present = np.array([contrast in wanted for contrast in contrasts])
+    return SubjectSlices(images, present, {}, np.ones(views, bool), 0, np.full(views, 0.5),
+                         np.zeros(views), None, None, None, [])
+
+
+def _add_pictures(slices, subject, contrasts, wanted):
+    """Read the pictures of a subject into the images of its SubjectSlices.
+
+    Without volumes, each view has a slice. Otherwise all slices show the first picture of a
+    contrast. A picture is never resampled to the grid of a volume, because it is a projection, or
+    its place in the body is not known.
+    DataError if a picture cannot be read.
+    """
+    depth = len(slices.images)
+    for contrast in wanted:
+        paths = subject.pictures(contrast)
+        if not paths:
+            continue
+        views = paths if slices.reference is None and len(paths) == depth else paths[:1]
+        if len(views) < len(paths):
+            slices.notes.append((paths[0].name, f"is used, the first of {len(paths)} pictures, "
+                                 "because the subject has other images, too"))
+        planes = []
+        for path in views:
+            picture = read_picture(path)
+            slices.notes += [(path.name, note) for note in picture.notes]
+            planes.append(fit_picture(picture.array, slices.images.shape[2]))
+        channel = contrasts.index(contrast)
+        slices.images[:, channel] = np.stack(planes)        # a single one goes into all slices
+        if slices.reference is None:
+            slices.brain = np.mean(slices.images[:, channel] > 0, (1, 2))
 
 
 # ---- The grid of a PET that is not there ---------------------------------------------------------
@@ -210,20 +281,20 @@ def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
 # ---- Any files -----------------------------------------------------------------------------------
 
 def load_scans(files, contrasts, size, picture=None):
-    """Read any NIfTI files of one subject -> SubjectSlices, as load_subject gives.
+    """Read any files of one subject -> SubjectSlices, as load_subject gives.
 
-    files: {contrast: path of a NIfTI file}. A contrast of `contrasts` that is not in files is
-    missing: its slices are 0, and `present` is False for it.
+    files: {contrast: path of a NIfTI file; an X-ray may be a PNG or JPEG picture}. A contrast of
+    `contrasts` that is not in files is missing: its slices are 0, and `present` is False for it.
     contrasts: The names of the channels, in order. In both arguments other words for a contrast are
-    understood, such as t1gd for t1ce.
+    understood, such as t1gd for t1ce. The channel "text" is blank.
     size: The height and width of a slice in pixels.
     picture: A Picture for a CT without PET, see load_subject.
     DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
     `contrasts`, if there is no file, or if a file cannot be used.
     """
-    channels = _canonical_names(contrasts)
+    channels = _canonical_names(contrasts, (TEXT, *CONTRASTS))
     paths = {}
-    for contrast, path in zip(_canonical_names(files), files.values()):
+    for contrast, path in zip(_canonical_names(files, CONTRASTS), files.values()):
         path = Path(path)
         if contrast not in channels:
             raise DataError(f"load_scans: {path} is {contrast}, which is not one of the contrasts "
@@ -231,9 +302,9 @@ def load_scans(files, contrasts, size, picture=None):
         if not path.is_file():
             raise DataError(f"load_scans: {contrast} {path} does not exist or is no file; "
                             "correct the path")
-        if not is_nifti(path):
+        if not is_nifti(path) and not (contrast == "xray" and is_picture(path)):
             raise DataError(f"load_scans: {contrast} {path} is neither .nii nor .nii.gz; "
-                            "convert it to NIfTI")
+                            "convert it to NIfTI, or an X-ray to .png")
         paths[contrast] = path
     if not paths:
         raise DataError(f"load_scans: no file is given; give one of {', '.join(channels)}")
@@ -242,12 +313,12 @@ def load_scans(files, contrasts, size, picture=None):
     return load_subject(subject, channels, size, picture=picture)
 
 
-def _canonical_names(names):
-    """The project's names of contrasts, in order. DataError if one is unknown or named twice."""
+def _canonical_names(names, known):
+    """The project's names of contrasts, in order. DataError if one is not known or named twice."""
     found = []
     for name in names:
         contrast = canonical_contrast(name)
-        if contrast not in CONTRASTS:
+        if contrast not in known:
             raise DataError(f"load_scans: {name} is no contrast; "
                             f"the contrasts are {', '.join(CONTRASTS)}")
         if contrast in found:
@@ -334,7 +405,7 @@ def _flat_slices(images):
 
 
 def reference_first(subject, contrasts):
-    """Those of the contrasts that the subject has, in the order in which to read them.
+    """Those of the contrasts that the subject has as volumes, in the order in which to read them.
 
     The first is the reference, onto whose grid all others are resampled. pre comes before post,
     which is scaled like it.
@@ -343,7 +414,11 @@ def reference_first(subject, contrasts):
         place = subject.grid.index(contrast) if contrast in subject.grid else len(subject.grid)
         return place, contrast == "post"
 
-    return sorted([contrast for contrast in contrasts if contrast in subject.files], key=rank)
+    volumes = []
+    for contrast in contrasts:
+        if contrast in subject.files and contrast != TEXT and not subject.pictures(contrast):
+            volumes.append(contrast)
+    return sorted(volumes, key=rank)
 
 
 def anchor_name(read, contrasts):
@@ -358,12 +433,15 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
     A contrast is absent if the subject has no file of it, or if `asked` names it. A subject is left
     out if it lacks nothing or has no source. It is also left out, and this is said, if all its
     outputs exist already in folder/<subject>.
+    An output is a NIfTI file on the grid of the sources. An X-ray, and every image of a subject
+    without a NIfTI source, is a picture (.png). A report is a .txt file.
     say: A function that gets every line for the user.
     picture: A Picture for subjects without PET, see load_subject.
     tags: {contrast: what its file is called beyond the usual}.
     DataError if a source cannot be read.
     """
     made = 0
+    said_pictures = False
     for subject in subjects:
         absent = [c for c in contrasts if c not in subject.files or c in asked]
         sources = [c for c in contrasts if c not in absent]
@@ -374,16 +452,29 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
         paths = {}
         for c in absent:
             tag = (tags or {}).get(c, "")
-            paths[c] = home / f"{subject.name}_{c}{tag}_synthetic.nii.gz"
+            paths[c] = home / f"{subject.name}_{c}{tag}_synthetic{_ending_of(c, subject, sources)}"
         if all(path.exists() for path in paths.values()):
             say(f"{subject.name}: {', '.join(absent)} is already in {home}; "
                 "delete it to make it again")
             continue
+        pictures = [c for c in absent if is_picture(paths[c]) and c != "xray"]
+        if pictures and not said_pictures:
+            said_pictures = True
+            say("subjects without a NIfTI source have no grid in space: their images are written "
+                "as PNG in normalised units, 0 to 1 as 0 to 255")
         slices = load_subject(subject, contrasts, size, sources, picture)
         yield subject, sources, absent, slices, paths
     if not made:
         say("nothing to synthesise: every subject has every contrast; "
             "name one to be made although it exists")
+
+
+def _ending_of(contrast, subject, sources):
+    """How the file of a synthetic contrast ends, see to_synthesize."""
+    if contrast == TEXT:
+        return ".txt"
+    volumes = subject.in_slices or reference_first(subject, sources)
+    return ".nii.gz" if volumes and contrast != "xray" else ".png"
 
 
 def shows_body(contrasts):

@@ -1,20 +1,29 @@
 """Which file is which: the names of files and folders in data sets. No voxel is read here.
 
-Each family of data sets has a reader of its own, in folders.py, bids.py, ixi.py, adni.py,
-hecktor.py, mamamia.py, autopet.py and slices.py. A user can also say which file is which, see
-manifest.py. What they share is in words.py. Sheets beside the scans are read in sheets.py.
-records.py and sidecars.py tell what is known of a scan. find_layout looks at a folder and calls the
-reader that fits.
+Each family of data sets has a reader of its own in this folder, and what they share is in words.py.
+A user can also say which file is which, see manifest.py and reports_table.py. Sheets beside the
+scans are read in sheets.py. records.py and sidecars.py tell what is known of a scan. find_layout
+looks at a folder and calls the reader that fits.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import DataError, is_nifti
+from data.files import DataError, is_nifti, is_picture
+from data.layouts.acdc import collect_acdc, is_acdc
 from data.layouts.adni import ADNI_FILE, collect_adni
 from data.layouts.autopet import AUTOPET_FILE, collect_autopet
 from data.layouts.bids import collect_bids, is_bids
+from data.layouts.chestxray14 import collect_chestxray14, is_chestxray14
+from data.layouts.chexpert import (
+    collect_chexpert,
+    collect_rsna,
+    collect_siim,
+    is_chexpert,
+    is_rsna,
+    is_siim,
+)
 from data.layouts.folders import (
     collect_subjects,
     edition_of,
@@ -25,26 +34,46 @@ from data.layouts.hecktor import HECKTOR_FILE, collect_hecktor
 from data.layouts.ixi import IXI_FILE, collect_ixi
 from data.layouts.mamamia import MAMAMIA_FILE, collect_mamamia
 from data.layouts.manifest import collect_manifest
+from data.layouts.medicat import collect_medicat, is_medicat
+from data.layouts.mimic import collect_mimic, is_mimic
+from data.layouts.openi import collect_openi, is_openi
+from data.layouts.r2gen import collect_r2gen, is_r2gen
+from data.layouts.reports_table import collect_reports_table, is_reports_table
 from data.layouts.sheets import read_labels, read_patients, read_suv_factors
 from data.layouts.slices import collect_slices
 from data.layouts.words import (
     BODY_CONTRASTS,
     CONTRASTS,
+    TEXT,
     Subject,
     canonical_contrast,
     few,
     preferred_grid,
     role_of,
 )
+from data.reports import prepare_reports
 
-__all__ = ["CONTRASTS", "Layout", "Subject", "canonical_contrast", "find_layout", "person_of",
-           "role_of"]
+__all__ = ["CONTRASTS", "TEXT", "Layout", "Subject", "canonical_contrast", "find_layout",
+           "person_of", "role_of"]
 
 # The names of layouts that have sheets of their own about the patients, or none.
 OWN_FACTS = ("IXI", "ADNI", "manifest.csv", "BIDS", "BIDS derivative")
+# Sets with X-rays, reports or a split of their own, in the order in which they are looked for: the
+# name, a function from (folder, files) to True if it is this set, and its reader. A reader gets
+# (folder, files, notes) and returns (subjects, split or None).
+WITH_REPORTS = (("R2Gen packaging", is_r2gen, collect_r2gen),
+                ("reports.csv", is_reports_table, collect_reports_table),
+                ("ChestX-ray14", is_chestxray14, collect_chestxray14),
+                ("IU X-ray", is_openi, collect_openi),
+                ("MIMIC-CXR", is_mimic, collect_mimic),
+                ("CheXpert", is_chexpert, collect_chexpert),
+                ("SIIM", is_siim, collect_siim),
+                ("RSNA", is_rsna, collect_rsna),
+                ("MedICaT", is_medicat, collect_medicat),
+                ("ACDC", is_acdc, collect_acdc))
 # We cannot read these, so a folder that holds only these gets its own sentence.
 OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy",
-                 ".npz", ".img", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+                 ".npz", ".img", ".tif", ".tiff")
 
 
 @dataclass
@@ -57,16 +86,18 @@ class Layout:
     ignored: list                   # files that are no contrast: masks, labels, unknown names
     notes: list                     # sentences for the user
     skipped: list                   # (name of a subject that has none of the contrasts, why)
-    split: dict | None = None       # {"train": [names], ...} if the folders say it
+    split: dict | None = None       # {"train": [names], ...} if the data set says it
 
 
-def find_layout(folder, contrasts=None, every=False):
+def find_layout(folder, contrasts=None, every=False, texts=False):
     """Recognise the data set in `folder` by its names -> Layout.
 
     contrasts: The names of contrasts to use, in this order. Other words for a contrast are
         understood. By default we use the contrasts that at least half of the subjects have. If no
         subject has a wanted contrast, this is noted only; it may be the one to synthesise.
     every: True if by default all contrasts are used that at least two subjects have.
+    texts: True if reports count as a contrast, which is called "text". By default it is then the
+        first of the contrasts, if at least two subjects have a report. Otherwise no subject has it.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
     raised if two subjects have one name, if all subjects lie in one folder, if a wanted name is no
     contrast, or if none of the wanted contrasts is there.
@@ -77,14 +108,20 @@ def find_layout(folder, contrasts=None, every=False):
     files = _list_files(folder, notes)
     images = [path for path in files if is_nifti(path)]
     manifest = folder / "manifest.csv" in files
-    if not images and not manifest:
-        return _find_slices(folder, files, contrasts, every, notes)
+    published = [(name, collect) for name, is_it, collect in WITH_REPORTS if is_it(folder, files)]
+    split = None
+    ignored = []
     named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
     if manifest:
         name = "manifest.csv"
         subjects = collect_manifest(folder, notes)
         used = {path for subject in subjects for path in subject.paths}
         ignored = [path for path in images if path not in used]
+    elif published:
+        name, collect = published[0]
+        subjects, split = collect(folder, files, notes)
+    elif not images:
+        return _find_slices(folder, files, contrasts, every, notes, texts)
     elif is_bids(folder, images):
         name, subjects, ignored = collect_bids(folder, images, notes)
     elif named and all(IXI_FILE.fullmatch(path.name) for path in named):
@@ -112,22 +149,26 @@ def find_layout(folder, contrasts=None, every=False):
     if name not in OWN_FACTS:
         read_patients(folder, files, subjects, notes)
     read_labels(folder, files, subjects, notes)
-    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes)
+    if texts:
+        prepare_reports(subjects, notes)
+    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes, texts)
     if "pet" in chosen:
         notes.append("pet is read in SUV; 0 to 10 SUV become 0 to 1")
         read_suv_factors(folder, files, subjects, notes)
     layout = _with_contrasts(name, subjects, chosen, ignored, every, notes)
+    layout.split = split
     if not BODY_CONTRASTS.isdisjoint(chosen):
-        layout.ignored = take_tumour_masks(layout.subjects, chosen, ignored, notes)
+        images_of = [contrast for contrast in chosen if contrast != TEXT]
+        layout.ignored = take_tumour_masks(layout.subjects, images_of, ignored, notes)
     return layout
 
 
-def _find_slices(folder, files, contrasts, every, notes):
+def _find_slices(folder, files, contrasts, every, notes, texts):
     """The layout of a folder of .npy slices. DataError if the folder holds none."""
     subjects, split = collect_slices(folder, files, notes)
     if split is None:
         raise DataError(_why_no_images(folder, files))
-    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes)
+    chosen = _choose_contrasts(folder, subjects, contrasts, every, notes, texts)
     layout = _with_contrasts("slices in .npy files", subjects, chosen, [], every, notes)
     layout.split = split
     return layout
@@ -188,14 +229,17 @@ def _why_no_images(folder, files):
         return (f"{folder}: holds DICOM files; convert with dcm2niix to one folder of NIfTI files "
                 "per subject")
     suffixes = {path.suffix.lower() for path in files}
+    if any(is_picture(path) for path in files):
+        return (f"{folder}: holds pictures, and nothing says what they show; add a table "
+                "reports.csv with the columns file,report, or a manifest.csv")
     others = sorted(suffixes & set(OTHER_FORMATS))
     if others:
         return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
                 "convert them to NIfTI")
     return (f"{folder}: no subjects found; looked for BIDS, BraTS 2020, 2021, 2023, IXI, ADNI, "
-            "HECKTOR, MAMA-MIA, autoPET, slices named like T1/train/slice_0.npy and one folder per "
-            "subject with one .nii or .nii.gz per contrast; the folder holds "
-            f"{_entries(folder)}")
+            "HECKTOR, MAMA-MIA, autoPET, R2Gen, reports.csv, "
+            "slices named like T1/train/slice_0.npy and one folder per subject with one .nii or "
+            f".nii.gz per contrast; the folder holds {_entries(folder)}")
 
 
 def _is_dicom(path):
@@ -212,20 +256,25 @@ def _is_dicom(path):
 
 # ---- Contrasts -----------------------------------------------------------------------------------
 
-def _choose_contrasts(folder, subjects, wanted, every, notes):
+def _choose_contrasts(folder, subjects, wanted, every, notes, texts):
     """The wanted contrasts under the project's names, or those that enough subjects have.
 
-    Enough are half of the subjects. If `every` is True, two are enough.
+    Enough are half of the subjects. If `every` is True, two are enough. Two reports are enough
+    always, if `texts` is True.
     """
     there = {}
-    for name in CONTRASTS:
+    for name in (TEXT, *CONTRASTS) if texts else CONTRASTS:
         count = sum(name in subject.files for subject in subjects)
         if count:
             there[name] = count
     if wanted is not None:
-        return _wanted_contrasts(folder, there, wanted, notes)
-    enough = 2 if every else len(subjects) / 2
-    common = tuple(name for name, count in there.items() if count >= enough)
+        return _wanted_contrasts(folder, there, wanted, notes, texts)
+    common = []
+    for name, count in there.items():
+        enough = 2 if every or name == TEXT else len(subjects) / 2
+        if count >= enough:
+            common.append(name)
+    common = tuple(common)
     common = common or tuple(there)
     for name, count in there.items():
         if name not in common:
@@ -234,9 +283,10 @@ def _choose_contrasts(folder, subjects, wanted, every, notes):
     return common
 
 
-def _wanted_contrasts(folder, there, wanted, notes):
+def _wanted_contrasts(folder, there, wanted, notes, texts):
     chosen = tuple(canonical_contrast(name) for name in wanted)
-    unknown = [name for name, contrast in zip(wanted, chosen) if contrast not in CONTRASTS]
+    known = (TEXT, *CONTRASTS) if texts else CONTRASTS
+    unknown = [name for name, contrast in zip(wanted, chosen) if contrast not in known]
     if unknown or not set(chosen) & set(there):
         raise DataError(f"{folder}: no contrast {', '.join(unknown or wanted) or 'chosen'}; "
                         f"there are {', '.join(there)}", status=2)

@@ -4,12 +4,14 @@
     anna,1,T1w,scans/0001.nii.gz,lesions/0001.nii.gz,61,F,Siemens,3,2300,2.98
     anna,1,FDG,scans/0002.nii.gz,,61,F,GE,,,
 
-Each row is one scan. Paths are seen from the folder of the table. The columns session and mask may
-be missing. A mask is a label map of a lesion or a tumour. All other columns are fields of a record
-in its units; see records.py. An empty cell means that the value is not known.
+Each row is one scan. Paths are seen from the folder of the table. The columns session, mask and
+report may be missing. A mask is a label map of a lesion or a tumour. A report is the text of a
+radiologist; it is enough to write it in one row of a subject and session. All other columns are
+fields of a record in its units; see records.py. An empty cell means that the value is not known.
+An X-ray (modality xray) may be a PNG or JPEG picture. Several of them are its views.
 """
 
-from data.files import DataError, is_nifti
+from data.files import DataError, is_nifti, is_picture
 from data.layouts.records import (
     NUMBERS,
     TEXTS,
@@ -25,6 +27,7 @@ from data.layouts.records import (
 )
 from data.layouts.words import (
     CONTRASTS,
+    TEXT,
     TRACERS,
     Subject,
     canonical_contrast,
@@ -63,7 +66,7 @@ def collect_manifest(folder, notes):
     for column, title in columns.items():
         if column in names:
             fields[names[column]] = title
-        elif column not in ("SUBJECT", "SESSION", "MODALITY", "PATH", "MASK"):
+        elif column not in ("SUBJECT", "SESSION", "MODALITY", "PATH", "MASK", "REPORT"):
             unknown.append(title)
     if unknown:
         notes.append(f"manifest.csv: the columns {', '.join(unknown)} are not known and not read")
@@ -98,27 +101,42 @@ def _add_scan(folder, subjects, cells, record, line):
     if not person:
         raise DataError(f"{line}: names no subject; fill the column subject")
     contrast = _contrast_of(cells["MODALITY"], record, line)
-    path = _file_of(folder, cells["PATH"], line)
+    path = _file_of(folder, cells["PATH"], line, contrast)
     name = f"{person}_{session}" if session else person
     if name not in subjects:
         subjects[name] = Subject(name, person, {}, grid=("t1",))
     subject = subjects[name]
-    if contrast in subject.files:
+    views = subject.pictures(contrast)
+    if contrast in subject.files and not (views and is_picture(path)):
+        other = views[0] if views else subject.files[contrast]
         raise DataError(f"{line}: {name} has another {contrast} in an earlier line, "
-                        f"{subject.files[contrast].name}; remove one of them, or give a session")
-    voxel, volumes = header_of(path)
-    if voxel:
-        record.setdefault("voxel", voxel)
-    subject.files[contrast] = path
-    subject.records[contrast] = record
-    if volumes > 1 and kind_of(contrast) == "PET":
-        subject.frames[contrast] = ()           # a manifest has no durations of single frames
+                        f"{other.name}; remove one of them, or give a session")
+    _set_report(folder, subject, cells.get("REPORT"), line)
+    if is_nifti(path):
+        voxel, volumes = header_of(path)
+        if voxel:
+            record.setdefault("voxel", voxel)
+        if volumes > 1 and kind_of(contrast) == "PET":
+            subject.frames[contrast] = ()       # a manifest has no durations of single frames
+    subject.files[contrast] = (*views, path) if views else path
+    subject.records.setdefault(contrast, record)        # of several views, that of the first
     if cells.get("MASK"):
         mask = _file_of(folder, cells["MASK"], line)
         if subject.segmentation not in (None, mask):
             raise DataError(f"{line}: {name} has another mask in an earlier line, "
                             f"{subject.segmentation.name}; give one for each subject and session")
         subject.segmentation = mask
+
+
+def _set_report(folder, subject, report, line):
+    """Give a subject the report of one row. DataError if an earlier row has another one."""
+    if text_of(report) is None:
+        return
+    if subject.report not in (None, report):
+        raise DataError(f"{line}: {subject.name} has another report in an earlier line; give one "
+                        "for each subject and session")
+    subject.report = report
+    subject.files[TEXT] = folder / "manifest.csv"
 
 
 def _contrast_of(modality, record, line):
@@ -134,12 +152,16 @@ def _contrast_of(modality, record, line):
     return contrast
 
 
-def _file_of(folder, cell, line):
-    """The path of a file that a cell names. Both kinds of slashes are understood."""
+def _file_of(folder, cell, line, contrast=None):
+    """The path of a file that a cell names. Both kinds of slashes are understood.
+
+    contrast: An X-ray may be a picture. All else must be NIfTI.
+    """
     path = folder / cell
     if not path.exists() and "\\" in cell:
         path = folder / cell.replace("\\", "/")
-    if not cell or not is_nifti(path):
+    usable = is_nifti(path) or (contrast == "xray" and is_picture(path))
+    if not cell or not usable:
         raise DataError(f"{line}: {cell or 'an empty path'} is no .nii or .nii.gz file; "
                         "give the path of a NIfTI file")
     if not path.exists():

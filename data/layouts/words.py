@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.files import DataError
+from data.files import DataError, is_picture
 
 # The name of a contrast in this project -> the words of file names that mean it. The order is that
 # of BraTS, and contrasts are listed in it. In pairs for a translation the source comes first.
@@ -18,6 +18,7 @@ CONTRASTS = {
     "pd": {"pd", "pdw"},
     "t2star": {"t2star", "t2starw"},
     "swi": {"swi"},
+    "cine": {"cine"},
     "ct": {"ct", "ctres"},
     "cta": {"cta"},
     "pet": {"pet", "suv", "pt"},
@@ -28,7 +29,11 @@ CONTRASTS = {
     "fbb": {"fbb", "18ffbb", "florbetaben"},
     "pre": {"pre", "precontrast"},
     "post": {"post", "postcontrast"},
+    "xray": {"xray", "cxr", "radiograph"},
 }
+# The report of a subject counts as a contrast where a method asks for it (texts=True). It has no
+# image, and no word of a file name means it. It is therefore not one of CONTRASTS.
+TEXT = "text"
 # PET of the brain has one contrast for each tracer, because they show different things. Here stands
 # the usual name of the tracer. These images keep their own units, and are scaled like MR. "pet" is
 # PET in SUV: of a body, or of an unknown tracer.
@@ -61,7 +66,8 @@ class Subject:
 
     name: str
     person: str
-    files: dict                     # contrast -> Path, or a tuple of Paths of .npy slices
+    files: dict                     # contrast -> Path, or a tuple of Paths: of .npy slices, or of
+                                    # several pictures; TEXT -> the file that the report is from
     segmentation: Path | None = None
     meta: dict = field(default_factory=dict)        # what a reader knows of the person and the scan
     echoes: dict = field(default_factory=dict)      # contrast -> echo; see volumes.read_volume
@@ -73,21 +79,35 @@ class Subject:
                                                     # layouts/records.py
     frames: dict = field(default_factory=dict)      # contrast -> durations in s of the frames of a
                                                     # 4-D PET; () if they are not known
+    report: str | None = None       # the findings in words, as they were written; None without one
 
     @property
     def in_slices(self):
-        """True if the files are .npy slices, not volumes."""
-        return any(isinstance(paths, tuple) for paths in self.files.values())
+        """True if the files are .npy slices, not volumes or pictures."""
+        return any(isinstance(paths, tuple) and paths[0].suffix == ".npy"
+                   for paths in self.files.values())
 
     @property
     def paths(self):
-        """Every file of the subject, as a list."""
+        """Every file with an image of the subject, as a list. The file of the report is not in it.
+
+        One file may hold the reports of all subjects, and would be read for each of them.
+        """
         found = []
-        for paths in self.files.values():
-            found += paths if isinstance(paths, tuple) else [paths]
+        for contrast, paths in self.files.items():
+            if contrast != TEXT:
+                found += paths if isinstance(paths, tuple) else [paths]
         if self.segmentation:
             found.append(self.segmentation)
         return found
+
+    def pictures(self, contrast):
+        """The paths of the pictures of a contrast, as a tuple; () if it is stored otherwise."""
+        if contrast == TEXT:
+            return ()
+        paths = self.files.get(contrast, ())
+        paths = paths if isinstance(paths, tuple) else (paths,)
+        return tuple(path for path in paths if is_picture(path))
 
 
 def role_of(file_name, subject):
@@ -160,9 +180,11 @@ def preferred_grid(contrasts):
 
 
 def kind_of(contrast):
-    """What a contrast is made with: "MRI", "CT" or "PET"."""
+    """What a contrast is made with: "MRI", "CT", "PET" or "X-ray"."""
     if contrast in ("ct", "cta"):
         return "CT"
+    if contrast == "xray":
+        return "X-ray"
     return "PET" if contrast == "pet" or contrast in TRACERS else "MRI"
 
 
@@ -187,7 +209,8 @@ def read_sheet(sheet):
     except OSError as error:
         raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); "
                         "repair or remove it") from None
-    lines = text.replace("\0", "").splitlines()
+    # The line ends are kept, because a cell in quotes may hold several lines.
+    lines = text.replace("\0", "").splitlines(keepends=True)
     separator = max(",;\t", key=lines[0].count) if lines else ","
     rows = csv.DictReader(lines, delimiter=separator)
     columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}

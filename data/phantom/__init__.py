@@ -13,11 +13,16 @@
     python -m data.phantom breast data/breast           breasts before and after contrast agent,
                                                         with the mask of a tumour
     python -m data.phantom cta data/cta                 CT and CTA (HU) of chests
+    python -m data.phantom cxr data/cxr                 X-ray, one slice of CT (HU) and of T2, and
+                                                        reports of torsos, in files as R2Gen has
+                                                        them. Most subjects have two of the four
     ... petct-external, breast-external, cta-external   the same from elsewhere: other scanners,
                                                         other pixels and other patients
 
     options: [--subjects 24] [--size 64] [--slices 12] [--seed 0]
-             neuro has 40 subjects and 16 slices if nothing else is asked for
+             neuro has 40 subjects and 16 slices if nothing else is asked for. cxr has 1 slice
+             and 600 subjects to train on in each of three sets: X-ray with report, CT with
+             report, CT with T2
 
 The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`,
 `neck_anatomy`, `breast_anatomy`, `chest_anatomy`) says how much of which tissue lies in every voxel
@@ -28,11 +33,16 @@ has a truth to compare with. `acquire`, `acquire_ct` and `acquire_pet` add what 
 In MR this is coil shading, Rician noise and an arbitrary scale. In CT it is the noise of X-rays. In
 PET it is blur, and noise that grows with the signal.
 
+The torsos of cxr are simpler bodies, because an X-ray looks through all of a body. `torso_subject`
+draws one, `torso_views` makes its pictures, and `torso_report` is what a radiologist would say.
+`cxr_findings_in` reads such a report.
+
 `texture_pairs` are much smaller pictures for tests of a model.
 
 World coordinates are mm in the sense of NIfTI: x points to the patient's right, y to the front, z
 to the top. In a head, 0 is near the anterior commissure, and in head and neck as well. In a pelvis,
-0 is midway between the hips. In a chest, 0 is the carina, and between breasts it is the sternum.
+0 is midway between the hips. In a chest and in a torso, 0 is the carina, and between breasts it is
+the sternum.
 
 All random numbers derive from (seed, subject, purpose). A subject therefore does not depend on the
 number of subjects or on the image size. The same arguments give identical bytes on one computer;
@@ -63,6 +73,7 @@ from data.phantom.physics import (
     render_ct,
     render_pet,
 )
+from data.phantom.reports import findings_in as cxr_findings_in
 from data.phantom.sets import (
     SETS,
     brats_subject,
@@ -72,13 +83,15 @@ from data.phantom.sets import (
     usual_numbers,
     write_ixi_scans,
 )
+from data.phantom.torso import torso_grid, torso_report, torso_subject, torso_views
 
 __all__ = ["SCALP_FIELD", "SETS", "Anatomy", "Protocol", "acquire", "acquire_ct", "acquire_pet",
            "brats_subject", "breast_anatomy", "breast_grid", "breast_images", "chest_anatomy",
-           "chest_grid", "cta_images", "head_anatomy", "head_grid", "ixi_anatomy", "ixi_images",
-           "make", "neck_anatomy", "neck_grid", "neuro_subject", "neuro_tissues", "neuro_true",
-           "neuro_truth", "pelvis_anatomy", "pelvis_grid", "pelvis_images", "petct_images",
-           "render", "render_ct", "render_pet", "texture_pairs", "usual_numbers",
+           "chest_grid", "cta_images", "cxr_findings_in", "head_anatomy", "head_grid",
+           "ixi_anatomy", "ixi_images", "make", "neck_anatomy", "neck_grid", "neuro_subject",
+           "neuro_tissues", "neuro_true", "neuro_truth", "pelvis_anatomy", "pelvis_grid",
+           "pelvis_images", "petct_images", "render", "render_ct", "render_pet", "texture_pairs",
+           "torso_grid", "torso_report", "torso_subject", "torso_views", "usual_numbers",
            "write_ixi_scans"]
 
 VERSION = 1             # raise it when the same arguments give other images

@@ -14,11 +14,13 @@ def main():
                                      description="Make a synthetic data set.")
     parser.add_argument("name", choices=SETS, help="which set")
     parser.add_argument("folder", type=Path, help="where to; must not exist")
-    parser.add_argument("--subjects", type=int, help="how many (default 24; neuro 40)")
+    parser.add_argument("--subjects", type=int,
+                        help="how many (default 24; neuro 40; cxr 600 to train on in each of its "
+                             "three sets)")
     parser.add_argument("--size", type=int, default=64,
                         help="pixels a side of a slice (default 64)")
     parser.add_argument("--slices", type=int,
-                        help="slices per subject (default 12; neuro 16)")
+                        help="slices per subject (default 12; neuro 16; cxr 1)")
     parser.add_argument("--seed", type=int, default=0,
                         help="another seed makes other subjects (default 0)")
     options = parser.parse_args()

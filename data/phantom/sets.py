@@ -22,6 +22,7 @@ from data.phantom.physics import (
     render,
     render_ct,
 )
+from data.phantom.torso import write_cxr
 
 
 def _as_dicts(protocols):
@@ -288,9 +289,10 @@ SETS = {"brats": write_brats,
         "breast": write_breast,
         "breast-external": partial(write_breast, external=True),
         "cta": write_cta,
-        "cta-external": partial(write_cta, external=True)}
+        "cta-external": partial(write_cta, external=True),
+        "cxr": write_cxr}
 # The usual numbers (subjects, slices) of a set, for sets that do not have the usual 24 and 12.
-USUAL_NUMBERS = {"neuro": (40, 16)}
+USUAL_NUMBERS = {"neuro": (40, 16), "cxr": (600, 1)}
 
 
 def usual_numbers(name):

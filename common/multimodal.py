@@ -1,0 +1,284 @@
+"""What several modalities say of one patient: reports scored as text, and findings in images.
+
+Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
+
+report_rows    reports made from images: BLEU, ROUGE-L, beside standing answers
+finding_rows   does an image show what the report says?  Read by a classifier of real images
+joint_rows     all streams made together from nothing: do they speak of one patient?
+draw_joint     a picture of streams made together from a report
+
+Findings are known for the phantoms cxr only, from findings.csv.  On other data, only report_rows
+has something to say.  All this is done by the first process.
+"""
+import csv
+
+import numpy as np
+import torch
+
+from common import metrics, pictures
+from common.report_scores import bleu, rouge_l
+from data import TEXT
+from data.phantom import cxr_findings_in
+
+NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
+# Finding -> the two answers that are told apart.  The side of a lesion or of an effusion counts
+# where there is one.
+FINDINGS = {"lesion": ("left", "right"), "effusion": ("left", "right"),
+            "heart": ("enlarged", "normal")}
+TOGETHER = 64           # patients that joint_rows invents
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge regression; the best on held-out images
+
+
+# ---- reports -------------------------------------------------------------------------------------
+
+
+def report_rows(cfg, run, ds, model):
+    """Score reports made from each image stream that a round pairs with text.
+
+    model: with .generate and .partners_of, as medm2g.Model.
+    Returns rows of results.json: bleu1 .. bleu4 of all reports together; rouge per subject; and the
+    share of reports that tell each finding as it is.
+    Beside them stand the most frequent report of the training, and one drawn from it at random.
+    "text VAE alone" is what the decoder makes of the true report's own latent, the best that can be
+    reached; "of another patient" is the same with latents in a wrong order.
+    """
+    rows = []
+    for stream in model.partners_of(TEXT, [s for s in ds.contrasts if s != TEXT]):
+        chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, stream])
+        if len(chosen) < 2:
+            continue
+        truth = ds.reports(chosen)
+        made = generated(cfg, run, ds, model, chosen, [stream], [TEXT])[TEXT]
+        known = [text for text in ds.reports(ds.rows("train")) if text]
+        g = np.random.default_rng(0)
+        latents = model.textvae.to_latent(truth)                            # (n, Z)
+        answers = {
+            "MedM2G": made,
+            "most frequent report": [max(set(known), key=known.count)] * len(truth),
+            "random report": [known[i] for i in g.integers(len(known), size=len(truth))],
+            "text VAE alone": model.textvae.from_latent(latents),
+            "of another patient": model.textvae.from_latent(latents.roll(1, 0))}
+        rows += scored(run, ds, f"{stream}->text", chosen, truth, answers)
+        run.write_json(f"reports_{stream}.json",
+                       [{"subject": str(ds.subject[r]), "truth": t, "made": m}
+                        for r, t, m in zip(chosen, truth, made)])
+    return rows
+
+
+def scored(run, ds, task, chosen, truth, answers):
+    """Rows of several answers {method: reports} to one task.  Says them as a table, too."""
+    rows = []
+    known = findings_of(ds)
+    titles = [*NAMES, *FINDINGS] if known else NAMES
+    lines = [f"Reports, {task}; n = {len(truth)}; BLEU of all reports together",
+             "", f"| method | {' | '.join(titles)} |", "|" + " --- |" * (len(titles) + 1)]
+    subjects = [str(ds.subject[r]) for r in chosen]
+    for method, reports in answers.items():
+        four = bleu(truth, reports)
+        mean, each = rouge_l(truth, reports)
+        cells = [*four, mean]
+        for number, value in enumerate(four, 1):
+            rows.append(metrics.row(task, method, f"bleu{number}", {"all reports": value},
+                                    unit="set"))
+        rows.append(metrics.row(task, method, "rouge", dict(zip(subjects, each))))
+        for finding in FINDINGS if known else ():
+            hits = {name: float(findings_in(report)[finding] == known[name][finding])
+                    for name, report in zip(subjects, reports)}
+            rows.append(metrics.row(task, method, finding, hits))
+            cells.append(sum(hits.values()) / len(hits))
+        lines.append(f"| {method} | " + " | ".join(f"{value:.3f}" for value in cells) + " |")
+    run.say("\n" + "\n".join(lines) + "\n")
+    return rows
+
+
+def generated(cfg, run, ds, model, rows, sources, make):
+    """Streams made from streams of some rows: {stream: images (n, H, W), or n texts}."""
+    done = []
+    for part in run.batches(f"{'+'.join(sources)}->{'+'.join(make)}", list(rows),
+                            cfg.sample_batch):
+        u = run.fetch(ds.images, part)                                      # (B, C, H, W)
+        given = {}
+        for stream in sources:
+            here = ds.reports(part) if stream == TEXT else u[:, ds.contrasts.index(stream), None]
+            given[stream] = here
+        done.append(model.generate(given, make, ds.keys(part)))
+    return together(done, make)
+
+
+def together(parts, make):
+    """Several answers of model.generate as one: {stream: images (n, H, W), or n texts}."""
+    result = {}
+    for stream in make:
+        if stream == TEXT:
+            result[stream] = [text for part in parts for text in part[stream]]
+        else:
+            result[stream] = torch.cat([part[stream] for part in parts])[:, 0].cpu().numpy()
+    return result
+
+
+# ---- findings ------------------------------------------------------------------------------------
+
+
+def findings_of(ds):
+    """{subject: {finding: answer, or "" if there is none}} of the phantoms; None for other data."""
+    path = ds.folder / "findings.csv"
+    if not ds.phantom or not path.exists():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return {row["id"]: {"lesion": row["lesion_side"], "effusion": row["effusion"],
+                            "heart": row["heart"]} for row in csv.DictReader(file)}
+
+
+def findings_in(report):
+    """What a report says: {finding: answer, or ""}."""
+    found = cxr_findings_in(report)
+    lesion = found["lesion"]
+    return {"lesion": lesion["side"] if lesion else "", "effusion": found["effusion"] or "",
+            "heart": found["heart"] or ""}
+
+
+class Reader:
+    """Tells two answers apart by a linear map of coarse pixels: ridge regression on real images.
+
+    images: (n, H, W).  right: (n,) bool, where the first answer is right.  A fifth of the images
+    chooses the strength of the penalty.
+    """
+
+    def __init__(self, images, right):
+        x = self.features(images)                                           # (n, 257)
+        y = np.where(right, 1.0, -1.0)                                      # (n,)
+        apart = np.arange(len(x)) % 5 == 0
+
+        def hits(strength):
+            weights = solve(x[~apart], y[~apart], strength)
+            return ((x[apart] @ weights > 0) == (y[apart] > 0)).mean()
+        self.weights = solve(x, y, max(STRENGTHS, key=hits))                # (257,)
+
+    @staticmethod
+    def features(images):
+        """(n, H, W) -> (n, 257): 16 x 16 means of pixels, less their average, and a 1."""
+        n, height, width = images.shape
+        blocks = np.asarray(images, np.float64).reshape(n, 16, height // 16, 16, width // 16)
+        coarse = blocks.mean((2, 4)).reshape(n, 256)
+        coarse = coarse - coarse.mean(1, keepdims=True)
+        return np.concatenate([coarse, np.ones((n, 1))], axis=1)
+
+    def __call__(self, images):
+        """(n, H, W) -> (n,) bool, True for the first answer."""
+        return self.features(images) @ self.weights > 0
+
+
+def solve(x, y, strength):
+    """Weights of a ridge regression."""
+    return np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)
+
+
+def readers_of(ds, stream, known):
+    """{finding: Reader} of a stream, learned on its training images."""
+    rows = ds.having(ds.rows("train"), [stream])
+    images = np.asarray(ds.images[rows], np.float32)[:, ds.contrasts.index(stream)]
+    found = {}
+    for finding, (first, _) in FINDINGS.items():
+        answers = np.array([known[str(ds.subject[r])][finding] for r in rows])
+        clear = answers != ""
+        if clear.sum() >= 20:
+            found[finding] = Reader(images[clear], answers[clear] == first)
+    return found
+
+
+def finding_rows(run, ds, tasks):
+    """The share of made images that show each finding as it is, where there is one.
+
+    tasks: a list of evaluation.Task.  Returns rows of results.json, and says them as a table.
+    "truth" is what the reader says of the true images, the best that can be reached.
+    """
+    known = findings_of(ds)
+    if not known:
+        return []
+    rows = []
+    lines = ["Findings read from the images by a classifier of real images: share that is right "
+             "(n)", "", f"| task | method | {' | '.join(FINDINGS)} |",
+             "|" + " --- |" * (len(FINDINGS) + 2)]
+    for task in tasks:
+        readers = readers_of(ds, task.target, known)
+        for method, images in {**task.results, "truth": task.truth}.items():
+            cells = []
+            for finding, (first, _) in FINDINGS.items():
+                told = np.array([known[str(name)][finding] for name in task.subjects])
+                clear = told != ""
+                if finding not in readers or not clear.any():
+                    cells.append("-")
+                    continue
+                hits = (readers[finding](images[clear]) == (told[clear] == first)).astype(float)
+                rows.append(metrics.row(task.name, method, finding, metrics.per_subject(
+                    hits, task.subjects[clear])))
+                cells.append(f"{hits.mean():.2f} ({clear.sum()})")
+            lines.append(f"| {task.name} | {method} | {' | '.join(cells)} |")
+    run.say("\n" + "\n".join(lines) + "\n")
+    return rows
+
+
+def joint_rows(cfg, run, ds, model):
+    """Make all streams together from nothing, and ask whether they tell of one patient.
+
+    Returns rows: for each two streams and each finding, the share of the invented patients in whom
+    both show the same.  "strangers" is the same for streams of two different inventions.  With
+    reports, those patients count whose report tells the finding.
+    """
+    known = findings_of(ds)
+    if not known or TEXT not in ds.contrasts:
+        return []
+    streams = list(ds.contrasts)
+    keys = [("invented", i) for i in range(TOGETHER)]
+    parts = [model.generate({}, streams, part)
+             for part in run.batches("all streams together", keys, cfg.sample_batch)]
+    made = together(parts, streams)
+    told = [findings_in(report) for report in made[TEXT]]
+    rows = []
+    lines = [f"{TOGETHER} patients invented, all streams together: share with the same finding in "
+             "both (in streams of two different patients; n)", "",
+             f"| streams | {' | '.join(FINDINGS)} |", "|" + " --- |" * (len(FINDINGS) + 1)]
+    read = {TEXT: {finding: np.array([found[finding] == first for found in told])
+                   for finding, (first, _) in FINDINGS.items()}}
+    for stream in streams:
+        if stream != TEXT:
+            readers = readers_of(ds, stream, known)
+            read[stream] = {finding: reader(made[stream]) for finding, reader in readers.items()}
+    for i, first in enumerate(read):
+        for second in list(read)[i + 1:]:
+            cells = []
+            for finding in FINDINGS:
+                clear = np.array([found[finding] != "" for found in told])
+                if not (finding in read[first] and finding in read[second] and clear.sum() > 1):
+                    cells.append("-")
+                    continue
+                a, b = read[first][finding][clear], read[second][finding][clear]
+                same = float((a == b).mean())
+                strangers = float(np.mean([(a == np.roll(b, k)).mean() for k in range(1, len(a))]))
+                for method, value in (("MedM2G", same), ("strangers", strangers)):
+                    rows.append(metrics.row(f"{first}+{second}", method, f"same {finding}",
+                                            {"all patients": value}, unit="set"))
+                cells.append(f"{same:.2f} ({strangers:.2f}; {clear.sum()})")
+            lines.append(f"| {first}, {second} | {' | '.join(cells)} |")
+    run.say("\n" + "\n".join(lines) + "\n")
+    shown = [s for s in streams if s != TEXT]
+    pictures.grid(run.out / "invented.png", [[made[s][i] for s in shown] for i in range(4)], shown,
+                  made[TEXT][:4], note="all made together, from nothing")
+    return rows
+
+
+def draw_joint(cfg, run, ds, model, path, count=4):
+    """Draw what is made of some test reports, all images together, beside the true images."""
+    shown = [s for s in ds.contrasts if s != TEXT]
+    rows = ds.having(ds.rows("test"), ds.contrasts)
+    if TEXT not in ds.contrasts or len(rows) == 0:
+        run.say("no test subject has all streams; no picture of them is drawn")
+        return
+    rows = rows[:count]
+    made = generated(cfg, run, ds, model, rows, [TEXT], shown)
+    grid = []
+    for i, r in enumerate(rows):
+        true = np.asarray(ds.images[[r]], np.float32)[0]                    # (C, H, W)
+        grid.append([made[s][i] for s in shown] + [true[ds.contrasts.index(s)] for s in shown])
+    titles = [f"{s}, made" for s in shown] + [f"{s}, true" for s in shown]
+    pictures.grid(path, grid, titles, ds.reports(rows), note="made together, from the report alone")

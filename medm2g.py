@@ -1,0 +1,1170 @@
+"""MedM2G: reports, X-rays, CT and MR from one another, and all of them together.
+
+"MedM2G: Unifying Medical Multi-Modal Generation via Cross-Guided Diffusion with Visual Invariant",
+Zhan et al., CVPR 2024.  https://arxiv.org/abs/2403.04290
+Part of a collection of reference implementations; MIT licence, see LICENSE.
+
+THE IDEA.  Four modalities: text, X-ray, CT, MR.  No data set holds all of them for one patient, but
+some hold two.  So three things are trained on pairs.
+Align: prompt encoders of all modalities learn one shared space, pair by pair.  What was aligned
+stays frozen, so that MR comes to lie near text although no MR with text was ever seen.
+Extract: each image encoder also learns to see what stays when an image is slightly changed (the
+visual invariant).  Alignment alone would keep only what the partner knows, too.
+Generate: each modality has a latent diffusion model of its own, which listens to the shared space.
+Then the models learn to listen to each other.  At every step of the diffusion, model A looks at the
+half-finished latent of B.  So text, X-ray, CT and MR of one (invented) patient can be made together.
+
+PIPELINE (B samples, D width of the shared space, L = 8 prompt tokens, W their width, N places of a
+latent, K = 4 guide tokens)
+  image (B,1,H,W) --autoencoder, frozen--> z (B,4,H/f,W/f)        report --text VAE, frozen--> z (B,Z)
+  any y  --prompt encoder C, frozen--> (B,D) --one linear map--> C(y) (B,L,W)
+  z_t of B, f_B (K,W) --context encoder V_B--> (B,N+K,W)
+  z_t of A, t, C(y), V_B(...) --U-Net of A--> noise, like z_t
+Training has the stages "autoencoder", "text", "alignment" (Align, Extract), "diffusers" and "flow".
+
+EQUATIONS
+  Eq. (1)    z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                           [D1]
+  Eq. (2)    L = || eps - eps_theta(z_t, t, C(y)) ||^2
+  Eq. (3)    L_AB = -log( exp(u_i v_i / tau) / sum_j exp(u_i v_j / tau) ),  used as L_AB + L_BA
+  Eq. (4)    L_VI = 1/d ( sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2 )            [D2]
+  Eq. (5)    f_B = F_emb(phi_s(z_B)),  rows of C_B(x_B), then trained
+  Eq. (6)    L_cross = || eps - eps_theta_c(z_t^A, t, C(y), V_B([z_t^B, f_B])) ||^2          [D3]
+
+SYMBOLS
+  paper            code                   meaning
+  x^M, z^M         image or report, z     a sample of modality M and its latent
+  C_M              PromptEncoders         into the shared space
+  tau              1 / scale              temperature, learned
+  Z_1, Z_2, C_ij   view1, view2, C        two augmented views; the cross-correlation of features
+  V_B, f_B         Context, Guide         context encoder; guided adaptation
+  theta_c          CrossGuide             the cross-attention sub-layer
+  -                u                      slice as stored, in [0,1]
+  -                stream                 a channel of the data: text, xray, ct, t1, t2, ...
+
+COMMANDS
+  python medm2g.py --data data/cxr --train --evaluate      makes phantoms on first use; minutes
+  python medm2g.py --data FOLDER --train --evaluate        your own data; see data/README.md
+  python medm2g.py --data data/ixi --train --evaluate --rounds mri-mri     MR contrasts only
+
+DEPARTURES FROM THE PAPER (the reason stands where the code departs)
+  [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
+  [D2]  Eq. (4): sums over i and over j != i, divided by the width d, as in Barlow Twins.
+  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; contrastive term off.
+  [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net; AdamW.
+  [D5]  Alignment is the chain text-X-ray, text-CT, CT-MR (or --rounds); groups of equal reports.
+  [D6]  Prompts: mean-centred, 8 tokens from one vector, slightly noisy in training.
+  [D7]  V, f and the sub-layer in our form; near places attract each other (or --no-place-bias).
+  [D8]  Clamping in the sampler; only partners that were trained guide; several are averaged.
+  [D9]  Augmentations for Eq. (4) suit each modality: no flips, no colours.
+  [D10] A contrast token tells the MR diffuser which contrast to make.
+
+NEEDS  data/ and these files of common/:
+  autoencoder.py benchmark.py cli.py clip.py codebook.py cohort.py contrastive.py device.py
+  downstream.py embeddings.py evaluation.py files.py loop.py metrics.py pictures.py
+  report_scores.py run.py schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py
+  textvae.py tokenizer.py unet.py vqae.py
+"""
+import math
+from collections import namedtuple
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common import multimodal, script
+from common.augment import augment
+from common.autoencoder import load_autoencoder, train_autoencoder
+from common.cli import load_presets
+from common.clip import SIZES, Block, ImageEncoder, TextEncoder, warmup_cosine
+from common.contrastive import contrastive_loss, cosines, groups_of
+from common.device import seed_of
+from common.places import sine_positions, squared_distances
+from common.rounds import (
+    MODALITIES,
+    Samples,
+    all_images,
+    at,
+    batch_of,
+    checked_rounds,
+    draws,
+    modality_of,
+    retrieval,
+    there,
+)
+from common.schedules import ddim_step, linear_alpha_bar, q_sample, x0_from_eps
+from common.tasks import named_directions
+from common.textvae import TextVAE, VectorUNet, Words, load_textvae, train_textvae
+from common.tokenizer import Tokenizer, Tokens
+from common.unet import ResBlock, SpatialTransformer, UNet, sinusoid, zeroed
+from common.vqae import VQAE
+from data import TEXT, canonical_contrast
+
+# ---- 1. Config -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper (Sec. 4) states the latent sizes, the schedule, batches, learning rates, depths,
+    DDIM steps, eta and w.  Other defaults are ours.  Phantoms take the demo."""
+    # data
+    contrasts: tuple[str, ...] = ()             # streams, such as text,xray,ct,t2; empty: all
+    size: int = 512                             # height and width of a slice in pixels
+    train_fraction: float = 0.8                 # share of the subjects that train
+    test_subjects: float = 0.1                  # share that is scored; the rest validates
+    test_slices: int = 20                       # slices scored per test subject
+    # codecs
+    ae_base: int = 128                          # channels of the image autoencoder
+    ae_mult: tuple[int, ...] = (1, 2, 4, 4)     # channels of its levels, times ae_base
+    ae_blocks: int = 2                          # its residual blocks per level
+    ae_steps: int = 100_000                     # of the image autoencoder
+    ae_batch: int = 12                          # images per step of it
+    ae_lr: float = 4.5e-6                       # its learning rate at the start
+    text_width: int = 768                       # width of the text VAE
+    text_depth: int = 12                        # blocks of its encoder and of its decoder
+    text_heads: int = 12                        # heads of its attention
+    text_z: int = 768                           # numbers of a text latent
+    text_length: int = 100                      # words of a report; the rest is cut
+    text_least: int = 3                         # a word must come so often, or it is <unk>
+    text_steps: int = 50_000                    # of the text VAE
+    text_batch: int = 128                       # reports per step of it
+    text_lr: float = 1e-4                       # its peak learning rate
+    # alignment
+    encoder: Literal["neuro", "base", "demo"] = "neuro"     # size of the towers (common/clip.py)
+    align_steps: int = 20_000                   # of each round
+    align_batch: int = 256                      # pairs per step
+    align_lr: float = 5e-4                      # peak learning rate
+    projector: int = 1344                       # width of the head of Eq. (4)
+    # diffusers
+    base: int = 320                             # channels of the image U-Nets
+    mult: tuple[int, ...] = (1, 2, 4, 4)        # channels of their levels, times base
+    blocks: int = 2                             # residual blocks per level
+    attention: tuple[int, ...] = (64, 32, 16)   # sizes of the maps with attention to prompts
+    heads: int = 8                              # of all attention in diffusers and V
+    groups: int = 32                            # of every GroupNorm
+    text_base: int = 320                        # channels of the text diffuser
+    text_mult: tuple[int, ...] = (1, 2, 4, 4)   # channels of its levels, times text_base
+    width: int = 768                            # of prompt, context and guide tokens
+    guides: int = 8                             # guide tokens of a modality
+    steps_image: int = 200_000                  # of each image diffuser
+    steps_text: int = 200_000                   # of the text diffuser
+    batch: int = 256                            # samples per step, over all processes
+    batch_text: int = 1024                      # the same for the text diffuser
+    lr: float = 2e-5                            # of image diffusers
+    lr_text: float = 5e-5                       # of the text diffuser
+    flow_steps: int = 100_000                   # of each round of cross-guidance
+    flow_lr: float = 1e-5                       # of cross-guidance
+    # method, in training
+    ca: bool = True                             # central alignment, Eq. (3) (Table 7)
+    vi: bool = True                             # visual invariant, Eq. (4) (Table 7)
+    lcag: bool = True                           # cross-guidance, Eqs. (5) and (6) (Table 7)
+    rounds: tuple[str, ...] = ("text-xray", "text-ct", "ct-mri")    # pairs, in order [D5]
+    guide: Literal["learned", "resampled", "off"] = "learned"   # f_B, Eq. (5)
+    prompt_tokens: int = 8                      # tokens of a prompt; 1: as CoDi [D6]
+    place_bias: bool = True                     # near places attract each other [D7]
+    couple_t: bool = False                      # the partner always has the same noise [D3]
+    ctx_contrast: float = 0.0                   # weight of CoDi's contrastive term on V [D3]
+    schedule: Literal["scaled", "linear"] = "scaled"            # noise schedule [D1]
+    # method, in sampling
+    only: tuple[str, ...] = ()                  # directions to score, such as text:ct, t1+t2:pd
+    steps: int = 50                             # DDIM steps
+    eta: float = 1.0                            # 1: new noise at each step, 0: none
+    w: float = 2.0                              # classifier-free guidance; 1: none
+    beam: int = 1                               # beginnings kept when a report is decoded
+    given: str = ""                             # a report, for subjects without one
+    sample_batch: int = 32                      # samples at once; changes rounding only
+
+    def __post_init__(self):
+        for name in self.rounds:
+            pair = name.split("-")
+            if len(pair) != 2 or not set(pair) <= set(MODALITIES) or name == "text-text":
+                raise ValueError(f"--rounds {name}: a round is two of {', '.join(MODALITIES)} "
+                                 "with a dash, such as text-ct or mri-mri")
+
+
+# Fields that may change without training again.  All others need training in another --out.
+SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_slices")
+PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
+LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
+              rounds=(0, 0), test_subjects=(0.01, 10 ** 6))
+# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+STAGES = {
+    "autoencoder": (),
+    "text": ("text_width", "text_depth", "text_heads", "text_z", "text_length", "text_least",
+             "text_steps", "text_batch", "text_lr"),
+    "alignment": ("encoder", "align_steps", "align_batch", "align_lr", "projector", "ca", "vi",
+                  "rounds"),
+    "diffusers": ("base", "mult", "blocks", "attention", "heads", "groups", "text_base",
+                  "text_mult", "width", "steps_image", "steps_text", "batch", "batch_text", "lr",
+                  "lr_text", "prompt_tokens", "schedule"),
+    "flow": ("flow_steps", "flow_lr", "lcag", "guide", "guides", "place_bias", "couple_t",
+             "ctx_contrast"),
+}
+T = 1000                                        # steps of the noise process
+
+# ---- 2. Data -------------------------------------------------------------------------------------
+
+
+def patterns(cfg, streams):
+    """The tasks to score, as pairs (known streams, streams to make).
+
+    By default: both directions of each round, if an image is made; and text to MR, which no round
+    trains.  MR contrasts are made from all others.  Reports are scored apart, see report_rows.
+    """
+    if cfg.only:
+        return named_directions(cfg.only, streams)
+    found = []
+    for name in cfg.rounds:
+        for a, b in (name.split("-"), name.split("-")[::-1]):
+            for target in streams:
+                if modality_of(target) != b or b == "text":
+                    continue
+                known = tuple(s for s in streams if modality_of(s) == a and s != target)
+                if known and (known, (target,)) not in found:
+                    found.append((known, (target,)))
+    mr = tuple(s for s in streams if modality_of(s) == "mri")
+    if TEXT in streams and mr:
+        found.append(((TEXT,), mr))
+    return found
+
+
+# ---- 3. Model ------------------------------------------------------------------------------------
+
+
+def make_autoencoder(cfg):
+    """The image codec: one KL-autoencoder for X-ray, CT and MR (common/vqae.py).
+
+    The paper starts from Stable Diffusion's, which has the same form [D4].
+    """
+    return VQAE(cfg.ae_base, cfg.ae_mult, cfg.ae_blocks, 0, cfg.size, middle=cfg.ae_base >= 64,
+                bottleneck="kl")
+
+
+def make_textvae(cfg, words):
+    """The text codec (common/textvae.py)."""
+    return TextVAE(words, cfg.text_width, cfg.text_depth, cfg.text_heads, cfg.text_z)
+
+
+class PromptEncoders(nn.Module):
+    """C_M of Sec. 3.2: one tower per modality, all into one space of width D (common/clip.py)."""
+
+    def __init__(self, size_name, modalities, tokenizer, image_size, rounds):
+        super().__init__()
+        size = SIZES[size_name]
+        self.dim = size["embed"]
+        self.tokenizer = tokenizer
+        self.towers = nn.ModuleDict()
+        for modality in modalities:
+            if modality == "text":
+                text = {**size["text"], "vocab": len(tokenizer)}
+                self.towers[modality] = TextEncoder(**text, embed=self.dim)
+            else:
+                self.towers[modality] = ImageEncoder(2, 1, image_size, **size["image"],
+                                                     embed=self.dim)
+            self.register_buffer(f"mean_{modality}", torch.zeros(self.dim))
+        start = math.log(1 / 0.07)                                          # that of CLIP
+        self.log_scale = nn.ParameterList(torch.tensor(start) for _ in range(rounds))
+
+    def forward(self, modality, x):
+        """x: images (B, 1, H, W) in [0,1], or a list of str.  Returns (B, D), of any length."""
+        if modality == "text":
+            parts = self.tokenizer(x)
+            device = self.log_scale[0].device
+            x = Tokens(*(torch.as_tensor(part, device=device) for part in parts))
+        return self.towers[modality](x).pooled.float()                      # (B, D)
+
+    def prompt(self, modality, x):
+        """What the diffusers are told: C(x) without the mean of its modality, (B, D) of length 1.
+
+        A contrastive space has a constant offset between modalities.  A diffuser that learned from
+        CT prompts would else be confused by text prompts [D6].
+        """
+        e = F.normalize(self(modality, x), dim=1)                           # (B, D)
+        return F.normalize(e - getattr(self, f"mean_{modality}"), dim=1)    # (B, D)
+
+
+def make_projector(dim, width):
+    """The head on which Eq. (4) is computed.  It has BatchNorm and is thrown away afterwards."""
+    return nn.Sequential(nn.Linear(dim, width), nn.BatchNorm1d(width), nn.ReLU(),
+                         nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(),
+                         nn.Linear(width, width))
+
+
+# What a U-Net listens to.  prompt: (B, L, W).  partners: list of Partner.  keep: (B,) float, 0
+# where a sample must not see its partners.
+Condition = namedtuple("Condition", "prompt partners keep")
+# What a partner shows.  tokens: (B, N + K, W).  side: the N places are a grid of side x side that
+# lies where the reader's map lies; None if there is no such grid.
+Partner = namedtuple("Partner", "tokens side")
+
+
+class CrossGuide(nn.Module):
+    """The cross-attention sub-layer of Eq. (6): the map of A looks at the tokens of its partners.
+
+    Its last layer starts at zero, so an untrained sub-layer changes nothing.
+
+    Partner tokens at nearby places get a bonus: -g |p_i - p_j|^2 is added to the logits, g > 0
+    learned per head.  The paper has no such term.  Without it, attention must discover from nothing
+    that a CT and an MR of one slice lie on one grid.  On phantoms this alone is worth 9 dB [D7].
+    """
+
+    def __init__(self, channels, heads, width, place_bias):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(width, channels, bias=False)
+        self.to_v = nn.Linear(width, channels, bias=False)
+        self.out = zeroed(nn.Linear(channels, channels))
+        reach = torch.linspace(0, 1, heads) ** 2                            # (heads,)
+        self.falloff = nn.Parameter(1 + 400 * reach) if place_bias else None
+
+    def attend(self, x, partner, height, width):
+        """x: (B, n, C), n = height*width.  Returns (B, n, C)."""
+        q, k, v = self.to_q(x), self.to_k(partner.tokens), self.to_v(partner.tokens)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        bias = None
+        if self.falloff is not None and partner.side is not None:
+            d = squared_distances(height, width, partner.side, x.device)    # (n, N)
+            d = F.pad(d, (0, k.shape[2] - d.shape[1]))                      # (n, N+K)  guides: 0
+            bias = -F.softplus(self.falloff)[:, None, None] * d             # (heads, n, N+K)
+            bias = bias.to(q.dtype)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)         # (B, heads, n, C/heads)
+        return self.out(a.transpose(1, 2).flatten(2))                       # (B, n, C)
+
+    def forward(self, h, condition):
+        """h: (B, C, H, W).  Several partners are averaged, because one was seen in training [D8]."""
+        if not condition.partners:
+            return h
+        height, width = h.shape[2:]
+        x = self.norm(h.flatten(2).transpose(1, 2))                         # (B, n, C)
+        x = x + sine_positions(h.shape[1], height, width, h.device).to(x.dtype)
+        told = [self.attend(x, partner, height, width) for partner in condition.partners]
+        told = torch.stack(told).mean(0)                                    # (B, n, C)
+        told = told * condition.keep[:, None, None].to(told.dtype)          # (B, n, C)
+        return h + told.transpose(1, 2).unflatten(2, (height, width))       # (B, C, H, W)
+
+
+class Listener(nn.Module):
+    """The plug of a diffuser's U-Net: attention to the prompt, then to the partners."""
+
+    def __init__(self, channels, cfg, attend):
+        super().__init__()
+        self.prompt = None
+        if attend:
+            self.prompt = SpatialTransformer(channels, channels // cfg.heads, cfg.width, cfg.groups)
+        self.cross = None
+        if cfg.lcag:
+            self.cross = CrossGuide(channels, cfg.heads, cfg.width, cfg.place_bias)
+
+    def forward(self, h, condition):
+        if self.prompt is not None:
+            h = self.prompt(h, condition.prompt)                            # (B, C, H, W)
+        if self.cross is not None:
+            h = self.cross(h, condition)                                    # (B, C, H, W)
+        return h
+
+
+def make_network(cfg, modality, shape):
+    """The U-Net of a modality.  shape: of its latent, (z, h, w) or (Z,)."""
+    text = modality == "text"
+
+    def plug(site):
+        if site.where != "block" or (site.stage == "mid" and site.index == 1):
+            return None
+        deep = site.stage == "mid" or site.size in cfg.attention
+        return Listener(site.channels, cfg, attend=text or deep)
+    if text:
+        # The paper's "depth 2" is read as two blocks per level.
+        return VectorUNet(shape[0], cfg.text_base, cfg.text_mult, 2, plug)
+    return UNet(shape[0], shape[0], cfg.base, cfg.mult, cfg.blocks, shape[1], cfg.groups, plug)
+
+
+class Diffuser(nn.Module):
+    """eps_theta of one modality, with its prompt tokens and the scale of its latents."""
+
+    def __init__(self, cfg, modality, streams, dim, shape):
+        super().__init__()
+        self.streams = [s for s in streams if modality_of(s) == modality]
+        self.network = make_network(cfg, modality, shape)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, cfg.prompt_tokens * cfg.width)
+        self.null = nn.Parameter(0.02 * torch.randn(cfg.prompt_tokens, cfg.width))
+        self.contrast = None
+        if modality == "mri":
+            self.contrast = nn.Parameter(0.02 * torch.randn(len(self.streams), cfg.width))
+        self.register_buffer("mean", torch.zeros(1, shape[0], *[1] * (len(shape) - 1)))
+        self.register_buffer("std", torch.ones(1, shape[0], *[1] * (len(shape) - 1)))
+
+    def whiten(self, z):
+        """Latents with mean 0 and variance 1 in this modality.
+
+        alpha_bar_T is .0047 and not 0.  Noise at T therefore still holds a trace of the mean, and
+        a sampler that starts from pure noise would make a dark MR too bright.
+        """
+        return (z - self.mean) / self.std
+
+    def prompt_tokens(self, prompt, keep, stream):
+        """C(y) as tokens (B, L, W), with the token of the MR contrast behind them [D10].
+
+        prompt: (B, D).  keep: (B,) bool; elsewhere there is no prompt, and null tokens are used.
+        One vector becomes several tokens.  With one token, the softmax over one key is 1, and the
+        layers for queries and keys never learn [D6].
+        """
+        tokens = self.expand(self.norm(prompt)).unflatten(1, self.null.shape)   # (B, L, W)
+        tokens = torch.where(keep[:, None, None], tokens, self.null)        # (B, L, W)
+        if self.contrast is None:
+            return tokens
+        own = self.contrast[self.streams.index(stream)]                     # (W,)
+        return torch.cat([tokens, own.expand(len(tokens), 1, -1)], dim=1)   # (B, L+1, W)
+
+    def forward(self, z_t, t, condition):
+        """Predicted noise, like z_t.  t: (B,)."""
+        return self.network(z_t, t, condition)
+
+
+class Guide(nn.Module):
+    """f_B of Eq. (5): K tokens (K, W) that start as prompt vectors of B and are then trained."""
+
+    def __init__(self, count, dim, width):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(count, dim))
+        self.register_buffer("pool", torch.zeros(64, dim))
+        self.embed = nn.Linear(dim, width)                                  # F_emb
+
+    @torch.no_grad()
+    def start(self, prompts, g):
+        """phi_s: random rows of prompt vectors (n, D).  Of these, 64 stay for --guide resampled."""
+        rows = torch.randint(len(prompts), (64,), generator=g, device=g.device)
+        self.pool.copy_(prompts[rows])
+        self.vectors.copy_(self.pool[:len(self.vectors)])
+
+    def forward(self, g=None):
+        """(K, W).  g: a generator, if other rows shall be drawn from the pool."""
+        vectors = self.vectors
+        if g is not None:
+            rows = torch.randperm(64, generator=g, device=g.device)[:len(vectors)]
+            vectors = self.pool[rows]                                       # (K, D)
+        return self.embed(vectors)                                          # (K, W)
+
+
+class Context(nn.Module):
+    """V_B of Eq. (6): the latent of B at its time, and f_B, become tokens that A can look at."""
+
+    def __init__(self, cfg, modality, streams, shape):
+        super().__init__()
+        width = cfg.width
+        self.streams = [s for s in streams if modality_of(s) == modality]
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.kind = nn.Parameter(torch.zeros(len(self.streams), width))
+        self.text = len(shape) == 1
+        if self.text:
+            self.stem = nn.Linear(shape[0], 4 * width)
+        else:
+            layers = [nn.Conv2d(shape[0], width // 2, 3, padding=1), nn.SiLU()]
+            self.side = shape[1]
+            while self.side > 16:           # of larger latents, 16 x 16 places are shown
+                layers += [nn.Conv2d(width // 2, width // 2, 3, 2, padding=1), nn.SiLU()]
+                self.side //= 2
+            self.stem = nn.Sequential(*layers)
+            self.block = ResBlock(width // 2, width, width, cfg.groups)
+        self.norm = nn.LayerNorm(width)
+        self.mix = Block(width, cfg.heads, 1)
+
+    def forward(self, z, t, guides, stream):
+        """z: latent of B.  t: (B,).  guides: (K, W), or None.  Returns (B, N + K, W)."""
+        emb = self.time(sinusoid(t, self.kind.shape[1]))                    # (B, W)
+        if self.text:
+            x = self.stem(z).unflatten(1, (4, -1)) + emb[:, None]           # (B, 4, W)
+            x = self.norm(x)                                                # (B, 4, W)
+        else:
+            h = self.block(self.stem(z), emb)                               # (B, W, h, w)
+            x = self.norm(h.flatten(2).transpose(1, 2))                     # (B, N, W)
+            x = x + sine_positions(x.shape[2], *h.shape[2:], x.device)      # (B, N, W)
+        x = x + self.kind[self.streams.index(stream)]                       # (B, N, W)
+        if guides is not None:
+            x = torch.cat([x, guides.expand(len(x), -1, -1)], dim=1)        # (B, N+K, W)
+        return self.mix(x)                                                  # (B, N+K, W)
+
+
+class Flows(nn.Module):
+    """All diffusers, context encoders and guides.
+
+    shapes: {modality: shape of its latent}.
+    """
+
+    def __init__(self, cfg, streams, dim, shapes):
+        super().__init__()
+        self.cfg = cfg
+        self.diffusers = nn.ModuleDict()
+        self.contexts = nn.ModuleDict()
+        self.guides = nn.ModuleDict()
+        for modality, shape in shapes.items():
+            self.diffusers[modality] = Diffuser(cfg, modality, streams, dim, shape)
+            if cfg.lcag:
+                self.contexts[modality] = Context(cfg, modality, streams, shape)
+            if cfg.lcag and cfg.guide != "off":
+                self.guides[modality] = Guide(cfg.guides, dim, cfg.width)
+
+    def crossing(self, modality):
+        """What a round of cross-guidance trains of a modality: V, f, and its sub-layers."""
+        own = [module for module in self.diffusers[modality].modules()
+               if isinstance(module, CrossGuide)]
+        own += [part[modality] for part in (self.contexts, self.guides) if modality in part]
+        return nn.ModuleList(own)
+
+    def every_crossing(self):
+        """The same of all modalities, as the checkpoint of the stage "flow" holds it."""
+        return nn.ModuleDict({m: self.crossing(m) for m in self.diffusers})
+
+    def show(self, reader, stream, z, t, g=None):
+        """What a reader (a stream) sees of a stream: V_B([z_t^B, f_B]) as a Partner.
+
+        Only CT and MR slices lie on one grid.  An X-ray is a projection along another axis.
+        """
+        modality = modality_of(stream)
+        guides = None
+        if modality in self.guides:
+            guides = self.guides[modality](g if self.cfg.guide == "resampled" else None)
+        context = self.contexts[modality]
+        tokens = context(z, t, guides, stream)                              # (B, N+K, W)
+        one_grid = {modality, modality_of(reader)} <= {"ct", "mri"}
+        return Partner(tokens, context.side if one_grid else None)
+
+    def predict(self, stream, z_t, t, prompt, keep_prompt, partners=(), keep=None):
+        """The noise of a stream, like z_t.
+
+        prompt: (B, D).  keep_prompt: (B,) bool.  partners: list of Partner.  keep: (B,) bool.
+        """
+        diffuser = self.diffusers[modality_of(stream)]
+        tokens = diffuser.prompt_tokens(prompt, keep_prompt, stream)        # (B, L, W)
+        return diffuser(z_t, t, Condition(tokens, partners, keep))
+
+
+# ---- 4. Maths and losses -------------------------------------------------------------------------
+
+
+def alpha_bar_of(schedule):
+    """alpha_bar_t of Eq. (1), (T,).
+
+    "scaled": the square root of beta rises linearly from sqrt(.00085) to sqrt(.0120).  This is what
+    latent diffusion calls linear, and these two numbers are its own.  "linear": beta itself [D1].
+    """
+    if schedule == "linear":
+        return linear_alpha_bar(T, 0.00085, 0.0120)
+    root = torch.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, T, dtype=torch.float64)    # (T,)
+    return (1 - root ** 2).cumprod(0).float()                               # (T,)
+
+
+def info_nce(u, v, scale, groups):
+    """Eq. (3) in both directions, L_AB + L_BA, ().  u, v: (B, D).  groups: (B,) integers.
+
+    Normal reports repeat word by word.  Samples with equal reports are no negatives [D5].
+    """
+    return 2 * contrastive_loss(scale * cosines(u, v), groups)
+
+
+def visual_invariant(view1, view2, weight=0.0051):
+    """Eq. (4), ().  view1, view2: (B, d), features of two views of the same images.
+
+    Each view is normalised by itself over the batch, to mean 0 and deviation 1/sqrt(B).  The
+    diagonal of C then holds correlations.  As printed, the sums run over one index and are divided
+    by the size of the data set; we read them as Barlow Twins has them, divided by d [D2].
+    """
+    n, d = view1.shape
+
+    def normalised(z):
+        z = z - z.mean(0)                                                   # (B, d)
+        return z / (z.var(0, correction=0) + 1e-5).sqrt() / n ** 0.5        # (B, d)
+    C = normalised(view1).T @ normalised(view2)                             # (d, d)
+    on = (1 - C.diagonal()).square().sum()                                  # ()
+    off = C.square().sum() - C.diagonal().square().sum()                    # ()
+    return (on + weight * off) / d
+
+
+# ---- 5. Sampler ----------------------------------------------------------------------------------
+
+
+def guided(conditional, unconditional, w):
+    """Classifier-free guidance: w = 1 is the conditional noise, larger w goes further."""
+    return unconditional + w * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample(predict, start, times, alpha_bar, eta, noise, watch=None):
+    """DDIM for several streams together.  Returns their latents, {stream: z}.
+
+    predict(states, t) -> {stream: noise}; it reads all states at once, so that the order of the
+    streams does not matter.  start: {stream: N(0,1)}.  times: falling.  alpha_bar: (T,).
+    noise: {stream: function () -> fresh N(0,1)}.  watch: a list for (time, states, estimates).
+    """
+    states = dict(start)
+    for i, time in enumerate(times):
+        a = float(alpha_bar[time])
+        # After the last step, nothing of the noise is left.
+        a_next = float(alpha_bar[times[i + 1]]) if i + 1 < len(times) else 1.0
+        predicted = predict(states, time)
+        ends = {}
+        for stream, z_t in states.items():
+            # Latents have deviation 1.  What lies outside of 4 is an error that would grow [D8].
+            ends[stream] = x0_from_eps(z_t, a, predicted[stream]).clamp(-4, 4)
+        if watch is not None:
+            watch.append((time, states, ends))
+        states = {stream: ddim_step(states[stream], ends[stream], a, a_next, eta, noise[stream]())
+                  for stream in states}
+    return states
+
+
+@dataclass
+class Model:
+    """Everything that sampling needs, trained and frozen."""
+    cfg: Config
+    run: object                                     # common.run.Run: device, precision, randomness
+    contrasts: list
+    ae: nn.Module
+    textvae: nn.Module                              # None without text
+    encoders: nn.Module
+    flows: nn.Module
+    reports: dict                                   # {subject: report}
+    selective = True        # fill is told which contrasts to make (common/evaluation.py)
+
+    def encode(self, stream, x):
+        """The latent of a given stream.  x: images (B, 1, H, W) in [0,1], or a list of str."""
+        z = self.textvae.to_latent(x) if stream == TEXT else self.ae.to_latent(2 * x - 1)
+        return self.flows.diffusers[modality_of(stream)].whiten(z)
+
+    def decode(self, stream, z):
+        """Images (B, 1, H, W) in [0,1], or a list of str.  z: whitened latents."""
+        diffuser = self.flows.diffusers[modality_of(stream)]
+        z = z * diffuser.std + diffuser.mean
+        if stream == TEXT:
+            return self.textvae.from_latent(z, self.cfg.beam)
+        return (self.ae.from_latent(z) + 1) / 2
+
+    def partners_of(self, stream, others):
+        """Those of the others that guide a stream: pairs of modalities that were a round [D8]."""
+        if not self.cfg.lcag:
+            return []
+        trained = {frozenset(name.split("-")) for name in self.cfg.rounds}
+        return [other for other in others if other != stream
+                and frozenset((modality_of(stream), modality_of(other))) in trained]
+
+    @torch.no_grad()
+    def generate(self, given, make, keys, watch=None):
+        """Make streams together.
+
+        given: {stream: images (B, 1, H, W) in [0,1], or B texts}; may be empty.  make: names of
+        streams.  keys: (subject, slice number) of each sample; they fix the noise.
+        Returns {stream: images (B, 1, H, W) in [0,1], or B texts}.
+        """
+        B = len(keys)
+        device = self.run.device
+        clean = {stream: self.encode(stream, x) for stream, x in given.items()}
+        e = torch.zeros(B, self.encoders.dim, device=device)                # (B, D)
+        for stream, x in given.items():
+            e = e + self.encoders.prompt(modality_of(stream), x) / len(given)   # (B, D)
+        yes = torch.ones(B, dtype=torch.bool, device=device)                # (B,)
+        told = yes if given else ~yes                                       # (B,)
+        zero = torch.zeros(B, dtype=torch.long, device=device)              # (B,)
+
+        def show(reader, stream, z, t):
+            return self.flows.show(reader, stream, z, t)
+        # What is given does not change, so its context is computed once.
+        fixed = {(reader, stream): show(reader, stream, clean[stream], zero)
+                 for reader in make for stream in self.partners_of(reader, given)}
+
+        def predict(states, time):
+            t = torch.full((B,), time, device=device)                       # (B,)
+            found = {}
+            for stream, z_t in states.items():
+                partners = [fixed[stream, other] for other in self.partners_of(stream, given)]
+                partners += [show(stream, other, states[other], t)
+                             for other in self.partners_of(stream, states)]
+                found[stream] = self.noise_of(stream, z_t, t, e, told, partners)
+            return found
+        start = {}
+        noise = {}
+        for stream in make:
+            like = self.flows.diffusers[modality_of(stream)].mean.expand(B, *self.shape(stream))
+            _, noise[stream] = self.run.noise([(*key, stream) for key in keys], like)
+            start[stream] = noise[stream]()
+        times = torch.linspace(T - 1, 0, self.cfg.steps).round().long().tolist()
+        alpha_bar = alpha_bar_of(self.cfg.schedule)
+        ends = sample(predict, start, times, alpha_bar, self.cfg.eta, noise, watch)
+        return {stream: self.decode(stream, z) for stream, z in ends.items()}
+
+    def noise_of(self, stream, z_t, t, e, told, partners):
+        """The guided noise of a stream.  Both halves of the guidance are one batch."""
+        nothing = torch.zeros_like(told)
+        everyone = torch.ones_like(told)
+        with self.run.autocast():
+            if self.cfg.w == 1:
+                return self.flows.predict(stream, z_t, t, e, told, partners, everyone).float()
+            twice = [Partner(p.tokens.repeat(2, 1, 1), p.side) for p in partners]
+            both = self.flows.predict(stream, torch.cat([z_t, z_t]), t.repeat(2), e.repeat(2, 1),
+                                      torch.cat([told, nothing]), twice,
+                                      torch.cat([everyone, nothing])).float()
+        return guided(*both.chunk(2), self.cfg.w)
+
+    def shape(self, stream):
+        """The shape of a stream's latent."""
+        if stream == TEXT:
+            return (self.textvae.z,)
+        side = self.cfg.size // self.ae.f
+        return (self.ae.z, side, side)
+
+    def fill(self, u, known, keys, watch=None, wanted=None):
+        """Make every image that is missing.  common/evaluation.py calls this.
+
+        u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
+        watch: a list for the states of the sampler, or None; wanted: (B, C) bool, which of the
+        missing streams to make, by default all.  The channel "text" of u is empty; where it is
+        known, the report of the subject is used, or --given.
+        Returns u with the images in place, and no further images.
+        """
+        filled = u.clone()                                                  # (B, C, H, W)
+        missing = ~known if wanted is None else wanted & ~known
+        kinds = {}
+        for b in range(len(u)):
+            kinds.setdefault((tuple(known[b].tolist()), tuple(missing[b].tolist())), []).append(b)
+        for (here, absent), rows in kinds.items():
+            given = {}
+            for c, stream in enumerate(self.contrasts):
+                if here[c] and stream == TEXT:
+                    given[stream] = [self.reports.get(keys[b][0], self.cfg.given) for b in rows]
+                elif here[c]:
+                    given[stream] = u[rows, c, None]                        # (b, 1, H, W)
+            make = [s for s, gone in zip(self.contrasts, absent) if gone and s != TEXT]
+            seen = None if watch is None else []
+            made = self.generate(given, make, [keys[b] for b in rows], seen)
+            for stream, images in made.items():
+                filled[rows, self.contrasts.index(stream)] = images[:, 0].clamp(0, 1)
+            for time, states, ends in seen or ():
+                pair = (2 * self.decode(make[0], part[make[0]]) - 1 for part in (states, ends))
+                watch.append((f"t = {time}", *pair))
+        return filled, {}
+
+
+# ---- 6. Training ---------------------------------------------------------------------------------
+
+
+def train(cfg, run, ds):
+    """All stages.  A stage that is finished is not trained again."""
+    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
+    present = ds.present[ds.rows("train")]
+    rounds = checked_rounds(cfg.rounds, ds.contrasts, present)
+    ae = train_autoencoder(run, *all_images(run, ds, "train"), all_images(run, ds, "val"),
+                           lambda: make_autoencoder(cfg), cfg.ae_steps, cfg.ae_batch, cfg.ae_lr,
+                           disc_weight=0)
+    textvae = train_text_codec(cfg, run, ds)
+    samples = Samples(run, ds, "train", ae, textvae)
+    unseen = Samples(run, ds, "val", ae, textvae)
+    encoders = align(cfg, run, samples, unseen, rounds)
+    shapes = {}
+    for c, stream in enumerate(ds.contrasts):
+        if c in samples.latents:
+            shapes[modality_of(stream)] = list(samples.latents[c].shape[1:])
+    run.about["shapes"] = shapes
+    flows = train_diffusers(cfg, run, samples, encoders, rounds)
+    train_flow(cfg, run, samples, encoders, flows, rounds)
+
+
+def train_text_codec(cfg, run, ds):
+    """Stage "text".  Returns None if there are no reports."""
+    texts = [text for text in ds.reports(ds.rows("train")) if text]
+    if TEXT not in ds.contrasts or not texts:
+        run.skip("text")
+        return None
+    words = Words.learn(texts, cfg.text_least, cfg.text_length)
+    run.about["words"] = words.words
+    unseen = [text for text in ds.reports(ds.rows("val")) if text]
+    return train_textvae(run, texts, unseen, lambda: make_textvae(cfg, words), cfg.text_steps,
+                         cfg.text_batch, cfg.text_lr)
+
+
+def fresh_of(rounds):
+    """For each round the modalities that it trains: those that no earlier round has trained.
+
+    If there is none, it is the second one.  rounds: names such as text-ct.
+    """
+    seen = set()
+    found = []
+    for name in rounds:
+        pair = name.split("-")
+        fresh = [m for m in dict.fromkeys(pair) if m not in seen] or [pair[1]]
+        seen.update(pair)
+        found.append(fresh)
+    return found
+
+
+def open_only(whole, parts):
+    """Freeze a module, but for some of its parts.  Returns the parameters of these.
+
+    Frozen means three things: no gradient, eval mode, and not in the optimiser.
+    """
+    whole.requires_grad_(False).eval()
+    opened = []
+    for part in parts:
+        part.requires_grad_(True).train()
+        opened += list(part.parameters())
+    return opened
+
+
+def build_encoders(cfg, run, streams, texts):
+    """Fresh prompt encoders.  texts: those on which the pieces of words are learned, or None."""
+    if texts is not None:
+        size = SIZES[cfg.encoder]["text"]
+        tokenizer = Tokenizer.train(texts, size["vocab"], max(size["context"], 3 * cfg.text_length))
+        run.about["tokenizer"] = tokenizer.state()
+    tokenizer = Tokenizer.from_state(run.about["tokenizer"])
+    return PromptEncoders(cfg.encoder, there(streams), tokenizer, cfg.size, len(cfg.rounds))
+
+
+def align(cfg, run, samples, unseen, rounds):
+    """Stage "alignment": Eq. (3) in rounds, each with Eq. (4) on the image encoders it trains.
+
+    All processes work on the same batch, because every sample needs all others as negatives.
+    """
+    torch.manual_seed(seed_of(run.seed, "alignment"))
+    streams = samples.streams
+    encoders = build_encoders(cfg, run, streams, [t for t in samples.reports if t])
+    encoders.to(run.device)
+    fresh = fresh_of(cfg.rounds)
+    heads = nn.ModuleDict({m: make_projector(encoders.dim, cfg.projector) for m in there(streams)
+                           if m != "text"}).to(run.device)
+    parts = {"encoders": encoders, "heads": heads}
+    for r, modalities in enumerate(fresh):
+        towers = [encoders.towers[m] for m in modalities]
+        own = [*towers, encoders.log_scale[r:r + 1], *(heads[m] for m in modalities if m in heads)]
+        weights = list(chain.from_iterable(part.parameters() for part in own))
+        parts[f"optimiser {r}"] = torch.optim.AdamW(weights, lr=cfg.align_lr, weight_decay=0.01)
+    steps = cfg.align_steps * len(rounds) if cfg.ca or cfg.vi else 0
+    r = None
+    for step in run.steps("alignment", steps, parts, cfg.align_batch):
+        local = step % cfg.align_steps
+        if r != step // cfg.align_steps:
+            r = step // cfg.align_steps
+            own = [encoders.towers[m] for m in fresh[r]]
+            open_only(nn.ModuleList([encoders, heads]),
+                      [*own, encoders.log_scale[r:r + 1], *(heads[m] for m in fresh[r] if m in heads)])
+        (a, b), rows = batch_of(run, f"align {r}", rounds[r], cfg.align_batch, local)
+        loss = 0.0
+        pair = samples.raw(rows, a), samples.raw(rows, b)
+        if cfg.ca:
+            with run.autocast():
+                u, v = (encoders(modality_of(streams[c]), x) for c, x in zip((a, b), pair))
+            reports = next((x for x in pair if isinstance(x, list)), None)
+            groups = groups_of(reports or rows.tolist()).to(run.device)     # (B,)
+            scale = encoders.log_scale[r].exp()
+            nce = info_nce(u, v, scale, groups)
+            loss = loss + nce
+            run.log(nce=nce, scale=scale)
+        g = run.generator("views", step)
+        for c, x in zip((a, b), pair):
+            modality = modality_of(streams[c])
+            if cfg.vi and modality in fresh[r] and modality in heads:
+                views = torch.cat([augment(x, modality, g), augment(x, modality, g)])
+                with run.autocast():
+                    features = encoders(modality, views)                    # (2B, D)
+                z1, z2 = (heads[modality](part) for part in features.chunk(2))  # (B, d) each
+                vi = visual_invariant(z1, z2)
+                loss = loss + vi
+                run.log(vi=vi)
+        optimiser = parts[f"optimiser {r}"]
+        set_rate(optimiser, warmup_cosine(local, cfg.align_steps, cfg.align_lr))
+        if torch.is_tensor(loss):
+            run.update(loss, optimiser)     # sets gradients to zero, goes backward, clips and steps
+            run.log(loss=loss)
+        with torch.no_grad():
+            encoders.log_scale[r].clamp_(0, math.log(100))
+        if step + 1 == steps and cfg.ca:
+            centre(encoders, samples)
+    encoders.requires_grad_(False).eval()
+    for pair, share in retrieval(unseen, encoders).items():
+        run.say(f"shared space: of 32 validation samples, {share:.2f} find their own, "
+                f"{' - '.join(pair)} (chance .03)")
+    return encoders
+
+
+@torch.no_grad()
+def centre(encoders, samples):
+    """Store the mean vector of each modality over the training samples [D6]."""
+    encoders.eval()
+    found = {}
+    for c, stream in enumerate(samples.streams):
+        rows = np.flatnonzero(samples.present[:, c])
+        for part in np.array_split(rows, math.ceil(len(rows) / 64) or 1):
+            if len(part):
+                e = encoders(modality_of(stream), samples.raw(part, c))     # (b, D)
+                found.setdefault(modality_of(stream), []).append(F.normalize(e, dim=1))
+    for modality, parts in found.items():
+        getattr(encoders, f"mean_{modality}").copy_(torch.cat(parts).mean(0))
+
+
+def set_rate(optimiser, rate):
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def train_diffusers(cfg, run, samples, encoders, rounds):
+    """Stage "diffusers": each modality alone, Eq. (2).  The prompt is a partner of some round.
+
+    Without central alignment (--no-ca), nothing has told the prompt encoders what to see.  Each is
+    then trained by the first diffuser that reads it, as in a plain latent diffusion model.
+    """
+    torch.manual_seed(seed_of(run.seed, "diffusers"))
+    streams = samples.streams
+    flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
+    flows.to(run.device, memory_format=torch.channels_last)
+    phases = [m for m in ("xray", "ct", "mri", "text") if m in flows.diffusers]
+    lengths = [cfg.steps_text if m == "text" else cfg.steps_image for m in phases]
+    ends = np.cumsum(lengths)
+    sources = {}                                            # modality -> {(target, source): rows}
+    for modality in phases:
+        sources[modality] = {}
+        for (a, b), rows in chain.from_iterable(pairs.items() for pairs in rounds):
+            for target, source in ((a, b), (b, a)):
+                if modality_of(streams[target]) == modality:
+                    sources[modality][target, source] = rows
+    opened = first_readers(phases, sources, streams) if not cfg.ca else {m: [] for m in phases}
+    parts = {"diffusers": flows.diffusers, "encoders": encoders}
+    for modality in phases:
+        own = flows.diffusers[modality]
+        crossing = set(flows.crossing(modality).parameters())
+        weights = [p for p in own.parameters() if p not in crossing]
+        for m in opened[modality]:
+            weights += list(encoders.towers[m].parameters())
+        rate = cfg.lr_text if modality == "text" else cfg.lr
+        parts[f"optimiser {modality}"] = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
+    alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
+    phase = None
+    for step in run.steps("diffusers", int(ends[-1]), parts, cfg.batch):
+        now = int(np.searchsorted(ends, step, side="right"))
+        modality = phases[now]
+        local = step - int(ends[now]) + lengths[now]
+        diffuser = flows.diffusers[modality]
+        if phase != now:
+            phase = now
+            open_only(nn.ModuleList([flows, encoders]),
+                      [diffuser, *(encoders.towers[m] for m in opened[modality])])
+            measure(diffuser, samples)
+        text = modality == "text"
+        batch = cfg.batch_text if text else cfg.batch
+        mine = run.shard(batch)
+        (target, source), rows = batch_of(run, f"ldm {modality}", sources[modality], batch, local)
+        g = run.generator("ldm", step)
+        draw = draws(g, batch, run.device, mine)
+        rows = rows[mine]
+        z = diffuser.whiten(samples.latent(rows, target))                   # (B, ...)
+        m = modality_of(streams[source])
+        if m in opened[modality]:
+            e = encoders.prompt(m, samples.raw(rows, source))               # (B, D)
+        else:
+            e = samples.prompt(encoders, rows, source)                      # (B, D)
+        e = e + 0.05 * draw("normal", e)                                    # [D6]
+        t = draw("time")                                                    # (B,)
+        eps = draw("normal", z)                                             # (B, ...)
+        with run.autocast():
+            noise = flows.predict(streams[target], q_sample(z, at(alpha_bar, t, z), eps), t, e,
+                                  draw("uniform") >= 0.1)
+        loss = F.mse_loss(noise.float(), eps)
+        optimiser = parts[f"optimiser {modality}"]
+        set_rate(optimiser, warmup_cosine(local, lengths[now], cfg.lr_text if text else cfg.lr))
+        run.update(loss, optimiser)
+        run.log(loss=loss, **{f"loss_{modality}": loss})
+    flows.requires_grad_(False).eval()
+    encoders.requires_grad_(False).eval()
+    return flows
+
+
+def first_readers(phases, sources, streams):
+    """{modality: prompt encoders that its diffuser trains}, each encoder once."""
+    seen = set()
+    found = {}
+    for modality in phases:
+        read = [modality_of(streams[source]) for _, source in sources[modality]]
+        found[modality] = [m for m in dict.fromkeys(read) if m not in seen]
+        seen.update(read)
+    return found
+
+
+@torch.no_grad()
+def measure(diffuser, samples):
+    """Set mean and deviation of a diffuser's latents, per channel over 1,024 training samples."""
+    found = []
+    for stream in diffuser.streams:
+        c = samples.streams.index(stream)
+        rows = np.flatnonzero(samples.present[:, c])[:1024]
+        z = samples.latent(rows, c)                                         # (n, z, ...)
+        found.append(z.flatten(2).transpose(1, 2).flatten(0, 1) if z.dim() > 2 else z)
+    sites = torch.cat(found)                                                # (n, z)
+    diffuser.mean.copy_(sites.mean(0).view_as(diffuser.mean))
+    diffuser.std.copy_(sites.std(0, correction=0).clamp(min=1e-6).view_as(diffuser.std))
+
+
+def train_flow(cfg, run, samples, encoders, flows, rounds):
+    """Stage "flow": Eqs. (5) and (6), one round after the other (Sec. 3.5, Fig. 3).
+
+    A round trains V, f and the sub-layers of the modalities that are new to it.
+    """
+    if not cfg.lcag:
+        run.skip("flow")
+        return
+    torch.manual_seed(seed_of(run.seed, "flow"))
+    fresh = fresh_of(cfg.rounds)
+    for m, guide in flows.guides.items():
+        found = [samples.prompt(encoders, np.flatnonzero(samples.present[:, c]), c)
+                 for c, s in enumerate(samples.streams) if modality_of(s) == m]
+        guide.start(torch.cat(found), run.generator("guide", m))
+    parts = {"crossing": flows.every_crossing()}
+    for r, modalities in enumerate(fresh):
+        weights = list(chain.from_iterable(flows.crossing(m).parameters() for m in modalities))
+        parts[f"optimiser {r}"] = torch.optim.AdamW(weights, lr=cfg.flow_lr, weight_decay=1e-4)
+    alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
+    mine = run.shard(cfg.batch)
+    r = None
+    for step in run.steps("flow", cfg.flow_steps * len(rounds), parts, cfg.batch):
+        local = step % cfg.flow_steps
+        if r != step // cfg.flow_steps:
+            r = step // cfg.flow_steps
+            open_only(flows, [flows.crossing(m) for m in fresh[r]])
+        pair, rows = batch_of(run, f"flow {r}", rounds[r], cfg.batch, local)
+        g = run.generator("flow", step)
+        loss, facts = cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_bar)
+        optimiser = parts[f"optimiser {r}"]
+        set_rate(optimiser, warmup_cosine(local, cfg.flow_steps, cfg.flow_lr))
+        run.update(loss, optimiser)
+        run.log(loss=loss, **facts)
+    flows.requires_grad_(False).eval()
+
+
+def cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_bar):
+    """Eq. (6) for a batch of pairs.  Returns the loss () and facts {name: ()}.
+
+    Eq. (6) shows both latents at one time t, and then both losses count.  But most tasks give one
+    of them clean.  So in a third of the steps A is made from a clean B, and in another third B from
+    a clean A; then one loss counts (or --couple-t: always both) [D3].
+    """
+    a, b = (samples.streams[c] for c in pair)
+    draw = draws(g, len(rows), run.device, mine)
+    lot = int(torch.randint(3, (), generator=g, device=run.device))
+    mode = "joint" if cfg.couple_t else ("joint", "a", "b")[lot]            # what is made
+    side = int(torch.randint(2, (), generator=g, device=run.device))
+    rows = rows[mine]
+    t = draw("time")                                                        # (B,)
+    zeros = torch.zeros_like(t)                                             # (B,)
+    states = {}
+    times = {}
+    noise = {}
+    for stream, c, made in ((a, pair[0], mode != "b"), (b, pair[1], mode != "a")):
+        z = flows.diffusers[modality_of(stream)].whiten(samples.latent(rows, c))
+        noise[stream] = draw("normal", z)                                   # (B, ...)
+        times[stream] = t if made else zeros
+        states[stream] = q_sample(z, at(alpha_bar, t, z), noise[stream]) if made else z
+    # The prompt is that of the clean stream.  If there is none, it is one of both, or nothing.
+    about = {"a": pair[1], "b": pair[0], "joint": pair[side]}[mode]
+    e = samples.prompt(encoders, rows, about)                               # (B, D)
+    e = e + 0.05 * draw("normal", e)                                        # (B, D)
+    keep = draw("uniform") >= 0.1                                           # (B,)
+    told = draw("uniform") >= (0.5 if mode == "joint" else 0)               # (B,)
+    total = 0.0
+    facts = {}
+    for stream, other in ((a, b), (b, a)):
+        if mode == "joint" or stream == {"a": a, "b": b}[mode]:
+            with run.autocast():
+                partner = flows.show(stream, other, states[other], times[other], g)
+                found = flows.predict(stream, states[stream], times[stream], e, keep & told,
+                                      [partner], keep)
+            facts[f"loss_{stream}"] = F.mse_loss(found.float(), noise[stream])
+            total = total + facts[f"loss_{stream}"]
+    if cfg.ctx_contrast:
+        shown = [flows.show(a, s, states[s], times[s], g).tokens.mean(1) for s in (a, b)]
+        groups = torch.arange(len(rows), device=run.device)
+        facts["ctx"] = info_nce(*shown, 1 / 0.07, groups)
+        total = total + cfg.ctx_contrast * facts["ctx"]
+    return total, {name: value.detach() for name, value in facts.items()}
+
+
+def load_model(cfg, run, subjects):
+    """The trained networks of a run folder, and the reports of these subjects."""
+    streams = run.about["contrasts"]
+    ae = load_autoencoder(run, lambda: make_autoencoder(cfg))
+    textvae = None
+    if "words" in run.about:
+        words = Words(run.about["words"], cfg.text_length)
+        textvae = load_textvae(run, lambda: make_textvae(cfg, words))
+    encoders = run.trained(build_encoders(cfg, run, streams, None), "diffusers", "encoders")
+    flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
+    run.trained(flows.diffusers, "diffusers", "diffusers")
+    if cfg.lcag and run.stages.get("flow", {}).get("step"):
+        run.trained(flows.every_crossing(), "flow", "crossing")
+    flows.to(run.device).requires_grad_(False).eval()
+    reports = {subject.name: subject.report for subject in subjects if subject.report}
+    return Model(cfg, run, streams, ae, textvae, encoders, flows, reports)
+
+
+# ---- 7. Figures and tables -----------------------------------------------------------------------
+# The rows of the paper's tables are data: data/paper_tables/medm2g.json.
+
+
+def beside(cfg, run, model, truth, notes):
+    """The truth through the autoencoder: the best that any latent method can do."""
+    images = []
+    for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
+        x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
+        z = model.ae.to_latent(2 * x - 1)
+        images.append((model.ae.from_latent(z)[:, 0].cpu().numpy() + 1) / 2)
+    return {"autoencoder alone": np.concatenate(images)}
+
+
+def overall(cfg, run, ds, model, tasks):
+    """Rows about reports, and about streams that are made together (common/multimodal.py)."""
+    return [*multimodal.report_rows(cfg, run, ds, model),
+            *multimodal.finding_rows(run, ds, tasks),
+            *multimodal.joint_rows(cfg, run, ds, model)]
+
+
+def joint_figure(cfg, run, ds, model):
+    """Fig. 4 (c): all images of a patient from a report."""
+    multimodal.draw_joint(cfg, run, ds, model, run.out / "joint.png")
+
+
+def outline(cfg, ds):
+    """For a dry run: the networks, and a latent through the CT's, or another image's, diffuser."""
+    streams = ds.contrasts
+    side = cfg.size // 2 ** (len(cfg.ae_mult) - 1)
+    shapes = {m: (cfg.text_z,) if m == "text" else (4, side, side) for m in there(streams)}
+    dim = SIZES[cfg.encoder]["embed"]
+    flows = Flows(cfg, streams, dim, shapes)
+    stream = next(s for s in streams if s != TEXT)
+    shape = shapes[modality_of(stream)]
+    z = torch.zeros(1, *shape)
+    t = torch.zeros(1, dtype=torch.long)
+    yes = torch.ones(1, dtype=torch.bool)
+    named = {"image autoencoder": make_autoencoder(cfg)}
+    named.update({f"diffuser of {m}": network for m, network in flows.diffusers.items()})
+    named.update({f"V and f of {m}": nn.ModuleList([flows.contexts[m], *(
+        [flows.guides[m]] if m in flows.guides else [])]) for m in flows.contexts})
+    lines = [f"{stream} (1, 1, {cfg.size}, {cfg.size}) -> latent {tuple(z.shape)}",
+             f"rounds: {', '.join(cfg.rounds)}"]
+    count = cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds)
+    return script.Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes),
+                          count, lines)
+
+
+# ---- 8. Main -------------------------------------------------------------------------------------
+
+METHOD = script.Method(
+    "MedM2G", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
+    contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
+    patterns=patterns, outline=outline, beside=beside, overall=overall, gaps=True,
+    texts=True, figures={"joint": ("all images of a patient from a report", joint_figure)})
+
+# From Python: medm2g.load("runs/medm2g-cxr") is a common.evaluation.Trained, with .fill.
+load, main = script.entrances(METHOD, __doc__)
+
+if __name__ == "__main__":
+    script.guarded(main)
