@@ -77,16 +77,17 @@ from torch.nn import functional as F
 
 from common import multimodal, script
 from common.augment import augment
-from common.autoencoder import load_autoencoder, train_autoencoder
 from common.cli import load_presets
-from common.clip import SIZES, Block, ImageEncoder, TextEncoder, warmup_cosine
+from common.clip import SIZES, Block, ImageEncoder, TextEncoder
+from common.codecs import Codecs, load_codecs, make_autoencoder, train_codecs
 from common.contrastive import contrastive_loss, cosines, groups_of
 from common.device import seed_of
+from common.kspace import central_kspace
 from common.places import sine_positions, squared_distances
 from common.rounds import (
     MODALITIES,
+    Phases,
     Samples,
-    all_images,
     at,
     batch_of,
     checked_rounds,
@@ -94,13 +95,13 @@ from common.rounds import (
     modality_of,
     retrieval,
     there,
+    usual_tasks,
 )
 from common.schedules import ddim_step, linear_alpha_bar, q_sample, x0_from_eps
 from common.tasks import named_directions
-from common.textvae import TextVAE, VectorUNet, Words, load_textvae, train_textvae
+from common.textvae import VectorUNet
 from common.tokenizer import Tokenizer, Tokens
 from common.unet import ResBlock, SpatialTransformer, UNet, sinusoid, zeroed
-from common.vqae import VQAE
 from data import TEXT, canonical_contrast
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -168,6 +169,7 @@ class Config:
     couple_t: bool = False                      # the partner always has the same noise [D3]
     ctx_contrast: float = 0.0                   # weight of CoDi's contrastive term on V [D3]
     schedule: Literal["scaled", "linear"] = "scaled"            # noise schedule [D1]
+    accelerate: int = 1                         # 4: MR from a 16th of k-space (Table 6)
     # method, in sampling
     only: tuple[str, ...] = ()                  # directions to score, such as text:ct, t1+t2:pd
     steps: int = 50                             # DDIM steps
@@ -195,7 +197,7 @@ STAGES = {
     "autoencoder": (),
     "text": ("text_width", "text_depth", "text_heads", "text_z", "text_length", "text_least",
              "text_steps", "text_batch", "text_lr"),
-    "alignment": ("encoder", "align_steps", "align_batch", "align_lr", "projector", "ca", "vi",
+    "alignment": ("accelerate", "encoder", "align_steps", "align_batch", "align_lr", "projector", "ca", "vi",
                   "rounds"),
     "diffusers": ("base", "mult", "blocks", "attention", "heads", "groups", "text_base",
                   "text_mult", "width", "steps_image", "steps_text", "batch", "batch_text", "lr",
@@ -211,41 +213,26 @@ T = 1000                                        # steps of the noise process
 def patterns(cfg, streams):
     """The tasks to score, as pairs (known streams, streams to make).
 
-    By default: both directions of each round, if an image is made; and text to MR, which no round
-    trains.  MR contrasts are made from all others.  Reports are scored apart, see report_rows.
+    Reports are made and scored, too, but not here; see overall.
     """
     if cfg.only:
         return named_directions(cfg.only, streams)
-    found = []
-    for name in cfg.rounds:
-        for a, b in (name.split("-"), name.split("-")[::-1]):
-            for target in streams:
-                if modality_of(target) != b or b == "text":
-                    continue
-                known = tuple(s for s in streams if modality_of(s) == a and s != target)
-                if known and (known, (target,)) not in found:
-                    found.append((known, (target,)))
-    mr = tuple(s for s in streams if modality_of(s) == "mri")
-    if TEXT in streams and mr:
-        found.append(((TEXT,), mr))
-    return found
+    return usual_tasks(cfg.rounds, streams)
+
+
+def disturbed(cfg, streams):
+    """A function u (B, C, H, W) -> u with MR as an accelerated scan gives it (--accelerate)."""
+    mr = [c for c, stream in enumerate(streams) if modality_of(stream) == "mri"]
+
+    def change(u):
+        if cfg.accelerate > 1:
+            u = u.clone()
+            u[:, mr] = central_kspace(u[:, mr], cfg.accelerate)
+        return u
+    return change
 
 
 # ---- 3. Model ------------------------------------------------------------------------------------
-
-
-def make_autoencoder(cfg):
-    """The image codec: one KL-autoencoder for X-ray, CT and MR (common/vqae.py).
-
-    The paper starts from Stable Diffusion's, which has the same form [D4].
-    """
-    return VQAE(cfg.ae_base, cfg.ae_mult, cfg.ae_blocks, 0, cfg.size, middle=cfg.ae_base >= 64,
-                bottleneck="kl")
-
-
-def make_textvae(cfg, words):
-    """The text codec (common/textvae.py)."""
-    return TextVAE(words, cfg.text_width, cfg.text_depth, cfg.text_heads, cfg.text_z)
 
 
 class PromptEncoders(nn.Module):
@@ -284,6 +271,16 @@ class PromptEncoders(nn.Module):
         """
         e = F.normalize(self(modality, x), dim=1)                           # (B, D)
         return F.normalize(e - getattr(self, f"mean_{modality}"), dim=1)    # (B, D)
+
+
+    @torch.no_grad()
+    def centre(self, samples):
+        """Measure the mean vector of each modality over the training samples [D6]."""
+        self.eval()
+        for modality in self.towers:
+            found = [samples.encoded(self, c) for c in samples.of_modality(modality)]
+            mean = F.normalize(torch.cat(found), dim=1).mean(0)             # (D,)
+            getattr(self, f"mean_{modality}").copy_(mean)
 
 
 def make_projector(dim, width):
@@ -398,6 +395,12 @@ class Diffuser(nn.Module):
             self.contrast = nn.Parameter(0.02 * torch.randn(len(self.streams), cfg.width))
         self.register_buffer("mean", torch.zeros(1, shape[0], *[1] * (len(shape) - 1)))
         self.register_buffer("std", torch.ones(1, shape[0], *[1] * (len(shape) - 1)))
+
+    @torch.no_grad()
+    def set_scale(self, mean, std):
+        """mean, std: (z,), of the latents of this modality."""
+        self.mean.copy_(mean.view_as(self.mean))
+        self.std.copy_(std.view_as(self.std))
 
     def whiten(self, z):
         """Latents with mean 0 and variance 1 in this modality.
@@ -624,25 +627,16 @@ class Model:
     cfg: Config
     run: object                                     # common.run.Run: device, precision, randomness
     contrasts: list
-    ae: nn.Module
-    textvae: nn.Module                              # None without text
+    codecs: Codecs
     encoders: nn.Module
     flows: nn.Module
     reports: dict                                   # {subject: report}
     selective = True        # fill is told which contrasts to make (common/evaluation.py)
 
-    def encode(self, stream, x):
-        """The latent of a given stream.  x: images (B, 1, H, W) in [0,1], or a list of str."""
-        z = self.textvae.to_latent(x) if stream == TEXT else self.ae.to_latent(2 * x - 1)
-        return self.flows.diffusers[modality_of(stream)].whiten(z)
-
     def decode(self, stream, z):
         """Images (B, 1, H, W) in [0,1], or a list of str.  z: whitened latents."""
         diffuser = self.flows.diffusers[modality_of(stream)]
-        z = z * diffuser.std + diffuser.mean
-        if stream == TEXT:
-            return self.textvae.from_latent(z, self.cfg.beam)
-        return (self.ae.from_latent(z) + 1) / 2
+        return self.codecs.decode(stream, z * diffuser.std + diffuser.mean)
 
     def partners_of(self, stream, others):
         """Those of the others that guide a stream: pairs of modalities that were a round [D8]."""
@@ -662,7 +656,10 @@ class Model:
         """
         B = len(keys)
         device = self.run.device
-        clean = {stream: self.encode(stream, x) for stream, x in given.items()}
+        clean = {}
+        for stream, x in given.items():
+            diffuser = self.flows.diffusers[modality_of(stream)]
+            clean[stream] = diffuser.whiten(self.codecs.encode(stream, x))
         e = torch.zeros(B, self.encoders.dim, device=device)                # (B, D)
         for stream, x in given.items():
             e = e + self.encoders.prompt(modality_of(stream), x) / len(given)   # (B, D)
@@ -688,7 +685,7 @@ class Model:
         start = {}
         noise = {}
         for stream in make:
-            like = self.flows.diffusers[modality_of(stream)].mean.expand(B, *self.shape(stream))
+            like = torch.zeros(B, *self.codecs.shape(stream), device=device)
             _, noise[stream] = self.run.noise([(*key, stream) for key in keys], like)
             start[stream] = noise[stream]()
         times = torch.linspace(T - 1, 0, self.cfg.steps).round().long().tolist()
@@ -708,13 +705,6 @@ class Model:
                                       torch.cat([told, nothing]), twice,
                                       torch.cat([everyone, nothing])).float()
         return guided(*both.chunk(2), self.cfg.w)
-
-    def shape(self, stream):
-        """The shape of a stream's latent."""
-        if stream == TEXT:
-            return (self.textvae.z,)
-        side = self.cfg.size // self.ae.f
-        return (self.ae.z, side, side)
 
     def fill(self, u, known, keys, watch=None, wanted=None):
         """Make every image that is missing.  common/evaluation.py calls this.
@@ -754,63 +744,33 @@ class Model:
 def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again."""
     run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
-    present = ds.present[ds.rows("train")]
-    rounds = checked_rounds(cfg.rounds, ds.contrasts, present)
-    ae = train_autoencoder(run, *all_images(run, ds, "train"), all_images(run, ds, "val"),
-                           lambda: make_autoencoder(cfg), cfg.ae_steps, cfg.ae_batch, cfg.ae_lr,
-                           disc_weight=0)
-    textvae = train_text_codec(cfg, run, ds)
-    samples = Samples(run, ds, "train", ae, textvae)
-    unseen = Samples(run, ds, "val", ae, textvae)
-    encoders = align(cfg, run, samples, unseen, rounds)
-    shapes = {}
-    for c, stream in enumerate(ds.contrasts):
-        if c in samples.latents:
-            shapes[modality_of(stream)] = list(samples.latents[c].shape[1:])
-    run.about["shapes"] = shapes
+    rounds = checked_rounds(cfg.rounds, ds.contrasts, ds.present[ds.rows("train")])
+    codecs = train_codecs(cfg, run, ds)
+    samples = Samples(run, ds, "train", codecs, disturbed(cfg, ds.contrasts),
+                      str(cfg.accelerate))
+    encoders = align(cfg, run, samples, rounds)
+    unseen = Samples(run, ds, "val", codecs, disturbed(cfg, ds.contrasts), str(cfg.accelerate))
+    for pair, share in retrieval(unseen, encoders).items():
+        run.say(f"shared space: of 32 validation samples, {share:.2f} find their own, "
+                f"{' - '.join(pair)} (chance .03)")
+    shapes = {m: codecs.shape(TEXT if m == "text" else "") for m in there(ds.contrasts)}
+    run.about["shapes"] = {m: list(shape) for m, shape in shapes.items()}
     flows = train_diffusers(cfg, run, samples, encoders, rounds)
     train_flow(cfg, run, samples, encoders, flows, rounds)
 
 
-def train_text_codec(cfg, run, ds):
-    """Stage "text".  Returns None if there are no reports."""
-    texts = [text for text in ds.reports(ds.rows("train")) if text]
-    if TEXT not in ds.contrasts or not texts:
-        run.skip("text")
-        return None
-    words = Words.learn(texts, cfg.text_least, cfg.text_length)
-    run.about["words"] = words.words
-    unseen = [text for text in ds.reports(ds.rows("val")) if text]
-    return train_textvae(run, texts, unseen, lambda: make_textvae(cfg, words), cfg.text_steps,
-                         cfg.text_batch, cfg.text_lr)
-
-
-def fresh_of(rounds):
+def fresh_of(names):
     """For each round the modalities that it trains: those that no earlier round has trained.
 
-    If there is none, it is the second one.  rounds: names such as text-ct.
+    If there is none, it is the second one.  names: such as text-ct.
     """
     seen = set()
     found = []
-    for name in rounds:
+    for name in names:
         pair = name.split("-")
-        fresh = [m for m in dict.fromkeys(pair) if m not in seen] or [pair[1]]
+        found.append([m for m in dict.fromkeys(pair) if m not in seen] or [pair[1]])
         seen.update(pair)
-        found.append(fresh)
     return found
-
-
-def open_only(whole, parts):
-    """Freeze a module, but for some of its parts.  Returns the parameters of these.
-
-    Frozen means three things: no gradient, eval mode, and not in the optimiser.
-    """
-    whole.requires_grad_(False).eval()
-    opened = []
-    for part in parts:
-        part.requires_grad_(True).train()
-        opened += list(part.parameters())
-    return opened
 
 
 def build_encoders(cfg, run, streams, texts):
@@ -823,49 +783,40 @@ def build_encoders(cfg, run, streams, texts):
     return PromptEncoders(cfg.encoder, there(streams), tokenizer, cfg.size, len(cfg.rounds))
 
 
-def align(cfg, run, samples, unseen, rounds):
+def align(cfg, run, samples, rounds):
     """Stage "alignment": Eq. (3) in rounds, each with Eq. (4) on the image encoders it trains.
 
     All processes work on the same batch, because every sample needs all others as negatives.
     """
     torch.manual_seed(seed_of(run.seed, "alignment"))
     streams = samples.streams
-    encoders = build_encoders(cfg, run, streams, [t for t in samples.reports if t])
-    encoders.to(run.device)
-    fresh = fresh_of(cfg.rounds)
+    encoders = build_encoders(cfg, run, streams, [text for text in samples.reports if text])
     heads = nn.ModuleDict({m: make_projector(encoders.dim, cfg.projector) for m in there(streams)
-                           if m != "text"}).to(run.device)
-    parts = {"encoders": encoders, "heads": heads}
-    for r, modalities in enumerate(fresh):
-        towers = [encoders.towers[m] for m in modalities]
-        own = [*towers, encoders.log_scale[r:r + 1], *(heads[m] for m in modalities if m in heads)]
-        weights = list(chain.from_iterable(part.parameters() for part in own))
-        parts[f"optimiser {r}"] = torch.optim.AdamW(weights, lr=cfg.align_lr, weight_decay=0.01)
-    steps = cfg.align_steps * len(rounds) if cfg.ca or cfg.vi else 0
-    r = None
-    for step in run.steps("alignment", steps, parts, cfg.align_batch):
-        local = step % cfg.align_steps
-        if r != step // cfg.align_steps:
-            r = step // cfg.align_steps
-            own = [encoders.towers[m] for m in fresh[r]]
-            open_only(nn.ModuleList([encoders, heads]),
-                      [*own, encoders.log_scale[r:r + 1], *(heads[m] for m in fresh[r] if m in heads)])
-        (a, b), rows = batch_of(run, f"align {r}", rounds[r], cfg.align_batch, local)
-        loss = 0.0
-        pair = samples.raw(rows, a), samples.raw(rows, b)
+                           if m != "text"})
+    networks = {"encoders": encoders.to(run.device), "heads": heads.to(run.device)}
+    opened = []
+    for r, fresh in enumerate(fresh_of(cfg.rounds)):
+        opened.append([*(encoders.towers[m] for m in fresh), encoders.log_scale[r],
+                       *(heads[m] for m in fresh if m in heads)])
+    each = cfg.align_steps if cfg.ca or cfg.vi else 0
+    phases = Phases(run, "alignment", [each] * len(rounds), networks, opened,
+                    [cfg.align_lr] * len(rounds), cfg.align_batch)
+    for r, local, step, optimiser in phases:
+        pair, rows = batch_of(run, f"align {r}", rounds[r], cfg.align_batch, local)
+        read = {c: (modality_of(streams[c]), samples.raw(rows, c)) for c in pair}
+        loss = torch.zeros((), device=run.device)
         if cfg.ca:
             with run.autocast():
-                u, v = (encoders(modality_of(streams[c]), x) for c, x in zip((a, b), pair))
-            reports = next((x for x in pair if isinstance(x, list)), None)
-            groups = groups_of(reports or rows.tolist()).to(run.device)     # (B,)
+                u, v = (encoders(*read[c]) for c in pair)                   # (B, D) each
+            texts = [x for modality, x in read.values() if modality == "text"]
+            groups = groups_of(texts[0] if texts else rows.tolist())        # (B,)
             scale = encoders.log_scale[r].exp()
-            nce = info_nce(u, v, scale, groups)
+            nce = info_nce(u, v, scale, groups.to(run.device))
             loss = loss + nce
             run.log(nce=nce, scale=scale)
         g = run.generator("views", step)
-        for c, x in zip((a, b), pair):
-            modality = modality_of(streams[c])
-            if cfg.vi and modality in fresh[r] and modality in heads:
+        for modality, x in read.values():
+            if cfg.vi and modality in heads and modality in fresh_of(cfg.rounds)[r]:
                 views = torch.cat([augment(x, modality, g), augment(x, modality, g)])
                 with run.autocast():
                     features = encoders(modality, views)                    # (2B, D)
@@ -873,40 +824,14 @@ def align(cfg, run, samples, unseen, rounds):
                 vi = visual_invariant(z1, z2)
                 loss = loss + vi
                 run.log(vi=vi)
-        optimiser = parts[f"optimiser {r}"]
-        set_rate(optimiser, warmup_cosine(local, cfg.align_steps, cfg.align_lr))
-        if torch.is_tensor(loss):
+        if loss.requires_grad:              # without --ca, a round may have no image to train on
             run.update(loss, optimiser)     # sets gradients to zero, goes backward, clips and steps
-            run.log(loss=loss)
+        run.log(loss=loss)
         with torch.no_grad():
             encoders.log_scale[r].clamp_(0, math.log(100))
-        if step + 1 == steps and cfg.ca:
-            centre(encoders, samples)
-    encoders.requires_grad_(False).eval()
-    for pair, share in retrieval(unseen, encoders).items():
-        run.say(f"shared space: of 32 validation samples, {share:.2f} find their own, "
-                f"{' - '.join(pair)} (chance .03)")
+        if cfg.ca and step + 1 == each * len(rounds):
+            encoders.centre(samples)
     return encoders
-
-
-@torch.no_grad()
-def centre(encoders, samples):
-    """Store the mean vector of each modality over the training samples [D6]."""
-    encoders.eval()
-    found = {}
-    for c, stream in enumerate(samples.streams):
-        rows = np.flatnonzero(samples.present[:, c])
-        for part in np.array_split(rows, math.ceil(len(rows) / 64) or 1):
-            if len(part):
-                e = encoders(modality_of(stream), samples.raw(part, c))     # (b, D)
-                found.setdefault(modality_of(stream), []).append(F.normalize(e, dim=1))
-    for modality, parts in found.items():
-        getattr(encoders, f"mean_{modality}").copy_(torch.cat(parts).mean(0))
-
-
-def set_rate(optimiser, rate):
-    for group in optimiser.param_groups:
-        group["lr"] = rate
 
 
 def train_diffusers(cfg, run, samples, encoders, rounds):
@@ -919,90 +844,53 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
     streams = samples.streams
     flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
     flows.to(run.device, memory_format=torch.channels_last)
-    phases = [m for m in ("xray", "ct", "mri", "text") if m in flows.diffusers]
-    lengths = [cfg.steps_text if m == "text" else cfg.steps_image for m in phases]
-    ends = np.cumsum(lengths)
-    sources = {}                                            # modality -> {(target, source): rows}
-    for modality in phases:
-        sources[modality] = {}
-        for (a, b), rows in chain.from_iterable(pairs.items() for pairs in rounds):
-            for target, source in ((a, b), (b, a)):
-                if modality_of(streams[target]) == modality:
-                    sources[modality][target, source] = rows
-    opened = first_readers(phases, sources, streams) if not cfg.ca else {m: [] for m in phases}
-    parts = {"diffusers": flows.diffusers, "encoders": encoders}
-    for modality in phases:
-        own = flows.diffusers[modality]
-        crossing = set(flows.crossing(modality).parameters())
-        weights = [p for p in own.parameters() if p not in crossing]
-        for m in opened[modality]:
-            weights += list(encoders.towers[m].parameters())
-        rate = cfg.lr_text if modality == "text" else cfg.lr
-        parts[f"optimiser {modality}"] = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
+    order = [m for m in ("xray", "ct", "mri", "text") if m in flows.diffusers]
+    sources = {m: {} for m in order}                        # modality -> {(target, source): rows}
+    for (a, b), rows in chain.from_iterable(pairs.items() for pairs in rounds):
+        sources[modality_of(streams[a])][a, b] = rows
+        sources[modality_of(streams[b])][b, a] = rows
+    order = [m for m in order if sources[m]]
+    opened = []
+    taught = set() if not cfg.ca else set(encoders.towers)  # prompt encoders that are trained
+    own = {}                                                # those that a diffuser trains
+    for m in order:
+        flows.diffusers[m].set_scale(*samples.moments(m))
+        crossing = set(flows.crossing(m).parameters())
+        reads = {modality_of(streams[source]) for _, source in sources[m]}
+        own[m] = reads - taught
+        taught |= reads
+        opened.append([p for p in flows.diffusers[m].parameters() if p not in crossing]
+                      + [encoders.towers[other] for other in sorted(own[m])])
+    lengths = [cfg.steps_text if m == "text" else cfg.steps_image for m in order]
+    peaks = [cfg.lr_text if m == "text" else cfg.lr for m in order]
     alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
-    phase = None
-    for step in run.steps("diffusers", int(ends[-1]), parts, cfg.batch):
-        now = int(np.searchsorted(ends, step, side="right"))
-        modality = phases[now]
-        local = step - int(ends[now]) + lengths[now]
+    networks = {"diffusers": flows.diffusers, "encoders": encoders}
+    for now, local, step, optimiser in Phases(run, "diffusers", lengths, networks, opened, peaks,
+                                              cfg.batch):
+        modality = order[now]
         diffuser = flows.diffusers[modality]
-        if phase != now:
-            phase = now
-            open_only(nn.ModuleList([flows, encoders]),
-                      [diffuser, *(encoders.towers[m] for m in opened[modality])])
-            measure(diffuser, samples)
-        text = modality == "text"
-        batch = cfg.batch_text if text else cfg.batch
+        batch = cfg.batch_text if modality == "text" else cfg.batch
         mine = run.shard(batch)
         (target, source), rows = batch_of(run, f"ldm {modality}", sources[modality], batch, local)
-        g = run.generator("ldm", step)
-        draw = draws(g, batch, run.device, mine)
         rows = rows[mine]
+        draw = draws(run.generator("ldm", step), batch, run.device, mine)
         z = diffuser.whiten(samples.latent(rows, target))                   # (B, ...)
-        m = modality_of(streams[source])
-        if m in opened[modality]:
-            e = encoders.prompt(m, samples.raw(rows, source))               # (B, D)
+        other = modality_of(streams[source])
+        if other in own[modality]:
+            e = encoders.prompt(other, samples.raw(rows, source))           # (B, D)
         else:
             e = samples.prompt(encoders, rows, source)                      # (B, D)
         e = e + 0.05 * draw("normal", e)                                    # [D6]
         t = draw("time")                                                    # (B,)
         eps = draw("normal", z)                                             # (B, ...)
+        keep = draw("uniform") >= 0.1                                       # (B,)
         with run.autocast():
-            noise = flows.predict(streams[target], q_sample(z, at(alpha_bar, t, z), eps), t, e,
-                                  draw("uniform") >= 0.1)
+            z_t = q_sample(z, at(alpha_bar, t, z), eps)                     # (B, ...)
+            noise = flows.predict(streams[target], z_t, t, e, keep)         # (B, ...)
         loss = F.mse_loss(noise.float(), eps)
-        optimiser = parts[f"optimiser {modality}"]
-        set_rate(optimiser, warmup_cosine(local, lengths[now], cfg.lr_text if text else cfg.lr))
         run.update(loss, optimiser)
         run.log(loss=loss, **{f"loss_{modality}": loss})
-    flows.requires_grad_(False).eval()
-    encoders.requires_grad_(False).eval()
     return flows
-
-
-def first_readers(phases, sources, streams):
-    """{modality: prompt encoders that its diffuser trains}, each encoder once."""
-    seen = set()
-    found = {}
-    for modality in phases:
-        read = [modality_of(streams[source]) for _, source in sources[modality]]
-        found[modality] = [m for m in dict.fromkeys(read) if m not in seen]
-        seen.update(read)
-    return found
-
-
-@torch.no_grad()
-def measure(diffuser, samples):
-    """Set mean and deviation of a diffuser's latents, per channel over 1,024 training samples."""
-    found = []
-    for stream in diffuser.streams:
-        c = samples.streams.index(stream)
-        rows = np.flatnonzero(samples.present[:, c])[:1024]
-        z = samples.latent(rows, c)                                         # (n, z, ...)
-        found.append(z.flatten(2).transpose(1, 2).flatten(0, 1) if z.dim() > 2 else z)
-    sites = torch.cat(found)                                                # (n, z)
-    diffuser.mean.copy_(sites.mean(0).view_as(diffuser.mean))
-    diffuser.std.copy_(sites.std(0, correction=0).clamp(min=1e-6).view_as(diffuser.std))
 
 
 def train_flow(cfg, run, samples, encoders, flows, rounds):
@@ -1014,34 +902,23 @@ def train_flow(cfg, run, samples, encoders, flows, rounds):
         run.skip("flow")
         return
     torch.manual_seed(seed_of(run.seed, "flow"))
-    fresh = fresh_of(cfg.rounds)
     for m, guide in flows.guides.items():
         found = [samples.prompt(encoders, np.flatnonzero(samples.present[:, c]), c)
-                 for c, s in enumerate(samples.streams) if modality_of(s) == m]
+                 for c in samples.of_modality(m)]
         guide.start(torch.cat(found), run.generator("guide", m))
-    parts = {"crossing": flows.every_crossing()}
-    for r, modalities in enumerate(fresh):
-        weights = list(chain.from_iterable(flows.crossing(m).parameters() for m in modalities))
-        parts[f"optimiser {r}"] = torch.optim.AdamW(weights, lr=cfg.flow_lr, weight_decay=1e-4)
+    opened = [[flows.crossing(m) for m in fresh] for fresh in fresh_of(cfg.rounds)]
     alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
-    mine = run.shard(cfg.batch)
-    r = None
-    for step in run.steps("flow", cfg.flow_steps * len(rounds), parts, cfg.batch):
-        local = step % cfg.flow_steps
-        if r != step // cfg.flow_steps:
-            r = step // cfg.flow_steps
-            open_only(flows, [flows.crossing(m) for m in fresh[r]])
+    phases = Phases(run, "flow", [cfg.flow_steps] * len(rounds),
+                    {"crossing": flows.every_crossing()}, opened, [cfg.flow_lr] * len(rounds),
+                    cfg.batch, decay=1e-4)
+    for r, local, step, optimiser in phases:
         pair, rows = batch_of(run, f"flow {r}", rounds[r], cfg.batch, local)
-        g = run.generator("flow", step)
-        loss, facts = cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_bar)
-        optimiser = parts[f"optimiser {r}"]
-        set_rate(optimiser, warmup_cosine(local, cfg.flow_steps, cfg.flow_lr))
+        loss, facts = cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar)
         run.update(loss, optimiser)
         run.log(loss=loss, **facts)
-    flows.requires_grad_(False).eval()
 
 
-def cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_bar):
+def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
     """Eq. (6) for a batch of pairs.  Returns the loss () and facts {name: ()}.
 
     Eq. (6) shows both latents at one time t, and then both losses count.  But most tasks give one
@@ -1049,6 +926,8 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_ba
     a clean A; then one loss counts (or --couple-t: always both) [D3].
     """
     a, b = (samples.streams[c] for c in pair)
+    g = run.generator("flow", step)
+    mine = run.shard(len(rows))
     draw = draws(g, len(rows), run.device, mine)
     lot = int(torch.randint(3, (), generator=g, device=run.device))
     mode = "joint" if cfg.couple_t else ("joint", "a", "b")[lot]            # what is made
@@ -1091,11 +970,6 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, g, mine, alpha_ba
 def load_model(cfg, run, subjects):
     """The trained networks of a run folder, and the reports of these subjects."""
     streams = run.about["contrasts"]
-    ae = load_autoencoder(run, lambda: make_autoencoder(cfg))
-    textvae = None
-    if "words" in run.about:
-        words = Words(run.about["words"], cfg.text_length)
-        textvae = load_textvae(run, lambda: make_textvae(cfg, words))
     encoders = run.trained(build_encoders(cfg, run, streams, None), "diffusers", "encoders")
     flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
     run.trained(flows.diffusers, "diffusers", "diffusers")
@@ -1103,7 +977,7 @@ def load_model(cfg, run, subjects):
         run.trained(flows.every_crossing(), "flow", "crossing")
     flows.to(run.device).requires_grad_(False).eval()
     reports = {subject.name: subject.report for subject in subjects if subject.report}
-    return Model(cfg, run, streams, ae, textvae, encoders, flows, reports)
+    return Model(cfg, run, streams, load_codecs(cfg, run), encoders, flows, reports)
 
 
 # ---- 7. Figures and tables -----------------------------------------------------------------------
@@ -1115,8 +989,8 @@ def beside(cfg, run, model, truth, notes):
     images = []
     for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
         x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
-        z = model.ae.to_latent(2 * x - 1)
-        images.append((model.ae.from_latent(z)[:, 0].cpu().numpy() + 1) / 2)
+        x_hat = model.codecs.decode("", model.codecs.encode("", x))         # (b, 1, H, W)
+        images.append(x_hat[:, 0].cpu().numpy())
     return {"autoencoder alone": np.concatenate(images)}
 
 
@@ -1160,7 +1034,8 @@ def outline(cfg, ds):
 METHOD = script.Method(
     "MedM2G", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
     contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
-    patterns=patterns, outline=outline, beside=beside, overall=overall, gaps=True,
+    patterns=patterns, outline=outline, beside=beside,
+    disturb=lambda cfg, run, u, keys: disturbed(cfg, run.about["contrasts"])(u), overall=overall, gaps=True,
     texts=True, figures={"joint": ("all images of a patient from a report", joint_figure)})
 
 # From Python: medm2g.load("runs/medm2g-cxr") is a common.evaluation.Trained, with .fill.

@@ -51,13 +51,13 @@ def report_rows(cfg, run, ds, model):
         made = generated(cfg, run, ds, model, chosen, [stream], [TEXT])[TEXT]
         known = [text for text in ds.reports(ds.rows("train")) if text]
         g = np.random.default_rng(0)
-        latents = model.textvae.to_latent(truth)                            # (n, Z)
+        latents = model.codecs.textvae.to_latent(truth)                            # (n, Z)
         answers = {
             "MedM2G": made,
             "most frequent report": [max(set(known), key=known.count)] * len(truth),
             "random report": [known[i] for i in g.integers(len(known), size=len(truth))],
-            "text VAE alone": model.textvae.from_latent(latents),
-            "of another patient": model.textvae.from_latent(latents.roll(1, 0))}
+            "text VAE alone": model.codecs.textvae.from_latent(latents),
+            "of another patient": model.codecs.textvae.from_latent(latents.roll(1, 0))}
         rows += scored(run, ds, f"{stream}->text", chosen, truth, answers)
         run.write_json(f"reports_{stream}.json",
                        [{"subject": str(ds.subject[r]), "truth": t, "made": m}

@@ -7,7 +7,7 @@ MODALITIES; all MR contrasts are one modality.  A *round* is a pair of modalitie
 which is trained on the subjects that have both.
 
     rounds = checked_rounds(("text-ct", "ct-mri"), streams, present)
-    samples = Samples(run, ds, "train", ae, textvae)        # latents and prompt vectors, once each
+    samples = Samples(run, ds, "train", codecs)             # latents and prompt vectors, once each
     (a, b), rows = batch_of(run, "flow", rounds[0], batch, step)
     samples.latent(rows, a)                                 # (B, z, h, w), or (B, Z) of text
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common.autoencoder import cached_latents
+from common.clip import warmup_cosine
 from common.contrastive import groups_of, nearest
 from common.device import seed_of
 from common.files import RunError
@@ -79,12 +80,16 @@ class Samples:
 
     Both are computed once, because codecs and prompt encoders are frozen.  A sample is one stream
     of one row; rows are counted within the part.
+
+    change   a function u (B, C, H, W) -> u that is applied to all images
+    tag      stands for the change, in the name of the file that keeps latents
     """
 
-    def __init__(self, run, ds, part, ae, textvae):
+    def __init__(self, run, ds, part, codecs, change=lambda u: u, tag=""):
         self.run = run
         self.streams = ds.contrasts
         self.images = ds.part(part)
+        self.change = change
         rows = ds.rows(part)
         self.reports = ds.reports(rows)
         self.present = ds.present[rows]                                     # (n, C)
@@ -96,16 +101,16 @@ class Samples:
             if len(own) == 0:
                 continue
             if stream == TEXT:
-                self.latents[c] = textvae.to_latent([self.reports[r] for r in own])     # (k, Z)
+                self.latents[c] = codecs.encode(TEXT, [self.reports[r] for r in own])   # (k, Z)
                 continue
-            name = f"{seed_of(ds.fingerprint, part, *ds.split[part], stream):x}"
+            name = f"{seed_of(ds.fingerprint, part, *ds.split[part], stream, tag):x}"
             self.latents[c] = cached_latents(
-                run, ae, lambda numbers, own=own, c=c: 2 * self.pictures(own[numbers], c) - 1,
+                run, codecs.ae, lambda numbers, own=own, c=c: 2 * self.pictures(own[numbers], c) - 1,
                 len(own), name, run.args.cache if run.seconds is None else run.out)
 
     def pictures(self, rows, c):
         """Images (B, 1, H, W) in [0,1] of stream c."""
-        return self.run.fetch(self.images, rows)[:, c, None]
+        return self.change(self.run.fetch(self.images, rows))[:, c, None]
 
     def raw(self, rows, c):
         """What a prompt encoder reads: images, or a list of str."""
@@ -121,29 +126,108 @@ class Samples:
         return self.run.fetch(self.latents[c], places)
 
     @torch.no_grad()
+    def encoded(self, encode, c):
+        """encode(modality, what raw gives) of all rows that have stream c: (k, D)."""
+        own = np.flatnonzero(self.present[:, c])
+        modality = modality_of(self.streams[c])
+        parts = np.array_split(own, math.ceil(len(own) / 64))
+        return torch.cat([encode(modality, self.raw(part, c)) for part in parts])
+
     def prompt(self, encoders, rows, c):
         """Prompt vectors (B, D), from a frozen encoder."""
         if c not in self.vectors:
-            own = np.flatnonzero(self.present[:, c])
-            parts = np.array_split(own, math.ceil(len(own) / 64))
-            found = [encoders.prompt(modality_of(self.streams[c]), self.raw(part, c))
-                     for part in parts]
-            self.vectors[c] = torch.cat(found)                              # (k, D)
+            self.vectors[c] = self.encoded(encoders.prompt, c)              # (k, D)
         return self.vectors[c][self.place[rows, c]]                         # (B, D)
 
+    def of_modality(self, modality):
+        """Numbers of the channels of a modality that there are samples of."""
+        return [c for c in self.latents if modality_of(self.streams[c]) == modality]
 
-def all_images(run, ds, part):
-    """(function numbers -> images (B, 1, H, W) in [-1,1], how many): all images of a part."""
-    images = ds.part(part)
-    is_image = ds.present[ds.rows(part)].copy()                             # (n, C)
-    is_image[:, [c for c, stream in enumerate(ds.contrasts) if stream == TEXT]] = False
-    rows, channels = np.nonzero(is_image)
+    def moments(self, modality):
+        """Mean and deviation of latents, (z,) each, over at most 1,024 samples of each stream."""
+        found = []
+        for c in self.of_modality(modality):
+            z = self.latent(np.flatnonzero(self.present[:, c])[:1024], c)   # (n, z, h, w) or (n, Z)
+            found.append(z.flatten(2).transpose(1, 2).flatten(0, 1) if z.dim() > 2 else z)
+        sites = torch.cat(found)                                            # (N, z)
+        return sites.mean(0), sites.std(0, correction=0).clamp(min=1e-6)
 
-    def picture(numbers):
-        u = run.fetch(images, rows[numbers])                                # (B, C, H, W)
-        own = u[torch.arange(len(u)), torch.from_numpy(channels[numbers])]  # (B, H, W)
-        return 2 * own[:, None] - 1                                         # (B, 1, H, W)
-    return picture, len(rows)
+
+def usual_tasks(names, streams):
+    """The tasks of some rounds that make images, as pairs (known streams, streams to make).
+
+    They are both directions of each round, and text to MR, which need not be a round.  Of mri-mri,
+    each contrast is made from all others.
+    """
+    found = []
+    for name in names:
+        for a, b in (name.split("-"), name.split("-")[::-1]):
+            for target in streams:
+                known = tuple(s for s in streams if modality_of(s) == a and s != target)
+                if modality_of(target) == b != "text" and known:
+                    found.append((known, (target,)))
+    mr = tuple(s for s in streams if modality_of(s) == "mri")
+    if TEXT in streams and mr:
+        found.append(((TEXT,), mr))
+    return list(dict.fromkeys(found))
+
+
+class Phases:
+    """A stage whose phases train different parts of a network, one after the other.
+
+    run, stage, batch   as of run.steps
+    lengths             steps of each phase
+    networks            {name: module}; with the optimisers, these are the parts of the checkpoint
+    opened              for each phase a list of modules or parameters; all others are frozen
+    peaks               for each phase the highest learning rate
+    decay               weight decay of AdamW
+
+    Iterating gives (phase, step within it, step of the stage, optimiser).  Frozen means three
+    things: no gradient, eval mode, and not in the optimiser.
+    """
+
+    def __init__(self, run, stage, lengths, networks, opened, peaks, batch, decay=0.01):
+        self.run = run
+        self.stage = stage
+        self.lengths = lengths
+        self.networks = networks
+        self.opened = opened
+        self.peaks = peaks
+        self.batch = batch
+        self.optimisers = []
+        for parts, peak in zip(opened, peaks):
+            weights = [p for part in parts for p in weights_of(part)]
+            self.optimisers.append(torch.optim.AdamW(weights, lr=peak, weight_decay=decay))
+
+    def __iter__(self):
+        named = {f"optimiser {i}": each for i, each in enumerate(self.optimisers)}
+        ends = np.cumsum(self.lengths)
+        phase = None
+        for step in self.run.steps(self.stage, int(ends[-1]), {**self.networks, **named},
+                                   self.batch):
+            now = int(np.searchsorted(ends, step, side="right"))
+            local = step - int(ends[now]) + self.lengths[now]
+            if phase != now:
+                phase = now
+                self.freeze()
+                for part in self.opened[now]:
+                    part.requires_grad_(True)
+                    if isinstance(part, torch.nn.Module):
+                        part.train()
+            optimiser = self.optimisers[now]
+            for group in optimiser.param_groups:
+                group["lr"] = warmup_cosine(local, self.lengths[now], self.peaks[now])
+            yield now, local, step, optimiser
+        self.freeze()
+
+    def freeze(self):
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+
+
+def weights_of(part):
+    """The parameters of a module, or the parameter itself, as a list."""
+    return list(part.parameters()) if isinstance(part, torch.nn.Module) else [part]
 
 
 def batch_of(run, purpose, pairs, batch, step):

@@ -11,7 +11,17 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from data.files import DataError
-from data.phantom import cxr_findings_in, make, torso, torso_grid, torso_report, torso_subject, torso_views, usual_numbers
+from data.phantom import (
+    cxr_findings_in,
+    make,
+    reports,
+    torso,
+    torso_grid,
+    torso_report,
+    torso_subject,
+    torso_views,
+    usual_numbers,
+)
 from data.phantom.geometry import Grid
 from data.phantom.physics import CODE, TISSUES, render, render_ct
 from data.phantom.reports import UNKNOWN
@@ -267,6 +277,19 @@ def test_lesions_show_in_every_view():
     assert len(gains) == 12 and np.mean(gains) > 0.065
 
 
+def test_fluid_collects_behind_and_below():
+    """The patient lies on the back in CT, so fluid fills the lowest part of the lung there. It is deepest at the base."""
+    traits = {**torso_subject(0, 0), "effusion": "right", "lesion": None}
+    depths = []
+    for z in (20.0, -60.0, -105.0):
+        grid = Grid((180, 180, 1), (-2, -2, 5), (179, 171, z))
+        labels = torso.torso_labels(0, 0, traits, grid.axes())[:90, :, 0]
+        fluid, lung = (np.argwhere(labels == CODE[name]) for name in ("csf", "lung"))
+        assert fluid[:, 1].mean() > lung[:, 1].mean() + 15      # the index runs from front to back
+        depths.append((labels == CODE["csf"]).sum(axis=1).max() * 2)
+    assert 10 < depths[0] < depths[1] < depths[2] - 20
+
+
 def test_enlarged_hearts_are_wider():
     """Half of the chest or more on the X-ray, as radiologists measure it."""
     for number in range(5):
@@ -349,35 +372,32 @@ def test_reports_say_what_is_true(many):
 
 
 def test_words_and_lengths_of_reports(many):
-    _, reports = many
-    tokens = [report.split() for report in reports]
-    assert all(report == report.lower() and report.endswith(" .") for report in reports)
+    texts = many[1]
+    tokens = [text.split() for text in texts]
+    assert all(text == text.lower() and text.endswith(" .") for text in texts)
     assert all(word == "." or word.isalpha() for report in tokens for word in report)
     lengths = [len(report) for report in tokens]
     assert 12 <= min(lengths) and max(lengths) <= 58 and 25 < np.mean(lengths) < 36
     assert np.percentile(lengths, 95) <= 40
     counts = Counter(word for report in tokens for word in report)
     assert 150 <= len(counts) <= 300 and min(counts.values()) > 30
-    assert len(set(reports)) > 0.98 * len(reports)
+    assert len(set(texts)) > 0.98 * len(texts)
 
 
 def test_every_phrase_of_a_statement_is_used(many):
-    traits, reports = many
-    for wanted, count in (({"lesion": "none"}, 6), ({"heart": "enlarged"}, 6), ({"effusion": "left"}, 6)):
-        (key, value), = wanted.items()
+    traits, texts = many
+    for key, value, phrases in (("lesion", None, reports.NO_LESION), ("heart", "enlarged", reports.HEART["enlarged"]),
+                                ("effusion", "left", [form.format(side="left") for form in reports.EFFUSION])):
         sentences = Counter()
-        for t, report in zip(traits, reports):
-            if (t[key] or "none") == value:
-                sentences.update(set(report.split(" . ")))
-        phrases = {"lesion": torso_phrases("NO_LESION"), "heart": torso_phrases("HEART", "enlarged"),
-                   "effusion": [p.format(side="left") for p in torso_phrases("EFFUSION")]}[key]
-        assert len(phrases) == count and all(sentences[phrase] > 20 for phrase in phrases)
-
-
-def torso_phrases(name, part=None):
-    from data.phantom import reports
-    phrases = getattr(reports, name)
-    return phrases[part] if part else phrases
+        first = 0
+        for of, text in zip(traits, texts):
+            if of[key] == value:
+                said = text.removesuffix(" .").split(" . ")
+                sentences.update(said)
+                first += said[0] in phrases
+        assert len(phrases) == 6 and all(sentences[phrase] > 40 for phrase in phrases)
+        total = sum(sentences[phrase] for phrase in phrases)
+        assert 0.15 < first / total < 0.35      # the order is drawn, among 4 or 5 sentences
 
 
 @pytest.mark.parametrize("report, lesion, effusion, heart", [
@@ -461,7 +481,7 @@ def test_pictures_of_cxr(cxr):
 
 def test_sheet_of_findings(cxr):
     folder, entries, rows, truth = cxr
-    reports = {entry["id"]: entry["report"] for split in entries.values() for entry in split}
+    texts = {entry["id"]: entry["report"] for split in entries.values() for entry in split}
     boxes = 0
     for row in rows:
         traits = truth[row["id"]]
@@ -469,7 +489,7 @@ def test_sheet_of_findings(cxr):
         assert [row[f"lesion_{key}"] for key in ("side", "zone", "size")] == list(lesion.values())
         assert row["effusion"] == (traits["effusion"] or "") and row["heart"] == traits["heart"]
         if row["set"] != "mr":
-            assert cxr_findings_in(reports[row["id"]])["lesion"] == words_of(traits["lesion"])
+            assert cxr_findings_in(texts[row["id"]])["lesion"] == words_of(traits["lesion"])
         box = [row[key] for key in ("x0", "y0", "x1", "y1")]
         if row["set"] not in ("xray", "all"):
             assert box == [""] * 4

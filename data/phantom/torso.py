@@ -262,7 +262,7 @@ def chest_parts(traits, x, z, cavity):
     if traits["effusion"]:
         # The fluid is deep at the bottom and thin at the top, and it climbs along the side.
         lung = lungs[traits["effusion"]]
-        deep = interpolate(z, (-150, -112, -66, 0, 60), (260, 92, 32, 20, 12))
+        deep = interpolate(z, (-150, -112, -66, 0, 60), (260, 92, 24, 17, 12))
         deep = traits["amount"] * (deep + 0.2 * np.maximum(np.abs(x) - 70, 0))
         parts.append(Part("csf", *within((lung[0], lung[0] + deep), lung)))
     for side in (1, -1):
@@ -375,7 +375,8 @@ def attenuation_sum(parts, mu):
         found = np.zeros(middles.shape, np.uint8)           # (rays, pieces), 0 outside of all parts
         for k in np.flatnonzero(hit.any(axis=0)):
             here = np.flatnonzero(hit[:, k])
-            inside = (middles[here] > start[here, k, None]) & (middles[here] < end[here, k, None])
+            middle = middles[here]
+            inside = (middle > start[here, k, None]) & (middle < end[here, k, None])
             found[here] = np.where(inside, np.uint8(k + 1), found[here])
         seen = np.take_along_axis(values[rays], found.astype(int), axis=1)
         total[rays] = (seen * np.diff(cuts, axis=1)).sum(axis=1, dtype=float)
