@@ -59,10 +59,11 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D10] A contrast token tells the MR diffuser which contrast to make.
 
 NEEDS  data/ and these files of common/:
-  autoencoder.py benchmark.py cli.py clip.py codebook.py cohort.py contrastive.py device.py
-  downstream.py embeddings.py evaluation.py files.py loop.py metrics.py pictures.py
-  report_scores.py run.py schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py
-  textvae.py tokenizer.py unet.py vqae.py
+  augment.py autoencoder.py benchmark.py cli.py clip.py codebook.py codecs.py cohort.py
+  contrastive.py device.py downstream.py embeddings.py evaluation.py files.py kspace.py loop.py
+  metrics.py multimodal.py pictures.py places.py realism.py report_scores.py rounds.py run.py
+  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py textvae.py
+  tokenizer.py unet.py vqae.py
 """
 import math
 from collections import namedtuple
@@ -102,7 +103,7 @@ from common.tasks import named_directions
 from common.textvae import VectorUNet
 from common.tokenizer import Tokenizer, Tokens
 from common.unet import ResBlock, SpatialTransformer, UNet, sinusoid, zeroed
-from data import TEXT, canonical_contrast
+from data import TEXT, canonical_contrast, clean_report
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 
@@ -213,10 +214,11 @@ T = 1000                                        # steps of the noise process
 def patterns(cfg, streams):
     """The tasks to score, as pairs (known streams, streams to make).
 
-    Reports are made and scored, too, but not here; see overall.
+    Tasks that make a report are scored elsewhere; see overall.
     """
     if cfg.only:
-        return named_directions(cfg.only, streams)
+        named = named_directions(cfg.only, streams)
+        return [(known, make) for known, make in named if TEXT not in make]
     return usual_tasks(cfg.rounds, streams)
 
 
@@ -290,9 +292,9 @@ def make_projector(dim, width):
                          nn.Linear(width, width))
 
 
-# What a U-Net listens to.  prompt: (B, L, W).  partners: list of Partner.  keep: (B,) float, 0
-# where a sample must not see its partners.
-Condition = namedtuple("Condition", "prompt partners keep")
+# What a U-Net listens to.  prompt: (B, L, W).  partners: list of Partner.  keep: (B,) bool, False
+# where a sample must not see its partners; None: all see them.  cross: the CrossGuides of the U-Net.
+Condition = namedtuple("Condition", "prompt partners keep cross")
 # What a partner shows.  tokens: (B, N + K, W).  side: the N places are a grid of side x side that
 # lies where the reader's map lies; None if there is no such grid.
 Partner = namedtuple("Partner", "tokens side")
@@ -333,60 +335,77 @@ class CrossGuide(nn.Module):
         return self.out(a.transpose(1, 2).flatten(2))                       # (B, n, C)
 
     def forward(self, h, condition):
-        """h: (B, C, H, W).  Several partners are averaged, because one was seen in training [D8]."""
-        if not condition.partners:
-            return h
+        """h: (B, C, H, W).  Several partners are averaged, because one was seen in training [D8].
+
+        The tokens may be of the first b samples only; the others have no partners.
+        """
         height, width = h.shape[2:]
-        x = self.norm(h.flatten(2).transpose(1, 2))                         # (B, n, C)
+        b = len(condition.partners[0].tokens)
+        x = self.norm(h[:b].flatten(2).transpose(1, 2))                     # (b, n, C)
         x = x + sine_positions(h.shape[1], height, width, h.device).to(x.dtype)
         told = [self.attend(x, partner, height, width) for partner in condition.partners]
-        told = torch.stack(told).mean(0)                                    # (B, n, C)
-        told = told * condition.keep[:, None, None].to(told.dtype)          # (B, n, C)
+        told = torch.stack(told).mean(0)                                    # (b, n, C)
+        if condition.keep is not None:
+            told = told * condition.keep[:, None, None].to(told.dtype)      # (b, n, C)
+        told = F.pad(told, (0, 0, 0, 0, 0, len(h) - b))                     # (B, n, C)
         return h + told.transpose(1, 2).unflatten(2, (height, width))       # (B, C, H, W)
 
 
 class Listener(nn.Module):
-    """The plug of a diffuser's U-Net: attention to the prompt, then to the partners."""
+    """The plug of a diffuser's U-Net: attention to the prompt, then to the partners.
 
-    def __init__(self, channels, cfg, attend):
+    cross: which of the CrossGuides in the condition stands here, or None.  They are no part of the
+    U-Net, because they are trained later and alone.
+    """
+
+    def __init__(self, channels, cfg, attend, cross):
         super().__init__()
         self.prompt = None
         if attend:
             self.prompt = SpatialTransformer(channels, channels // cfg.heads, cfg.width, cfg.groups)
-        self.cross = None
-        if cfg.lcag:
-            self.cross = CrossGuide(channels, cfg.heads, cfg.width, cfg.place_bias)
+        self.cross = cross
 
     def forward(self, h, condition):
         if self.prompt is not None:
             h = self.prompt(h, condition.prompt)                            # (B, C, H, W)
-        if self.cross is not None:
-            h = self.cross(h, condition)                                    # (B, C, H, W)
+        if self.cross is not None and condition.partners:
+            h = condition.cross[self.cross](h, condition)                   # (B, C, H, W)
         return h
 
 
-def make_network(cfg, modality, shape):
-    """The U-Net of a modality.  shape: of its latent, (z, h, w) or (Z,)."""
+def make_networks(cfg, modality, shape):
+    """The U-Net of a modality, and its CrossGuides.  shape: of its latent, (z, h, w) or (Z,).
+
+    A CrossGuide stands behind the last block of each level, and in the middle [D7].
+    """
     text = modality == "text"
+    crosses = nn.ModuleList()
 
     def plug(site):
-        if site.where != "block" or (site.stage == "mid" and site.index == 1):
+        middle = site.stage == "mid"
+        if site.where != "block" or (middle and site.index == 1):
             return None
-        deep = site.stage == "mid" or site.size in cfg.attention
-        return Listener(site.channels, cfg, attend=text or deep)
+        cross = None
+        if cfg.lcag and (site.last or middle):
+            cross = len(crosses)
+            crosses.append(CrossGuide(site.channels, cfg.heads, cfg.width, cfg.place_bias))
+        return Listener(site.channels, cfg, text or middle or site.size in cfg.attention, cross)
     if text:
         # The paper's "depth 2" is read as two blocks per level.
-        return VectorUNet(shape[0], cfg.text_base, cfg.text_mult, 2, plug)
-    return UNet(shape[0], shape[0], cfg.base, cfg.mult, cfg.blocks, shape[1], cfg.groups, plug)
+        network = VectorUNet(shape[0], cfg.text_base, cfg.text_mult, 2, plug)
+    else:
+        network = UNet(shape[0], shape[0], cfg.base, cfg.mult, cfg.blocks, shape[1], cfg.groups,
+                       plug)
+    return network, crosses
 
 
 class Diffuser(nn.Module):
     """eps_theta of one modality, with its prompt tokens and the scale of its latents."""
 
-    def __init__(self, cfg, modality, streams, dim, shape):
+    def __init__(self, cfg, modality, streams, dim, shape, network):
         super().__init__()
         self.streams = [s for s in streams if modality_of(s) == modality]
-        self.network = make_network(cfg, modality, shape)
+        self.network = network
         self.norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, cfg.prompt_tokens * cfg.width)
         self.null = nn.Parameter(0.02 * torch.randn(cfg.prompt_tokens, cfg.width))
@@ -423,10 +442,6 @@ class Diffuser(nn.Module):
             return tokens
         own = self.contrast[self.streams.index(stream)]                     # (W,)
         return torch.cat([tokens, own.expand(len(tokens), 1, -1)], dim=1)   # (B, L+1, W)
-
-    def forward(self, z_t, t, condition):
-        """Predicted noise, like z_t.  t: (B,)."""
-        return self.network(z_t, t, condition)
 
 
 class Guide(nn.Module):
@@ -503,21 +518,21 @@ class Flows(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.diffusers = nn.ModuleDict()
+        self.crosses = nn.ModuleDict()
         self.contexts = nn.ModuleDict()
         self.guides = nn.ModuleDict()
         for modality, shape in shapes.items():
-            self.diffusers[modality] = Diffuser(cfg, modality, streams, dim, shape)
+            network, self.crosses[modality] = make_networks(cfg, modality, shape)
+            self.diffusers[modality] = Diffuser(cfg, modality, streams, dim, shape, network)
             if cfg.lcag:
                 self.contexts[modality] = Context(cfg, modality, streams, shape)
             if cfg.lcag and cfg.guide != "off":
                 self.guides[modality] = Guide(cfg.guides, dim, cfg.width)
 
     def crossing(self, modality):
-        """What a round of cross-guidance trains of a modality: V, f, and its sub-layers."""
-        own = [module for module in self.diffusers[modality].modules()
-               if isinstance(module, CrossGuide)]
-        own += [part[modality] for part in (self.contexts, self.guides) if modality in part]
-        return nn.ModuleList(own)
+        """What a round of cross-guidance trains of a modality: its sub-layers, V and f."""
+        parts = (self.crosses, self.contexts, self.guides)
+        return nn.ModuleList([part[modality] for part in parts if modality in part])
 
     def every_crossing(self):
         """The same of all modalities, as the checkpoint of the stage "flow" holds it."""
@@ -544,7 +559,8 @@ class Flows(nn.Module):
         """
         diffuser = self.diffusers[modality_of(stream)]
         tokens = diffuser.prompt_tokens(prompt, keep_prompt, stream)        # (B, L, W)
-        return diffuser(z_t, t, Condition(tokens, partners, keep))
+        cross = self.crosses[modality_of(stream)]
+        return diffuser.network(z_t, t, Condition(tokens, partners, keep, cross))
 
 
 # ---- 4. Maths and losses -------------------------------------------------------------------------
@@ -694,16 +710,15 @@ class Model:
         return {stream: self.decode(stream, z) for stream, z in ends.items()}
 
     def noise_of(self, stream, z_t, t, e, told, partners):
-        """The guided noise of a stream.  Both halves of the guidance are one batch."""
-        nothing = torch.zeros_like(told)
-        everyone = torch.ones_like(told)
+        """The guided noise of a stream.  Both halves of the guidance are one batch.
+
+        The second half has neither prompt nor partners.
+        """
         with self.run.autocast():
             if self.cfg.w == 1:
-                return self.flows.predict(stream, z_t, t, e, told, partners, everyone).float()
-            twice = [Partner(p.tokens.repeat(2, 1, 1), p.side) for p in partners]
+                return self.flows.predict(stream, z_t, t, e, told, partners).float()
             both = self.flows.predict(stream, torch.cat([z_t, z_t]), t.repeat(2), e.repeat(2, 1),
-                                      torch.cat([told, nothing]), twice,
-                                      torch.cat([everyone, nothing])).float()
+                                      torch.cat([told, torch.zeros_like(told)]), partners).float()
         return guided(*both.chunk(2), self.cfg.w)
 
     def fill(self, u, known, keys, watch=None, wanted=None):
@@ -855,12 +870,10 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
     own = {}                                                # those that a diffuser trains
     for m in order:
         flows.diffusers[m].set_scale(*samples.moments(m))
-        crossing = set(flows.crossing(m).parameters())
         reads = {modality_of(streams[source]) for _, source in sources[m]}
         own[m] = reads - taught
         taught |= reads
-        opened.append([p for p in flows.diffusers[m].parameters() if p not in crossing]
-                      + [encoders.towers[other] for other in sorted(own[m])])
+        opened.append([flows.diffusers[m], *(encoders.towers[other] for other in sorted(own[m]))])
     lengths = [cfg.steps_text if m == "text" else cfg.steps_image for m in order]
     peaks = [cfg.lr_text if m == "text" else cfg.lr for m in order]
     alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
@@ -976,7 +989,8 @@ def load_model(cfg, run, subjects):
     if cfg.lcag and run.stages.get("flow", {}).get("step"):
         run.trained(flows.every_crossing(), "flow", "crossing")
     flows.to(run.device).requires_grad_(False).eval()
-    reports = {subject.name: subject.report for subject in subjects if subject.report}
+    reports = {subject.name: clean_report(subject.report, True) for subject in subjects
+               if subject.report}
     return Model(cfg, run, streams, load_codecs(cfg, run), encoders, flows, reports)
 
 
@@ -995,10 +1009,18 @@ def beside(cfg, run, model, truth, notes):
 
 
 def overall(cfg, run, ds, model, tasks):
-    """Rows about reports, and about streams that are made together (common/multimodal.py)."""
-    return [*multimodal.report_rows(cfg, run, ds, model),
-            *multimodal.finding_rows(run, ds, tasks),
-            *multimodal.joint_rows(cfg, run, ds, model)]
+    """Rows about reports, about how real the images look, and about streams that are made together.
+
+    With --only, streams are not made together, and reports only from the streams that it names.
+    """
+    sources = [s for s in ds.contrasts if s != TEXT]
+    if cfg.only:
+        named = named_directions(cfg.only, ds.contrasts)
+        sources = [known[0] for known, make in named if TEXT in make]
+    rows = multimodal.report_rows(cfg, run, ds, model, sources)
+    rows += multimodal.finding_rows(run, ds, tasks)
+    rows += multimodal.realism_rows(run, ds, tasks)
+    return rows if cfg.only else rows + multimodal.joint_rows(cfg, run, ds, model)
 
 
 def joint_figure(cfg, run, ds, model):

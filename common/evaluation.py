@@ -2,7 +2,7 @@
 
 Trained      the model as Python sees it: numpy or torch in, the same out
 evaluate     every test subject once, scored beside the standing baselines; pictures
-synthesize   missing contrasts as NIfTI volumes
+synthesize   missing contrasts as NIfTI volumes or pictures, and missing reports
 
     python -m common.evaluation --truth FOLDER --predicted FOLDER
 
@@ -21,6 +21,9 @@ fill(u, known, keys, watch) gets
 and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
 scored and drawn beside the result, for example the prior that a sampler started from. An extra
 called "notes" is a dict of its own, {name: (B, ...)}, for example with a score of confidence.
+
+A model with the contrast "text" also has generate(given, make, keys), from {contrast: images
+(B, 1, H, W)} to {contrast: B texts}. It makes reports, which `fill` does not.
 """
 from dataclasses import dataclass
 from itertools import groupby
@@ -34,7 +37,7 @@ from common.cli import as_command
 from common.cohort import TrainingSlices, stored_baselines
 from common.files import replace
 from common.table_pages import SCORES, SHOWN, scores_csv
-from data import canonical_contrast
+from data import TEXT, canonical_contrast
 
 TOLERANCE = 1e-3        # rounding may lead so far outside of [0,1]
 # The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart
@@ -405,19 +408,21 @@ def report(run, tasks, simple, protocol, further=()):
     rows += further
     made = {task.name for task in tasks}
     whole = [row for row in rows if not row.get("variant") and row["task"] in made
-             and row["metric"] in SCORES]
+             and row["metric"] in SCORES and row.get("unit") != "set"]
     # Many tasks from one source each fit into a square; scores.csv holds all numbers.
     many = len(tasks) > 12 and all(len(task.sources) == 1 for task in tasks)
     table = metrics.matrix_table if many else metrics.markdown_table
-    run.say("\n" + table(whole) + "\n")
-    for region in tasks[0].regions:
+    if tasks:
+        run.say("\n" + table(whole) + "\n")
+    for region in tasks[0].regions if tasks else ():
         own = [row for row in rows if row.get("variant") == region]
         run.say(table(own, f"{region} only") + "\n")
     run.results(rows, kept, protocol)
     sheet = scores_csv(rows)
     replace(run.out / "scores.csv",
             lambda tmp: tmp.write_text(sheet, encoding="utf-8", newline=""))
-    draw_samples(run.out / "samples.png", tasks)
+    if tasks:
+        draw_samples(run.out / "samples.png", tasks)
     if drawn:
         pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn],
                       list(drawn[0][1]), [label for label, _ in drawn])
@@ -453,23 +458,30 @@ def segmented(task, methods):
 
 
 def draw_samples(path, tasks):
-    """Two slices of each of the first six tasks: sources, results, truth and error."""
+    """Two slices of each of the first six tasks: sources, results, truth and error.
+
+    A report among the sources is no image and is not drawn.
+    """
     tasks = tasks[:6]
-    width = max(len(task.sources) for task in tasks)
+    drawn = [[images for source, images in task.sources.items() if source != data.TEXT]
+             for task in tasks]
+    width = max(len(sources) for sources in drawn)
     name, *others = tasks[0].results
     rows = []
     labels = []
-    for task in tasks:
+    for task, given in zip(tasks, drawn):
         for i in (0, len(task.truth) // 2):
             model, *start = (images[i] for images in task.results.values())
-            sources = [images[i] for images in task.sources.values()]
+            sources = [images[i] for images in given]
             blank = [np.ones_like(task.truth[i])] * (width - len(sources))
             error = pictures.error_map(task.truth[i], model, SHOWN)
             rows.append([*sources, *blank, *start, model, task.truth[i], error])
             psnr = metrics.psnr(task.truth[i], model, 1)
-            labels.append(f"{task.target} of {task.subjects[i]}: {psnr:.1f} dB")
+            labels.append(f"{task.target} of {task.subjects[i]}: {psnr:.1f} dB"
+                          + (", from the report" if data.TEXT in task.sources else ""))
     same = all(list(task.sources) == list(tasks[0].sources) for task in tasks)
     titles = list(tasks[0].sources) if same else [f"source {i + 1}" for i in range(width)]
+    titles = titles[:width]
     note = f"error: |truth - {name}|, white from {SHOWN} on"
     if not same:
         first = tasks[0]
@@ -517,6 +529,8 @@ def synthesize(method, cfg, run, model, subjects, asked):
     """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid.
 
     CT and CTA are written in HU, PET in SUV, post in the units of pre, others in normalised units.
+    Without such a grid they are pictures. A missing report is a text file. A report, or an X-ray
+    for a volume, is made from the middle one of the slices that show something.
 
     subjects: a list of data.Subject. asked: contrasts to make although a subject has them.
     data.DataError if a source cannot be read, or a volume cannot be written.
@@ -533,21 +547,30 @@ def synthesize(method, cfg, run, model, subjects, asked):
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
         out = volume.images.copy()                                          # (Z, C, H, W)
         filled = np.flatnonzero(volume.images.any((1, 2, 3)))               # other slices are empty
-        parts = in_parts(model, filled, cfg.sample_batch, lambda z: "")
+        if sources == [TEXT]:
+            filled = np.arange(len(out))            # a report has no pixels
+        makes_images = absent != [TEXT]
+        parts = in_parts(model, filled, cfg.sample_batch, lambda z: "") if makes_images else []
         for (part,) in run.batches(f"synthesis of {subject.name}", parts, 1):
             keys = [(subject.name, int(z)) for z in part]
             u = run.fetch(volume.images, part)                              # (B, C, H, W)
             made, _ = fill(model, u, known.expand(len(part), -1), keys)
             out[part] = made.cpu().numpy()
         absent = [c for c in absent if not paths[c].exists()]
+        middle = int(filled[(len(filled) - 1) // 2])        # of two views of an X-ray, the first
         for c in absent:
-            slices = out[:, contrasts.index(c)]
+            if c == TEXT:
+                write_report(paths[c], run, model, subject, sources, volume.images, middle)
+                continue
+            slices = out[:, contrasts.index(c)]                             # (Z, H, W)
+            if c == "xray" and volume.reference is not None:
+                slices = slices[[middle]]       # a body has many slices, but one X-ray is enough
             window = windows.get(c)
             volume.write(paths[c], slices, f"synthetic {c}, {method.name}", contrast=c,
                          window=window and data.Scale(*window))
-        shown = sources + absent
+        shown = [c for c in sources + absent if c != TEXT]
         folder = paths[absent[0]].parent
-        some = filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1]
+        some = np.unique(filled[np.linspace(0, len(filled) - 1, 5).astype(int)][1:-1])
         rows = []
         for z in some:
             rows.append([out[z, contrasts.index(c)] for c in shown])
@@ -555,6 +578,19 @@ def synthesize(method, cfg, run, model, subjects, asked):
         pictures.grid(folder / "panel.png", rows, titles, [f"slice {z}" for z in some])
         run.say(f"{subject.name}: wrote {', '.join(absent)} from {', '.join(sources)} "
                 f"to {folder}")
+
+
+def write_report(path, run, model, subject, sources, images, z):
+    """Write the report that the model makes of slice z, as text.
+
+    sources: the known contrasts. images: (Z, C, H, W) in [0,1].
+    RunError if the file cannot be written.
+    """
+    u = run.fetch(images, [z])                                              # (1, C, H, W)
+    given = {c: u[:, model.contrasts.index(c), None] for c in sources}      # (1, 1, H, W) each
+    report = model.generate(given, [TEXT], [(subject.name, z)])[TEXT][0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, lambda tmp: tmp.write_text(f"{report}\n", encoding="utf-8"))
 
 
 # ---- volumes that somebody else made -------------------------------------------------------------

@@ -4,18 +4,21 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
 
 report_rows    reports made from images: BLEU, ROUGE-L, beside standing answers
 finding_rows   does an image show what the report says?  Read by a classifier of real images
+realism_rows   are images made from reports like real ones, as a set?
 joint_rows     all streams made together from nothing: do they speak of one patient?
 draw_joint     a picture of streams made together from a report
 
 Findings are known for the phantoms cxr only, from findings.csv.  On other data, only report_rows
-has something to say.  All this is done by the first process.
+and realism_rows have something to say.  All this is done by the first process.
 """
 import csv
+from collections import Counter
 
 import numpy as np
 import torch
 
 from common import metrics, pictures
+from common.realism import frechet_distance, pooled_pixels
 from common.report_scores import bleu, rouge_l
 from data import TEXT
 from data.phantom import cxr_findings_in
@@ -32,10 +35,10 @@ STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge regression; the best on h
 # ---- reports -------------------------------------------------------------------------------------
 
 
-def report_rows(cfg, run, ds, model):
-    """Score reports made from each image stream that a round pairs with text.
+def report_rows(cfg, run, ds, model, sources):
+    """Score reports made from each of some image streams that a round pairs with text.
 
-    model: with .generate and .partners_of, as medm2g.Model.
+    model: with .generate, .partners_of and .codecs, as medm2g.Model.
     Returns rows of results.json: bleu1 .. bleu4 of all reports together; rouge per subject; and the
     share of reports that tell each finding as it is.
     Beside them stand the most frequent report of the training, and one drawn from it at random.
@@ -43,7 +46,7 @@ def report_rows(cfg, run, ds, model):
     reached; "of another patient" is the same with latents in a wrong order.
     """
     rows = []
-    for stream in model.partners_of(TEXT, [s for s in ds.contrasts if s != TEXT]):
+    for stream in model.partners_of(TEXT, sources):
         chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, stream])
         if len(chosen) < 2:
             continue
@@ -51,13 +54,15 @@ def report_rows(cfg, run, ds, model):
         made = generated(cfg, run, ds, model, chosen, [stream], [TEXT])[TEXT]
         known = [text for text in ds.reports(ds.rows("train")) if text]
         g = np.random.default_rng(0)
-        latents = model.codecs.textvae.to_latent(truth)                            # (n, Z)
+        latents = model.codecs.encode(TEXT, truth)                          # (n, Z)
+        # The slices of a patient follow each other, so the row before is often the same patient's.
+        others = latents.roll(len(latents) // 2, 0)                         # (n, Z)
         answers = {
             "MedM2G": made,
-            "most frequent report": [max(set(known), key=known.count)] * len(truth),
+            "most frequent report": [Counter(known).most_common(1)[0][0]] * len(truth),
             "random report": [known[i] for i in g.integers(len(known), size=len(truth))],
-            "text VAE alone": model.codecs.textvae.from_latent(latents),
-            "of another patient": model.codecs.textvae.from_latent(latents.roll(1, 0))}
+            "text VAE alone": model.codecs.decode(TEXT, latents),
+            "of another patient": model.codecs.decode(TEXT, others)}
         rows += scored(run, ds, f"{stream}->text", chosen, truth, answers)
         run.write_json(f"reports_{stream}.json",
                        [{"subject": str(ds.subject[r]), "truth": t, "made": m}
@@ -80,12 +85,12 @@ def scored(run, ds, task, chosen, truth, answers):
         for number, value in enumerate(four, 1):
             rows.append(metrics.row(task, method, f"bleu{number}", {"all reports": value},
                                     unit="set"))
-        rows.append(metrics.row(task, method, "rouge", dict(zip(subjects, each))))
+        rows.append(metrics.row(task, method, "rouge", metrics.per_subject(each, subjects)))
         for finding in FINDINGS if known else ():
-            hits = {name: float(findings_in(report)[finding] == known[name][finding])
-                    for name, report in zip(subjects, reports)}
-            rows.append(metrics.row(task, method, finding, hits))
-            cells.append(sum(hits.values()) / len(hits))
+            hits = [float(findings_in(report)[finding] == known[name][finding])
+                    for name, report in zip(subjects, reports)]
+            rows.append(metrics.row(task, method, finding, metrics.per_subject(hits, subjects)))
+            cells.append(sum(hits) / len(hits))
         lines.append(f"| {method} | " + " | ".join(f"{value:.3f}" for value in cells) + " |")
     run.say("\n" + "\n".join(lines) + "\n")
     return rows
@@ -218,6 +223,33 @@ def finding_rows(run, ds, tasks):
     return rows
 
 
+def realism_rows(run, ds, tasks):
+    """The Frechet distance between made and true images of each task that starts from a report.
+
+    Its features are 8 x 8 means of pixels, because no trained network for medical images is at
+    hand.  It is no FID, and says little of details.  "real images" is the distance between as many
+    training images and the true ones: what a perfect method would reach.
+    """
+    rows = []
+    lines = ["Frechet distance of coarse pixels (lower is better; not FID)", "",
+             "| task | method | distance | n |", "| --- | --- | --- | --- |"]
+    for task in tasks:
+        if TEXT not in task.sources or len(task.truth) < 2:
+            continue
+        own = ds.having(ds.rows("train"), [task.target])[:len(task.truth)]
+        real = np.asarray(ds.images[own], np.float32)[:, ds.contrasts.index(task.target)]
+        truth = pooled_pixels(task.truth)                                   # (n, 64)
+        for method, images in {**task.results, "real images": real}.items():
+            if len(images) < 2:
+                continue
+            value = frechet_distance(truth, pooled_pixels(images))
+            rows.append(metrics.row(task.name, method, "fd", {"all images": value}, unit="set"))
+            lines.append(f"| {task.name} | {method} | {value:.3f} | {len(images)} |")
+    if rows:
+        run.say("\n" + "\n".join(lines) + "\n")
+    return rows
+
+
 def joint_rows(cfg, run, ds, model):
     """Make all streams together from nothing, and ask whether they tell of one patient.
 
@@ -248,7 +280,7 @@ def joint_rows(cfg, run, ds, model):
         for second in list(read)[i + 1:]:
             cells = []
             for finding in FINDINGS:
-                clear = np.array([found[finding] != "" for found in told])
+                clear = np.array([found[finding] in FINDINGS[finding] for found in told])
                 if not (finding in read[first] and finding in read[second] and clear.sum() > 1):
                     cells.append("-")
                     continue

@@ -14,7 +14,17 @@ from common.cli import flags
 
 WIDEST = 6                  # with more tasks than this, a table has one line per task
 SHOWN = 0.3                 # error at which an error map is white
-SCORES = ("psnr", "ssim", "mae", "nmse", "dice", "jaccard", "acc")      # columns of scores.csv
+# Metric -> what a table calls it, and its digits.
+MEASURES = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "auc": ("AUC", 3), "acc": ("accuracy", 3),
+            "dice": ("Dice", 3), "jaccard": ("JI", 3), "rouge": ("ROUGE-L", 3),
+            "bleu1": ("BLEU-1", 3), "bleu2": ("BLEU-2", 3), "bleu3": ("BLEU-3", 3),
+            "bleu4": ("BLEU-4", 3), "fd": ("FD", 2), "niqe": ("NIQE", 2),
+            "msssim": ("MS-SSIM", 3), "map": ("mAP", 3)}
+JUDGED = ("auc", "acc", "dice", "jaccard")      # by another network; cells show these without std
+FURTHER = ("rouge", "bleu1", "bleu2", "bleu3", "bleu4", "fd", "niqe", "msssim", "map")
+LOWER = ("fd", "niqe")                          # of these, a smaller value is better
+# Columns of scores.csv.
+SCORES = ("psnr", "ssim", "mae", "nmse", "dice", "jaccard", "acc", *FURTHER)
 
 
 # ---- for people ----------------------------------------------------------------------------------
@@ -23,12 +33,16 @@ SCORES = ("psnr", "ssim", "mae", "nmse", "dice", "jaccard", "acc")      # column
 def markdown(name, table, lines, contents, seed, free):
     """The table as Markdown: PSNR ± std over subjects / SSIM ± std, the paper's in brackets.
 
+    Other metrics of MEASURES stand behind these two with their names. Metrics, tasks and rows that
+    none of them belongs to are left out; they are in the CSV file.
+
     table     an entry of load_tables; lines: what `compare` made of it
     contents  the results.json of the row table["against"], one per seed
     seed      the first seed, or None if the rows are runs with seeds of their own
     free      names of the config's fields that are stated for all rows
     """
     metric = table.get("metric", "psnr")
+    lines = [line for line in lines if line["metric"] in (*MEASURES, "seconds")]
     ours = [line for line in lines if line["kind"] != "paper only"]
     tasks = dict.fromkeys(line["task"] for line in ours)
     tasks = [task for task in tasks if task != "mean"]
@@ -36,8 +50,7 @@ def markdown(name, table, lines, contents, seed, free):
     rows = {line["row"]: line for line in lines}    # the last line of each has the row's flags
     with_flags = any(line.get("flags") for line in rows.values())
     head = ["row", "flags"] if with_flags else ["row"]
-    means = {"psnr": "PSNR", "ssim": "SSIM", "dice": "Dice", "auc": "AUC"}
-    body = [[*head, *tasks, f"mean {means[metric]}", "difference"]]
+    body = [[*head, *tasks, f"mean {MEASURES[metric][0]}", "difference"]]
     for row, line in rows.items():
         entry = [row]
         if with_flags:
@@ -83,17 +96,31 @@ def _legend(table, lines, ours, contents, metric):
     floor = ""
     if n >= metrics.FEWEST and least > 1e-3:
         floor = f" (with {n} subjects it cannot fall below {min(1, least):.2g})"
-    has_dice = any(line["metric"] == "dice" for line in ours)
-    dice = " / Dice, mean of the classes" if has_dice else ""
+    there = {line["metric"] for line in ours}
+    of_sets = {line["metric"] for line in ours if line.get("unit") == "set"}
+    parts = ["PSNR in dB ± std over subjects / SSIM ± std"] if "psnr" in there else []
     if metric == "auc":
-        dice = " / AUC, mean of the folds / accuracy"
+        parts.append("AUC, mean of the folds / accuracy")
+    elif "dice" in there:
+        parts.append("Dice, mean of the classes")
+    for name in FURTHER:
+        if name in there:
+            spread = "" if name in of_sets else " ± std"
+            better = ", smaller is better" if name in LOWER else ""
+            parts.append(f"{MEASURES[name][0]}{spread}{better}")
     printed = any(line.get("paper") for line in lines)
     brackets = "; in brackets what the paper prints, for its own data" if printed else ""
     each_seed = ", and the mean of each seed" if len(contents) > 1 else ""
-    return (f"PSNR in dB ± std over subjects / SSIM ± std{dice}{brackets}.  Mean: over the tasks, "
-            f"with a 95 % bootstrap interval over subjects{each_seed}.  Difference of that mean to "
-            f"\"{table['against']}\", with Wilcoxon's paired p over subjects, Holm-corrected for "
-            f"the {tested} comparisons of this column{floor}.")
+    text = f"{' / '.join(parts)}{brackets}.  "
+    if of_sets:
+        names = ", ".join(MEASURES[name][0] for name in MEASURES if name in of_sets)
+        text += f"One number for all test subjects together, without std and test: {names}.  "
+    if metric in of_sets:
+        return (f"{text}Mean: over the tasks{each_seed}.  Difference of that mean to "
+                f"\"{table['against']}\".")
+    return (f"{text}Mean: over the tasks, with a 95 % bootstrap interval over subjects{each_seed}."
+            f"  Difference of that mean to \"{table['against']}\", with Wilcoxon's paired p over "
+            f"subjects, Holm-corrected for the {tested} comparisons of this column{floor}.")
 
 
 def cell(cells, row, task):
@@ -109,12 +136,21 @@ def cell(cells, row, task):
     if psnr.get("paper"):
         theirs = _spread(psnr["paper"], psnr["paper_std"], 2)
         parts.append(f"({theirs} / {_spread(ssim.get('paper'), ssim.get('paper_std'), 3)})")
-    for name, metric in (("AUC", "auc"), ("accuracy", "acc"), ("Dice", "dice"), ("JI", "jaccard")):
+    for metric in JUDGED:
         line = cells.get((row, task, metric), {})
+        name = MEASURES[metric][0]
         if line.get("n") and metric != "dice":
             parts.append(f"/ {name} {line['mean']:.3f}")
         if line.get("paper"):
             parts.append(f"({name} {line['paper']:.3f})")
+    for metric in FURTHER:
+        line = cells.get((row, task, metric), {})
+        name, digits = MEASURES[metric]
+        if line.get("n"):
+            slash = "/ " if parts else ""
+            parts.append(f"{slash}{name} {_ours(line, digits)}")
+        if line.get("paper"):
+            parts.append(f"({name} {_spread(line['paper'], line['paper_std'], digits)})")
     pace = cells.get((row, task, "seconds"), {})
     if pace.get("n"):
         theirs = f" ({pace['paper']:.1f} s)" if pace.get("paper") else ""
@@ -141,7 +177,7 @@ def average(line):
     """The text of a row's mean over the tasks, with its interval and the means of the seeds."""
     if not line.get("n"):
         return ""
-    digits = 2 if line["metric"] == "psnr" else 3
+    _, digits = MEASURES[line["metric"]]
     text = f"{line['mean']:.{digits}f}"
     if line["ci95"]:
         low, high = line["ci95"]
@@ -155,13 +191,15 @@ def difference(line):
     """The text of a row's difference to the reference, with its p."""
     if line.get("difference") is None:
         return ""
-    if line["p"] is None:
+    _, digits = MEASURES[line["metric"]]
+    if line.get("unit") == "set":
+        p = "one number for all, no test"
+    elif line["p"] is None:
         p = f"n = {line['pairs']}, too few to test"
     else:
         p = f"p = {line['p_holm']:.2g}"
-    if line["metric"] == "psnr":
-        return f"{line['difference']:+.2f} dB, {p}"
-    return f"{line['difference']:+.3f}, {p}"
+    unit = " dB" if line["metric"] == "psnr" else ""
+    return f"{line['difference']:+.{digits}f}{unit}, {p}"
 
 
 # ---- for programs, and the picture ---------------------------------------------------------------
@@ -209,13 +247,16 @@ def scores_csv(rows):
 
 
 def picture(path, found, method):
-    """Draw the same slice in every row of the table, each result above its error map.
+    """Draw the same slice in every row of the table, each result above its error map -> True.
 
-    If a segmenter judged the results, what it drew on another slice stands below.
+    If a segmenter judged the results, what it drew on another slice stands below. If no task makes
+    images, nothing is drawn -> False.
     found: {row: {"task|method": image (H, W), "task|method|drawn": image in colour (H, W, 3)}}
     """
     reference = next(iter(found.values()))
     truths = [key for key in reference if key.endswith("|truth")]
+    if not truths:
+        return False
     sheet = []
     labels = []
     for key in truths[:6]:
@@ -234,3 +275,4 @@ def picture(path, found, method):
             labels.append("segmented, another slice")
     pictures.grid(path, sheet, ["truth", *found], labels,
                   note=f"error: |truth - result|, white from {SHOWN} on")
+    return True

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import metrics
-from common.cli import as_command, flags
+from common.cli import as_command, flags, show
 from common.files import RunError, read_checkpoint, replace
 from common.table_pages import as_csv, markdown, picture
 
@@ -271,7 +271,7 @@ def read_results(path):
 
 
 def write(home, name, text, lines, images, method):
-    """Write NAME.md, NAME.csv and NAME.png into the folder `home`.
+    """Write NAME.md, NAME.csv and, if there are images, NAME.png into the folder `home`.
 
     text: the Markdown. lines: see as_csv. images, method: see picture.
     """
@@ -279,8 +279,8 @@ def write(home, name, text, lines, images, method):
     table = as_csv(lines)
     replace(home / f"{name}.md", lambda tmp: tmp.write_text(text, encoding="utf-8"))
     replace(home / f"{name}.csv", lambda tmp: tmp.write_text(table, encoding="utf-8", newline=""))
-    picture(home / f"{name}.png", images, method)
-    say(f"written: {home / name}.md, .csv, .png")
+    drawn = ", .png" if picture(home / f"{name}.png", images, method) else ""
+    say(f"written: {home / name}.md, .csv{drawn}")
 
 
 def say(text):
@@ -294,7 +294,7 @@ def say(text):
 
 def row_folder(out, trained, further):
     """OUT for the model as configured; OUT/rows/... if trained otherwise, or for a further seed."""
-    parts = [f"{k}={v}" for k, v in sorted(trained.items())]
+    parts = [f"{k}={show(v)}" for k, v in sorted(trained.items())]
     if further:
         parts.append(f"seed{further}")
     return out / "rows" / "+".join(parts) if parts else out
@@ -347,8 +347,11 @@ def compare(table, found, paper, method):
     A subject's value is its mean over the seeds. "difference", "p" and "p_holm" compare a row with
     the row table["against"], over "pairs" subjects. Holm's correction covers the comparisons within
     one task and metric.
+    A metric with one number for all subjects together has "unit": "set" in the results, and in its
+    lines. The number stands there like the value of a single subject, so it is not tested.
     """
     reference = table["against"]
+    of_sets = {line["metric"] for line in found[reference][0]["rows"] if line.get("unit") == "set"}
     scores = {}
     for row, contents in found.items():
         scores[row, "ours"] = subject_values(contents, method)
@@ -370,6 +373,8 @@ def compare(table, found, paper, method):
                     "seeds": [float(np.mean(list(v.values()))) for v in by_seed if v],
                     "flags": flags(table["rows"].get(row, {})),
                     "paper": printed.get(metric), "paper_std": printed.get(f"{metric}_std")}
+            if metric in of_sets:
+                line["unit"] = "set"
             theirs = scores[reference, "ours"].get((task, metric))
             if (row, kind) != (reference, "ours") and theirs is not None:
                 test = metrics.wilcoxon(merged, over_seeds(theirs))

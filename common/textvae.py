@@ -7,7 +7,7 @@ et al., 2020): a bidirectional encoder, a Gaussian latent, and a causal decoder 
 latent in two ways.  OPTIMUS starts from BERT and GPT-2.  This one is trained from scratch, and it
 knows only the words of its own training reports.
 
-    words = Words.learn(texts, least=1)                 # of cleaned reports: "the heart is normal ."
+    words = Words.learn(texts, least=3, length=100)     # cleaned: "the heart is normal ."
     vae = train_textvae(run, texts, val_texts, make, steps, batch, lr)
     z = vae.to_latent(texts)                            # (B, Z), mean 0 and deviation 1
     vae.from_latent(z)                                  # B texts
@@ -72,14 +72,17 @@ class Words:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)     # (B, L)
 
     def decode(self, ids):
-        """The text (str) of ids (list of int), up to EOS.  An unknown word is written <unk>."""
+        """The text (str) of ids (list of int), up to EOS or the most words of a report.
+
+        An unknown word is written <unk>.
+        """
         found = []
         for i in ids:
             if i == EOS:
                 break
             if i not in (PAD, BOS):
                 found.append("<unk>" if i == UNK else self.words[i - 4])
-        return " ".join(found)
+        return " ".join(found[:self.length])
 
 
 # ---- The autoencoder -----------------------------------------------------------------------------
@@ -228,7 +231,8 @@ class TextVAE(nn.Module):
             closed += [item for item in grown[:beam] if item[0][-1] == EOS]
             if not open_ or len(closed) >= beam:
                 break
-        return max(closed or open_, key=lambda item: item[1] / len(item[0]))[0]
+        # BOS is no word of a report.
+        return max(closed or open_, key=lambda item: item[1] / (len(item[0]) - 1))[0]
 
 
 # ---- Training ------------------------------------------------------------------------------------

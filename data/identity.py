@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data.files import DataError, Progress, write_atomically
 from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, PET_WINDOW
 from data.layouts.words import BODY_CONTRASTS, TEXT
+from data.metaimage import files_of
 
 VERSION = 5             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
@@ -65,14 +66,21 @@ class Memory:
 
 
 def stamps_of(path):
-    """Size in bytes, mtime and ctime in nanoseconds, as a list. OSError if there is no file."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    """Size in bytes, mtime and ctime in nanoseconds, as a list. OSError if there is no file.
+
+    A MetaImage header is followed by the file of its voxels, which has three more numbers.
+    """
+    stamps = []
+    for part in files_of(path):
+        stat = part.stat()
+        stamps += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stamps
 
 
 def digests_of(paths, memory, workers, say):
     """Hash the whole content of files -> {path: 40 hexadecimal digits}.
 
+    The hash of a MetaImage header covers the file of its voxels, too.
     memory: A Memory. A file that it knows is not read.
     workers: The number of threads that read.
     say: A function that gets lines for the user, if there is much to read.
@@ -86,7 +94,7 @@ def digests_of(paths, memory, workers, say):
             digests[path] = memory.recall(path)
             if digests[path] is None:
                 unknown.append(path)
-                to_read += path.stat().st_size
+                to_read += sum(part.stat().st_size for part in files_of(path))
         except OSError as error:
             raise _unreadable(path, error) from None
     if to_read >= ANNOUNCED:
@@ -114,13 +122,16 @@ def digests_of(paths, memory, workers, say):
 
 def _digest_of(path):
     digest = hashlib.blake2b(digest_size=20)
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    for part in files_of(path):
+        with open(part, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def _unreadable(path, error):
+    # The error names the file of the voxels, if it is that one that cannot be read.
+    path = error.filename or path
     return DataError(f"{path}: cannot be read ({error.strerror or error}); repair or remove it")
 
 

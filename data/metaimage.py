@@ -11,12 +11,14 @@ A header is text, one `key = value` in a line:
     ElementDataFile = liver-orig001.raw
 
 ElementDataFile is the last key. It names the file of the voxels, which stand there with x running
-fastest. LOCAL means that they follow in the same file. World coordinates are LPS: x points to the
-patient's left, y to the back and z to the head. Ours are RAS.
+fastest. LOCAL (or Local) means that they follow in the same file. World coordinates are LPS: x
+points to the patient's left, y to the back and z to the head. Ours are RAS.
 """
 
 import math
+import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +35,11 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ANY_HEADER = 47                                 # zlib's word for "zlib or gzip, whichever it is"
 
 
+def is_metaimage(path):
+    """True if the name ends in .mhd or .mha, in lower or upper case."""
+    return re.search(r"\.mh[ad]$", Path(path).name, re.IGNORECASE) is not None
+
+
 def read_metaimage(path, max_voxels=math.inf):
     """Read a MetaImage file -> (array, affine, notes).
 
@@ -41,13 +48,8 @@ def read_metaimage(path, max_voxels=math.inf):
     DataError if a file is missing or damaged, or if it holds no single 3-D volume of numbers, or
     more than max_voxels.
     """
-    header, rest = _read_header(path)
-    notes = []
-    shape = tuple(int(n) for n in _numbers(path, header, "DimSize", 3))
-    if min(shape) < 1 or math.prod(shape) > max_voxels:
-        raise DataError(f"{path}: DimSize is {header['DimSize']}; one to {max_voxels} voxels can "
-                        "be read, crop or resample it")
-    affine = _affine_of(path, header, notes)
+    header, start = _read_header(path)
+    shape, affine, notes = _grid_of(path, header, max_voxels)
     kind = TYPES.get(header.get("ElementType"))
     if kind is None or header.get("ElementNumberOfChannels", "1") != "1":
         raise DataError(f"{path}: ElementType is {header.get('ElementType', 'not there')} with "
@@ -56,11 +58,10 @@ def read_metaimage(path, max_voxels=math.inf):
     if not _is_true(header, ("BinaryData",), default=True):
         raise DataError(f"{path}: its voxels are written as text; convert it to NIfTI")
     order = ">" if _is_true(header, BYTE_ORDERS, default=False) else "<"
-    source = header["ElementDataFile"]
-    place = path
-    if source != "LOCAL":
-        place = path.parent / source
-        rest = _read_bytes(path, place)
+    place = _place_of(path, header)
+    rest = _read_bytes(path, place)
+    if place == path:
+        rest = rest[start:]
     if _is_true(header, ("CompressedData",), default=False):
         rest = _unpacked(place, rest)
     dtype = np.dtype(order + kind)
@@ -77,15 +78,52 @@ def read_metaimage(path, max_voxels=math.inf):
     return voxels.reshape(shape, order="F").astype(np.float32), affine, notes
 
 
+def read_metaimage_grid(path, max_voxels=math.inf):
+    """Read where a MetaImage file lies in space, and no voxel of it -> (shape, affine).
+
+    shape: (X, Y, Z). affine, and the DataError: as read_metaimage, as far as the header shows it.
+    """
+    header, _ = _read_header(path)
+    shape, affine, _ = _grid_of(path, header, max_voxels)
+    return shape, affine
+
+
+def files_of(path):
+    """The files of a volume, as a list: `path`, and the file of the voxels if it has its own.
+
+    path: A file of any kind. Only of a MetaImage the header is read; DataError as read_metaimage.
+    """
+    if not is_metaimage(path):
+        return [path]
+    header, _ = _read_header(path)
+    return list(dict.fromkeys([path, _place_of(path, header)]))
+
+
+def _place_of(path, header):
+    """The file that holds the voxels."""
+    source = header["ElementDataFile"]
+    return path if source.upper() == "LOCAL" else path.parent / source
+
+
+def _grid_of(path, header, max_voxels):
+    """The grid of the voxels -> (shape, affine, notes)."""
+    shape = tuple(int(n) for n in _numbers(path, header, "DimSize", 3))
+    if min(shape) < 1 or math.prod(shape) > max_voxels:
+        raise DataError(f"{path}: DimSize is {header['DimSize']}; one to {max_voxels} voxels can "
+                        "be read, crop or resample it")
+    notes = []
+    return shape, _affine_of(path, header, notes), notes
+
+
 def _read_header(path):
-    """Read the header -> ({key: value}, the bytes of the file that follow it)."""
-    content = _read_bytes(path, path)
+    """Read the header -> ({key: value}, its length in bytes)."""
+    content = _read_bytes(path, path, LONGEST_HEADER)
     header = {}
     position = 0
     while "ElementDataFile" not in header:
-        end = content.find(b"\n", position, LONGEST_HEADER)
+        end = content.find(b"\n", position)
         end = len(content) if end < 0 else end
-        key, equals, value = content[position:end][:LONGEST_HEADER].partition(b"=")
+        key, equals, value = content[position:end].partition(b"=")
         if not equals or position >= len(content):
             raise DataError(f"{path}: is no MetaImage header, it has lines without '=' or no "
                             "ElementDataFile; download it again")
@@ -97,17 +135,18 @@ def _read_header(path):
     source = header["ElementDataFile"]
     if source.split(" ")[0] == "LIST" or "%" in source:
         raise DataError(f"{path}: has one file for each slice; convert it to NIfTI")
-    return header, content[position:]
+    return header, position
 
 
 def _text(part):
     return part.decode("utf-8", "replace").strip()
 
 
-def _read_bytes(path, place):
-    """The content of `place`, which the header `path` names."""
+def _read_bytes(path, place, most=-1):
+    """The content of `place`, which the header `path` names. most: The first bytes only."""
     try:
-        return place.read_bytes()
+        with open(place, "rb") as file:
+            return file.read(most)
     except OSError as error:
         needed = "" if place == path else f", which {path.name} needs"
         raise DataError(f"{place}: cannot be read ({error.strerror or error}){needed}; "

@@ -1,4 +1,4 @@
-"""NIfTI volumes: read, turned, resampled, cut into slices, and written back on their own grid.
+"""Volumes in NIfTI and MetaImage files: read, turned, resampled, cut into slices, and written.
 
 Inside the project every volume is *canonical*: the axes (x, y, z) point to the patient's right,
 front and head (RAS+). Networks and pictures get *upright radiological* slices: row 0 is the
@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
 from data.intensities import BRAIN_WINDOW, CT_BODY, background_value, is_stripped
+from data.metaimage import is_metaimage, read_metaimage, read_metaimage_grid
 from data.nifti import checked_affine, decode, decode_header, volumes_of
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
@@ -56,23 +57,30 @@ class Volume:
 # ---- Reading -------------------------------------------------------------------------------------
 
 def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=None):
-    """Read a NIfTI-1 or NIfTI-2 file, compressed or not, and turn it to RAS+ -> Volume.
+    """Read a NIfTI-1, NIfTI-2 or MetaImage file, compressed or not, and turn it to RAS+ -> Volume.
 
-    A 2-D image becomes a volume of one slice. Axes of length 1 behind the third are dropped.
+    A MetaImage gets a NIfTI header of the same grid. A 2-D image becomes a volume of one slice.
+    Axes of length 1 behind the third are dropped.
 
     echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
     contrast: The notes depend on it, because CT and PET have other normal values than MR.
     frames: For a PET of several frames, their durations in s; () if these are not known. The frames
         are averaged, see nifti.decode.
-    DataError if the file is missing, damaged, not NIfTI, too large, complex or coloured. It is also
-    raised if the file has more than one volume (two with `echo`, any number with `frames`), a
-    singular affine, or many NaN.
+    DataError if the file is missing, damaged, of another format, too large, complex or coloured. It
+    is also raised if the file has more than one volume (two with `echo`, any number with `frames`),
+    a singular affine, or many NaN.
     """
     path = Path(path)
-    if not is_nifti(path):
-        raise DataError(f"{path}: only .nii and .nii.gz are read; convert the file to NIfTI")
-    header, array, packed = decode(path, max_voxels, 1 if echo is None else 2, frames)
-    notes = []
+    if is_metaimage(path):
+        array, affine, notes = read_metaimage(path, max_voxels)
+        header = _new_header(array.shape, affine)
+        packed = False
+    elif is_nifti(path):
+        header, array, packed = decode(path, max_voxels, 1 if echo is None else 2, frames)
+        notes = []
+    else:
+        raise DataError(f"{path}: only .nii and .nii.gz are read, and .mhd and .mha; "
+                        "convert the file to NIfTI")
     if frames is not None and volumes_of(header) > 1:
         notes.append(_say_mean(volumes_of(header), frames))
         header.set_data_shape(array.shape)
@@ -120,13 +128,17 @@ def _say_mean(count, durations):
 
 
 def read_geometry(path, series=False):
-    """Read where a NIfTI file lies in space, and no voxel of it -> Volume whose voxels are all 0.
+    """Read where a file lies in space, and no voxel of it -> Volume whose voxels are all 0.
 
     series: True if the file may hold several volumes, as a PET of several frames.
     DataError as read_volume, as far as the header shows it.
     """
     path = Path(path)
-    header, shape = decode_header(path, MAX_VOXELS, series)
+    if is_metaimage(path):
+        shape, affine = read_metaimage_grid(path, MAX_VOXELS)
+        header = _new_header(shape, affine)
+    else:
+        header, shape = decode_header(path, MAX_VOXELS, series)
     if volumes_of(header) > 1:
         header.set_data_shape(shape)
     affine = checked_affine(header, path)
@@ -152,14 +164,19 @@ def grid_around(volume, pixels, spacing):
     shape = (*pixels, depth)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = (low + high) / 2 - spacing * (np.array(shape) - 1) / 2
+    zeros = np.broadcast_to(np.float32(0), shape)
+    return Volume(zeros, affine, volume.path, _new_header(shape, affine), CANONICAL)
+
+
+def _new_header(shape, affine):
+    """The NIfTI-1 header of a grid that no NIfTI file has. affine: (4, 4), stored index -> mm."""
     header = nib.Nifti1Header()
     header["magic"] = b"n+1"
     header.set_data_shape(shape)
     header.set_xyzt_units("mm")
     header.set_sform(affine, code=1)            # 1: the coordinates of the scanner
     header.set_qform(affine, code=1)
-    zeros = np.broadcast_to(np.float32(0), shape)
-    return Volume(zeros, affine, volume.path, header, CANONICAL)
+    return header
 
 
 def split_echoes(array, path):

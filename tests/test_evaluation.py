@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import evaluation, metrics, table_pages
 from common.evaluation import Trained
-from common.tasks import all_directions, chosen_direction, missing_patterns
 from common.files import RunError
+from common.tasks import all_directions, chosen_direction, missing_patterns
+from data import Subject
+from scans import head, save
 
 CONTRASTS = ("flair", "t1", "t2")
 SIZE = 4
@@ -206,6 +209,13 @@ def test_a_line_of_the_csv_is_one_subject_task_and_method():
         {"subject": "s1", "task": "a->b", "method": "M", "psnr": "20.5", "ssim": "0.5", "dice": ""},
         {"subject": "s2", "task": "a->b", "method": "M", "psnr": "", "ssim": "1.0", "dice": "0.75"},
         {"subject": "s1", "task": "b->a", "method": "copy", "psnr": "15.0", "ssim": "", "dice": ""}]
+    rows = [metrics.row("x->text", "M", name, {"all reports": 0.25}, unit="set") for name in ("bleu1", "bleu2", "bleu3", "bleu4", "fd", "map")]
+    rows += [metrics.row("x->text", "M", name, {"s1": 0.5}) for name in ("rouge", "niqe", "msssim")]
+    assert read(table_pages.scores_csv(rows)) == [
+        {"subject": "all reports", "task": "x->text", "method": "M", "rouge": "", "bleu1": "0.25", "bleu2": "0.25", "bleu3": "0.25",
+         "bleu4": "0.25", "fd": "0.25", "niqe": "", "msssim": "", "map": "0.25"},
+        {"subject": "s1", "task": "x->text", "method": "M", "rouge": "0.5", "bleu1": "", "bleu2": "", "bleu3": "",
+         "bleu4": "", "fd": "", "niqe": "0.5", "msssim": "0.5", "map": ""}]
 
 
 def test_a_report_leaves_the_same_numbers_in_json_and_csv(tmp_path):
@@ -269,7 +279,8 @@ def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives
 
     def disturb(cfg, run, u, keys):
         return u * 0.5
-    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb, beside=None, judge=None, regions=())
+    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=disturb, beside=None, judge=None, overall=None,
+                             regions=())
     monkeypatch.setattr(evaluation, "draw_steps", lambda *what: None)       # FakeModel takes no steps
     ds = FakeData()
     evaluation.evaluate(method, SimpleNamespace(test_slices=2, sample_batch=4), run, ds, FakeModel())
@@ -284,3 +295,100 @@ def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives
     assert list(found["flair->t2", "copy-source", "psnr"].values()) == pytest.approx(copied.tolist(), rel=1e-5)
     assert np.array_equal(kept["images"]["flair->t1|truth"], ds.images[3, 1].astype(np.float16))
     assert "slices per subject: 2" in kept["protocol"] and (tmp_path / "scores.csv").exists()
+
+
+# ---- synthesis -------------------------------------------------------------------------------------------------------
+
+
+class Author:
+    """Makes CT and X-ray of one grey value, and reports that tell of what they are made."""
+
+    contrasts = ["text", "xray", "ct"]
+
+    def __init__(self):
+        self.filled = []                # (known, keys) of each call
+
+    def fill(self, u, known, keys, watch=None):
+        self.filled.append((known[0].tolist(), keys))
+        return torch.where(known[:, :, None, None], u, 0.6), {}
+
+    def generate(self, given, make, keys):
+        (subject, z), = keys
+        level = {c: round(float(images.max()), 2) for c, images in given.items()}
+        assert make == ["text"] and all(images.shape == (1, 1, 20, 20) for images in given.values())
+        return {"text": [f"{subject} slice {z} of {level} – clear ."]}
+
+
+def synthesised(tmp_path, subjects, asked=()):
+    """Call synthesize -> (model, lines said, {name of a file: path})."""
+    model = Author()
+    lines = []
+    run = SimpleNamespace(
+        out=tmp_path, rank=0, world=1, device=torch.device("cpu"), say=lines.append, about={},
+        batches=lambda name, todo, size: [todo[i:i + size] for i in range(0, len(todo), size)],
+        fetch=lambda images, rows: torch.from_numpy(np.ascontiguousarray(images[rows])))
+    cfg = SimpleNamespace(size=20, sample_batch=4)
+    evaluation.synthesize(SimpleNamespace(name="M"), cfg, run, model, subjects, asked)
+    return model, lines, {path.name: path for path in (tmp_path / "synthetic").rglob("*") if path.is_file()}
+
+
+def grey(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((20, 20), level, np.uint8)
+    pixels[0, 0] = 0                    # constant pictures are refused
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_images_of_a_subject_with_a_report_only(tmp_path, monkeypatch):
+    drawn = []
+    grid = evaluation.pictures.grid
+    monkeypatch.setattr(evaluation.pictures, "grid", lambda *args: drawn.append(args[1:]) or grid(*args))
+    subject = Subject("a", "a", {"text": tmp_path / "reports.csv"}, report="clear")
+    model, lines, files = synthesised(tmp_path, [subject])
+    assert model.filled == [([True, False, False], [("a", 0)])]
+    assert set(files) == {"a_xray_synthetic.png", "a_ct_synthetic.png", "panel.png"}
+    with Image.open(files["a_ct_synthetic.png"]) as image:
+        assert image.getextrema() == (153, 153)                             # 0.6 of 255
+    assert lines[-1] == f"a: wrote xray, ct from text to {tmp_path / 'synthetic' / 'a'}"
+    (rows, titles, labels), = drawn                                         # the report is no column, and its one slice one row
+    assert len(rows) == 1 and titles == ["xray (synthetic)", "ct (synthetic)"] and labels == ["slice 0"]
+
+
+def test_a_report_of_xrays(tmp_path):
+    """Of two views the first one is read. No image is made if none is missing."""
+    views = (grey(tmp_path / "0.png", 51), grey(tmp_path / "1.png", 102))
+    ct = grey(tmp_path / "ct.png", 204)
+    model, lines, files = synthesised(tmp_path, [Subject("b", "b", {"xray": views, "ct": ct})])
+    assert model.filled == [] and set(files) == {"b_text_synthetic.txt", "panel.png"}
+    text = files["b_text_synthetic.txt"].read_text(encoding="utf-8")
+    assert text == "b slice 0 of {'xray': 0.2, 'ct': 0.8} – clear .\n"
+    assert lines[-1].startswith("b: wrote text from xray, ct to ")
+
+
+def test_a_report_of_a_volume_is_that_of_its_middle_slice(tmp_path):
+    body = head()
+    body[:, :, :2] = 0                                                      # two slices that show nothing
+    subject = Subject("c", "c", {"ct": save(tmp_path / "ct.nii.gz", np.where(body > 0, body, -1000))})
+    model, _, files = synthesised(tmp_path, [subject])
+    shown = [z for z in range(9) if body[:, :, z].any()]
+    assert shown == [2, 3, 4, 5, 6, 7, 8]
+    assert [z for _, keys in model.filled for _, z in keys] == shown
+    level = round((float(body[:, :, 5].max()) + 1000) / 2500, 2)
+    assert files["c_text_synthetic.txt"].read_text(encoding="utf-8").startswith(f"c slice 5 of {{'ct': {level}}}")
+    assert set(files) == {"c_text_synthetic.txt", "c_xray_synthetic.png", "panel.png"}
+    with Image.open(files["c_xray_synthetic.png"]) as image:
+        assert image.getextrema() == (153, 153)                             # 0.6 of 255; an empty slice would be black
+
+
+def test_what_is_asked_for_is_made_although_it_is_there(tmp_path):
+    subject = Subject("d", "d", {"text": tmp_path / "r", "xray": grey(tmp_path / "0.png", 51),
+                                 "ct": save(tmp_path / "ct.nii.gz", 10 * head() - 1000)}, report="old")
+    model, _, files = synthesised(tmp_path, [subject], ("text", "ct"))
+    assert set(files) == {"d_text_synthetic.txt", "d_ct_synthetic.png", "panel.png"}
+    assert files["d_text_synthetic.txt"].read_text(encoding="utf-8").startswith("d slice 0 of {'xray': 0.2}")
+    files["d_ct_synthetic.png"].unlink()
+    kept = files["d_text_synthetic.txt"].stat()
+    _, lines, files = synthesised(tmp_path, [subject], ("text", "ct"))      # only what is not there is made
+    assert "d_ct_synthetic.png" in files and files["d_text_synthetic.txt"].stat() == kept
+    assert lines[-1].startswith("d: wrote ct from xray to ")

@@ -131,8 +131,8 @@ def test_all_subjects_in_one_folder(tmp_path):
 @pytest.mark.parametrize(("name", "content", "sentence"), [
     ("IM0001", bytes(128) + b"DICM", "convert with dcm2niix"),  # row 20
     ("slice.dcm", b"", "convert with dcm2niix"),
-    ("scan.MHA", b"", r"holds \.mha files; only \.nii"),  # row 21
-    ("scan.nrrd", b"", r"holds \.nrrd files"), ("scan.mat", b"", r"holds \.mat files"),
+    ("scan.NRRD", b"", r"holds \.nrrd files; only \.nii"),  # row 21
+    ("scan.nhdr", b"", r"holds \.nhdr files"), ("scan.mat", b"", r"holds \.mat files"),
     ("scan.h5", b"", r"holds \.h5 files"),
 ])
 def test_other_formats(tmp_path, name, content, sentence):

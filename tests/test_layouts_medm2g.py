@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import shutil
 import zlib
 
 import numpy as np
 import pytest
 
+from data import find_layout, identity, read_volume
 from data.files import DataError
 from data.layouts.acdc import collect_acdc, is_acdc
 from data.layouts.medicat import collect_medicat, is_ct, is_medicat
 from data.layouts.sliver07 import collect_sliver07, is_sliver07
 from data.metaimage import read_metaimage
+from data.volumes import read_geometry, same_grid, write_volume
+from scans import head, opened, save
 
 READERS = {is_acdc: collect_acdc, is_sliver07: collect_sliver07, is_medicat: collect_medicat}
 
@@ -233,6 +237,107 @@ def test_metaimages_that_are_refused(tmp_path, stored, changes, sentence):
 def test_files_that_are_no_header(tmp_path, content):
     with pytest.raises(DataError, match="is no MetaImage header"):
         read_metaimage(write(tmp_path, "a.mhd", content))
+
+
+# ---- MetaImage as a volume -------------------------------------------------------------------------------------------
+
+RAS = LPS * np.array([[-1], [-1], [1], [1]])
+
+
+def test_a_metaimage_is_the_volume_of_the_nifti_file_with_its_grid(tmp_path):
+    expected = read_volume(save(tmp_path / "a.nii", STORED.reshape(4, 3, 2).transpose(2, 1, 0).astype(np.int16), RAS))
+    path = metaimage(tmp_path, raw() + b"x")
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.array, expected.array)
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-5)
+    assert volume.axes == expected.axes != "RAS" and volume.header["sform_code"] == volume.header["qform_code"] == 1
+    assert volume.notes == ["has 1 bytes behind its voxels; they are not read", *expected.notes]
+    (tmp_path / "a.raw").unlink()
+    place = read_geometry(path)                                     # it needs no voxel
+    assert same_grid(place, expected) and place.axes == expected.axes and not place.array.any()
+    write_volume(tmp_path / "out.nii.gz", expected.array, place, "test")
+    back = read_volume(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(back.array, expected.array)
+    np.testing.assert_allclose(back.affine, expected.affine, atol=1e-5)
+
+
+def test_a_metaimage_in_one_file_and_in_capitals(tmp_path):
+    path = metaimage(tmp_path, name="B.MHA", inside=raw(), ElementDataFile="Local")
+    assert read_volume(path).array.sum() == STORED.sum()
+    assert read_geometry(path).array.size == 24
+    for read in (read_volume, read_geometry):
+        with pytest.raises(DataError, match=r"B\.MHA: DimSize is 2048 2048 65; one to 268435456 voxels"):
+            read(metaimage(tmp_path, name="B.MHA", inside=raw(), DimSize="2048 2048 65", ElementDataFile="LOCAL"))
+
+
+def scan_in(folder, name, array, ending="mhd", **changes):
+    """Write a volume (X, Y, Z) as MetaImage of int16, 2 x 3 x 4 mm, with its voxels in a file beside it."""
+    size = " ".join(str(n) for n in array.shape)
+    voxels = array.astype("<i2").tobytes(order="F")
+    return metaimage(folder, voxels, f"{name}.{ending}", ElementDataFile=f"{name.rsplit('/')[-1]}.raw", DimSize=size,
+                     ElementSpacing="2 3 4", TransformMatrix="1 0 0 0 1 0 0 0 1", **changes)
+
+
+def make_livers(folder, count=4):
+    for number in range(1, count + 1):
+        body = head(seed=number)
+        scan_in(folder / "training", f"liver-orig{number:03d}", np.where(body > 0, body, -1000))
+        scan_in(folder / "training", f"liver-seg{number:03d}", body > 190)
+    return folder
+
+
+def test_sliver07_as_a_data_set(tmp_path):
+    folder = make_livers(tmp_path / "sliver")
+    dataset, said = opened(folder, texts=True, gaps=True)
+    assert dataset.layout == "SLIVER07" and dataset.contrasts == ("text", "ct") and dataset.present.all()
+    assert sum(map(len, dataset.split.values())) == 4 and "(SLIVER07), 4 subjects" in said
+    assert dataset.reports([0]) == ["an axial contrast enhanced abdominal ct ."]
+    row = int(np.flatnonzero(dataset.subject == "liver002")[3])
+    z = dataset.slice_number[row]
+    # The axes of the file point to L, P and S, as rows and columns of a slice do: only x and y change places.
+    plane = head(seed=2)[:, :, z].T
+    shown = dataset.images[row, 1][1:19, 3:17]                      # 18 x 14 in the middle of 20 x 20
+    np.testing.assert_allclose(shown, np.where(plane > 0, (plane + 1000) / 2500, 0), atol=1e-3)
+    np.testing.assert_array_equal(dataset.labels[row][1:19, 3:17], plane > 190)
+    assert not dataset.images[:, 0].any()
+
+
+def test_the_voxels_of_a_metaimage_are_part_of_the_data_set(tmp_path, monkeypatch):
+    """Its header stays the same when a voxel changes."""
+    folder = make_livers(tmp_path / "sliver")
+    options = {"texts": True, "gaps": True}
+    monkeypatch.setattr(identity, "ANNOUNCED", 1)
+    first, said = opened(folder, **options)
+    total = sum(path.stat().st_size for path in folder.rglob("liver*"))
+    assert f"reading 8 files ({identity.size_text(total)}) to recognise them" in said
+    again, said = opened(folder, **options)
+    assert again.fingerprint == first.fingerprint and "reading" not in said
+    copy = shutil.copytree(folder, tmp_path / "other" / "sliver")
+    assert opened(copy, **options)[0].fingerprint == first.fingerprint
+    voxels = folder / "training" / "liver-orig002.raw"
+    content = bytearray(voxels.read_bytes())
+    content[2 * (7 + 14 * (9 + 18 * 4))] ^= 1                       # the middle voxel
+    voxels.write_bytes(content)
+    changed, said = opened(folder, **options)
+    assert changed.fingerprint != first.fingerprint and "reading 1 files" in said
+    voxels.unlink()
+    with pytest.raises(DataError, match=r"liver-orig002\.raw: cannot be read \(No such file") as caught:
+        opened(folder, **options)
+    assert ".mhd" not in str(caught.value)
+
+
+def test_metaimages_in_plain_folders(tmp_path):
+    for subject in ("p1", "p2"):
+        for contrast in ("T1", "T2"):
+            scan_in(tmp_path / subject, contrast, head(), "mha")
+    layout = find_layout(tmp_path)
+    assert layout.contrasts == ("t1", "t2") and layout.subjects[1].files["t2"] == tmp_path / "p2" / "T2.mha"
+    save(tmp_path / "p1" / "T1.nii.gz", head())                     # MetaImages beside NIfTI files are not used
+    layout = find_layout(tmp_path)
+    assert layout.contrasts == ("t1",) and [subject.name for subject in layout.subjects] == ["p1"] and layout.notes == []
+    write(tmp_path / "empty", "p/scan.MHA")
+    with pytest.raises(DataError, match=r"no contrast recognised in 1 volumes such as scan\.MHA"):
+        find_layout(tmp_path / "empty")
 
 
 # ---- MedICaT ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import ROOT
 from toys import flat, weights
 
 import apt
+import medm2g
 import metadb
 import rlbcd
 import unisyn
@@ -450,8 +451,8 @@ def test_readme_commands_exist_and_ci_runs_the_test_command():
     from common.cli import parse
     from common.tables import load_tables
     for line in (line for block in blocks for line in block.splitlines()):
-        for name, words in re.findall(r"(apt|metadb|rlbcd|unisyn)\.py ([^#&|]*)", line):
-            module = {"apt": apt, "metadb": metadb, "rlbcd": rlbcd, "unisyn": unisyn}[name]
+        for name, words in re.findall(r"(apt|medm2g|metadb|rlbcd|unisyn)\.py ([^#&|]*)", line):
+            module = {"apt": apt, "medm2g": medm2g, "metadb": metadb, "rlbcd": rlbcd, "unisyn": unisyn}[name]
             tables = [*load_tables(name), *module.METHOD.figures]
             parse(module.Config, module.PRESETS, tables, module.LIMITS, lambda folder: "paper", module.__doc__, words.split(), name)
     for path in re.findall(r"\]\(((?:data|common|tests|apt)[^)#]*)\)", readme):
@@ -477,7 +478,7 @@ def test_the_python_section_of_the_readme_runs(trained, tmp_path, monkeypatch):
     assert np.array_equal(names["filled"][:, names["model"].contrasts.index("t1")], names["scan"].images[:, names["model"].contrasts.index("t1")])
 
 
-@pytest.mark.parametrize("name", ["apt", "metadb", "rlbcd", "unisyn"])
+@pytest.mark.parametrize("name", ["apt", "medm2g", "metadb", "rlbcd", "unisyn"])
 def test_the_files_that_a_script_lists_are_all_that_it_needs(name, tmp_path):
     """They are copied into an empty folder, and the script shows its help there."""
     import re

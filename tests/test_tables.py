@@ -12,11 +12,15 @@ import torch
 from scipy import stats
 
 import apt
+import medm2g
 import metadb
 from common import cli, metrics, tables
 from common.files import RunError
+from common.table_pages import MEASURES
+from common.tasks import named_directions
+from data.layouts import CONTRASTS
 
-TABLES_APT, TABLES_METADB = tables.load_tables("apt"), tables.load_tables("metadb")
+TABLES_APT, TABLES_METADB, TABLES_MEDM2G = (tables.load_tables(name) for name in ("apt", "metadb", "medm2g"))
 SUBJECTS = [f"s{i}" for i in range(8)]
 NOISE = np.array([3.0, -1.0, 2.0, 0.5, -0.2, 1.7, 0.9, 2.5])
 
@@ -104,6 +108,137 @@ def test_a_table_may_be_judged_by_dice(found):
     line = next(line for line in text.splitlines() if line.startswith("| real slices"))
     assert "/ 0.762" in line and "+0.250" in line
     assert "for the 3 comparisons" in text                      # worse, other, real slices: the copied source has no Dice
+
+
+# ---- reports, and metrics of whole sets ------------------------------------------------------------------------------
+
+
+ROUGE = dict(zip(SUBJECTS, 0.3 + NOISE / 100))
+
+
+def told(shift=0.0, images=True, seed=0):
+    """A results.json of MedM2G: reports with BLEU of all together, X-rays with FD, and findings that tables do not show."""
+    rows = [metrics.row("xray->text", "M", "bleu4", {"all reports": 0.2 + shift}, unit="set"),
+            metrics.row("xray->text", "M", "rouge", {s: v + shift for s, v in ROUGE.items()}),
+            metrics.row("xray->text", "M", "lesion", dict.fromkeys(SUBJECTS, 1.0)),
+            metrics.row("xray->text", "random report", "rouge", dict.fromkeys(SUBJECTS, 0.1)),
+            metrics.row("text+xray", "M", "same lesion", {"all patients": 0.7}, unit="set"),
+            metrics.row("text+xray", "strangers", "same lesion", {"all patients": 0.5}, unit="set")]
+    if images:
+        rows += [metrics.row("text->xray", "M", "psnr", dict(zip(SUBJECTS, 20 + NOISE))),
+                 metrics.row("text->xray", "M", "ssim", dict.fromkeys(SUBJECTS, 0.5)),
+                 metrics.row("text->xray", "M", "fd", {"all images": 8.0 + 10 * shift}, unit="set"),
+                 metrics.row("text->xray", "M", "niqe", {s: 4 + v for s, v in zip(SUBJECTS, NOISE)})]
+    return {"rows": rows, "protocol": "1 slice", "phantom": True, "data": "data/x", "config": {"M": 400}, "seed": seed}
+
+
+def page_of(metric, found, paper=None):
+    """The Markdown of a table of two rows -> (text, {row: its cells})."""
+    table = {**TABLE, "metric": metric, "rows": {"full": {}, "other": {"rounds": ("text-xray", "ct-mri")}}}
+    lines = tables.compare(table, found, paper or {}, "M")
+    text = tables.markdown("t", table, lines, found["full"], 0, ())
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return text, {row[0]: row[1:] for row in rows}
+
+
+def test_reports_are_compared_by_rouge_and_bleu_stands_beside_it_without_a_test():
+    paper = {"full": {"xray->text": {"bleu4": 0.142, "bleu4_std": 0.01, "rouge": 0.309, "rouge_std": 0.009}},
+             "R2Gen": {"xray->text": {"bleu4": 0.103, "rouge": 0.277}}}
+    text, rows = page_of("rouge", {"full": [told(images=False)], "other": [told(0.05, images=False)]}, paper)
+    values = np.array(list(ROUGE.values()))
+    assert rows["row"] == ["flags", "xray->text", "mean ROUGE-L", "difference"]         # no column for text+xray
+    assert list(rows) == ["row", "---", "R2Gen", "full", "other", "random report"]      # no row for strangers
+    assert rows["full"][1] == (f"ROUGE-L {values.mean():.3f} ± {values.std():.3f} (ROUGE-L 0.309 ± 0.009) "
+                               "/ BLEU-4 0.200 (BLEU-4 0.142 ± 0.010)")
+    assert rows["R2Gen"][1] == "(ROUGE-L 0.277) (BLEU-4 0.103)"
+    assert rows["other"][0] == "`--rounds text-xray,ct-mri`" and rows["other"][3] == "+0.050, p = 0.016"
+    assert rows["full"][2].startswith(f"{values.mean():.3f} [") and rows["random report"][1] == "ROUGE-L 0.100 ± 0.000"
+    assert "\n\nROUGE-L ± std / BLEU-4; in brackets what the paper prints, for its own data.  " in text
+    assert "One number for all test subjects together, without std and test: BLEU-4.  Mean: over the tasks, with a 95 %" in text
+    assert "PSNR" not in text and "lesion" not in text and "8 test subjects" in text and "for the 2 comparisons" in text
+
+
+def test_a_table_judged_by_one_number_for_all_has_no_test():
+    paper = {"full": {"text->xray": {"fd": 0.48}}}
+    found = {"full": [told(), told(0.05, seed=1)], "other": [told(-0.1), told(-0.1, seed=1)]}
+    text, rows = page_of("fd", found, paper)
+    assert rows["row"][1:] == ["xray->text", "text->xray", "mean FD", "difference"]
+    mean, spread = 20 + NOISE.mean(), NOISE.std()
+    assert rows["full"][2] == (f"{mean:.2f} ± {spread:.2f} / 0.500 ± 0.000 / FD 8.25 (FD 0.48) "
+                               f"/ NIQE {4 + NOISE.mean():.2f} ± {spread:.2f}")
+    assert rows["full"][3:] == ["8.25; 8.00, 8.50", ""]
+    assert rows["other"][3:] == ["7.00; 7.00, 7.00", "-1.25, one number for all, no test"]
+    assert "PSNR in dB ± std over subjects / SSIM ± std / ROUGE-L ± std / BLEU-4 / FD, smaller is better / NIQE ± std, smaller" in text
+    assert "without std and test: BLEU-4, FD.  Mean: over the tasks, and the mean of each seed.  Difference of that mean to \"full\"." in text
+    for word in ("bootstrap", "Wilcoxon", "cannot fall", "None", "nan"):
+        assert word not in text, word
+
+
+def test_the_csv_of_a_table_has_every_metric_and_no_p_for_a_set():
+    lines = tables.compare({**TABLE, "rows": {"full": {}, "other": {}}}, {"full": [told()], "other": [told(0.05)]}, {}, "M")
+    read = {(r["row"], r["metric"]): r for r in csv.DictReader(io.StringIO(tables.as_csv(lines))) if r["task"] != "mean"}
+    assert float(read["other", "fd"]["mean"]) == 8.5 and read["other", "fd"]["p"] == "" and read["other", "fd"]["n"] == "1"
+    assert float(read["other", "fd"]["difference"]) == 0.5 and float(read["other", "rouge"]["p"]) < 0.05
+    assert ("full", "same lesion") in read
+    marked = {line["metric"] for line in lines if line.get("unit") == "set"}
+    assert marked == {"bleu4", "fd", "same lesion"}
+
+
+@pytest.mark.parametrize("name", list(TABLES_MEDM2G))
+def test_every_table_of_medm2g_becomes_a_page(name):
+    """Results are made up for the tasks of the table: the paper's own numbers, for six subjects or for all together."""
+    table = TABLES_MEDM2G[name]
+    rows = []
+    for task, printed in table["paper"].get("MedM2G", {"ct->t2": {"psnr": 25.0, "ssim": 0.9}}).items():
+        for metric, value in printed.items():
+            if metric.endswith("_std"):
+                continue
+            one = metric.startswith("bleu") or metric == "fd"
+            values = {"all": value} if one else dict.fromkeys(SUBJECTS[:6], value)
+            rows.append(metrics.row(task, "M", metric, values, **({"unit": "set"} if one else {})))
+    found = {row: [{"rows": rows, "protocol": "p", "phantom": False, "data": "d", "config": {}, "seed": 0}] for row in table["rows"]}
+    lines = tables.compare(table, found, table["paper"], "M")
+    text = tables.markdown(name, table, lines, found[table["against"]], 0, ())
+    assert "None" not in text and "nan" not in text
+    shown = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in shown}) == 1
+    for row, tasks in table["paper"].items():
+        for task in tasks:
+            for metric, digits in (("psnr", 2), ("fd", 2), ("rouge", 3), ("bleu4", 3), ("niqe", 2), ("msssim", 3)):
+                if metric in tasks[task]:
+                    assert f"{tasks[task][metric]:.{digits}f}" in next(line for line in shown if line.startswith(f"| {row} |"))
+
+
+def test_the_rows_of_medm2g_fit_its_config_and_the_papers_tables():
+    paper = {name: table["paper"] for name, table in TABLES_MEDM2G.items() if table["paper"]}
+    assert list(paper) == ["table1", "table1b", "table2", "table2b", "table3", "table3b", "table3c", "table3d", "table4", "table4b",
+                           "table4c", "table5", "table5b", "table6", "table6b", "table7", "table9"]
+    fields = {f.name for f in dataclasses.fields(medm2g.Config)}
+    streams = ("text", *CONTRASTS)
+    for name, table in TABLES_MEDM2G.items():
+        assert table["against"] in table["rows"] and table["metric"] in MEASURES
+        for row, changes in table["rows"].items():
+            assert set(changes) <= fields, (name, row)
+            for preset in medm2g.PRESETS.values():
+                cfg = dataclasses.replace(medm2g.Config(**preset), **changes)
+                for field, value in changes.items():
+                    assert type(value) is type(getattr(medm2g.Config(), field)), (name, row, field)
+            if "only" in changes:                           # the paper's tasks are those that are scored, in the same words
+                scored = ["+".join(known) + "->" + "+".join(made) for known, made in named_directions(cfg.only, streams)]
+                assert scored == list(paper[name][row]), name
+                kinds = {medm2g.modality_of(stream) for stream in cfg.only[0].replace(":", "+").split("+")}
+                assert {frozenset(pair.split("-")) for pair in cfg.rounds} == {frozenset(kinds)}, name
+        if name in paper:
+            assert table["against"] == "MedM2G" and set(table["rows"]) <= set(paper[name]), name
+            assert table["metric"] in next(iter(paper[name]["MedM2G"].values())) or name in ("table7", "table9")
+    assert {name for name, table in TABLES_MEDM2G.items() if len(table["rows"]) > 1 and name in paper} == {"table7"}
+    assert TABLES_MEDM2G["table7"]["rows"]["CA+VI"] == {"lcag": False} and TABLES_MEDM2G["table7"]["rows"]["MedM2G"] == {}
+    assert TABLES_MEDM2G["rounds"]["rows"]["star"]["rounds"] == ("text-xray", "text-ct", "text-mri", "ct-mri")
+    assert paper["table2"]["MedM2G"]["flair+t1ce+t2->t1"] == {"psnr": 29.89, "psnr_std": 2.26, "ssim": 0.9536, "ssim_std": 0.0143}
+    assert paper["table6b"]["MedM2G"]["t1->ct"]["psnr"] == 26.94 and paper["table7"]["none"]["text->xray"] == {"fd": 8.3}
+    assert paper["table3d"]["MedM2G"] == {"text->xray": {"fd": 0.48}} and paper["table1"]["Kiut"]["xray->text"]["rouge"] == 0.409
+    assert {field for stage in medm2g.STAGES.values() for field in stage} <= fields - set(medm2g.SAMPLING)
+    assert set(medm2g.SAMPLING) <= fields
 
 
 def test_too_few_subjects_are_said_to_be_too_few(found):
@@ -219,6 +354,7 @@ class Fake:
     steps: int = 5
     M: int = 400
     missing: tuple = ("each",)
+    rounds: tuple = ("a-b",)
 
     def __post_init__(self):
         if self.steps < 1:
@@ -244,7 +380,8 @@ def rehearsal(tmp_path):
         elif not path.exists():
             ran.append((cfg.steps, cfg.M, args.seed, out, "scored"))
             path.write_text(json.dumps({**content({"a->b": 0.1 * cfg.M}, args.seed), "config": vars(cfg)}))
-            np.savez(path.with_suffix(".npz"), **{"a->b|M": np.zeros((16, 16)), "a->b|truth": np.ones((16, 16))})
+            images = {"a->b|M": np.zeros((16, 16)), "a->b|truth": np.ones((16, 16))} if cfg.steps < 9 else {}
+            np.savez(path.with_suffix(".npz"), **images)
         return path
 
     def start(rows=table["rows"], **changes):
@@ -271,6 +408,23 @@ def test_a_row_of_sampling_flags_that_comes_first_does_not_become_the_model(rehe
     start, ran = rehearsal
     start(rows={"M": {"M": 100}, "full": {}}, seeds=1)
     assert ran == [(5, 400, 3, "out", []), (5, 100, 3, "out", "scored"), (5, 400, 3, "out", "scored")]
+
+
+def test_rows_may_differ_in_lists_of_words(rehearsal, tmp_path):
+    """A list that is trained gives its folder a name that one could type; one for sampling needs no folder."""
+    start, ran = rehearsal
+    start(rows={"full": {}, "two": {"rounds": ("a-b", "c-d")}, "same": {"rounds": ("a-b",), "missing": ("t1", "t2"), "M": 100}}, seeds=1)
+    assert [(out, what) for *_, out, what in ran] == [("out", []), ("out", "scored"), ("out", "scored"), ("out/rows/rounds=a-b,c-d", []),
+                                                      ("out/rows/rounds=a-b,c-d", "scored")]
+    text = (tmp_path / "out" / "tables" / "t.md").read_text(encoding="utf-8")
+    assert "| two | `--rounds a-b,c-d` |" in text and "| same | `--rounds a-b --missing t1,t2 --M 100` |" in text
+
+
+def test_a_table_without_images_has_no_picture(rehearsal, tmp_path, capsys):
+    start, _ = rehearsal
+    start(rows={"full": {"steps": 9}}, seeds=1)
+    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"t.md", "t.csv"}
+    assert capsys.readouterr().out.endswith(".md, .csv\n")
 
 
 def test_an_interrupted_table_goes_on_where_it_was(rehearsal, tmp_path):

@@ -4,10 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from test_golden import APT, METADB, RLBCD, UNISYN
+from test_golden import APT, MEDM2G, METADB, RLBCD, UNISYN
 
 import apt
 import data
+import medm2g
 import metadb
 import rlbcd
 import unisyn
@@ -16,7 +17,8 @@ from data import phantom
 
 # script, phantoms, flags, and the contrast that is made
 SCRIPTS = {"apt": (apt, "brats", [*APT, "--missing", "flair"], "flair"), "metadb": (metadb, "ixi", METADB, "t2"),
-           "rlbcd": (rlbcd, "petct", RLBCD, "pet"), "unisyn": (unisyn, "neuro", [*UNISYN, "--only", "t1:t2", "--test-subjects", "3"], "t2")}
+           "rlbcd": (rlbcd, "petct", RLBCD, "pet"), "unisyn": (unisyn, "neuro", [*UNISYN, "--only", "t1:t2", "--test-subjects", "3"], "t2"),
+           "medm2g": (medm2g, "cxr", [*MEDM2G, "--only", "ct:t2"], "t2")}
 
 
 class Watched:
@@ -40,7 +42,10 @@ class World:
     def __init__(self, name, root):
         self.script, kind, self.flags, self.target = SCRIPTS[name]
         self.folder, self.out = root / kind, root / "run"
-        phantom.make(kind, self.folder, subjects=8, size=32, slices=4)
+        if kind == "cxr":
+            phantom.make(kind, self.folder, subjects=40, size=32)
+        else:
+            phantom.make(kind, self.folder, subjects=8, size=32, slices=4)
 
     def call(self, monkeypatch, *words, change=lambda images, test: images):
         """Runs the script on the data set, whose slices `change` may alter.  Returns the data set with watched slices."""

@@ -41,6 +41,7 @@ from data.layouts.r2gen import collect_r2gen, is_r2gen
 from data.layouts.reports_table import collect_reports_table, is_reports_table
 from data.layouts.sheets import read_labels, read_patients, read_suv_factors
 from data.layouts.slices import collect_slices
+from data.layouts.sliver07 import collect_sliver07, is_sliver07
 from data.layouts.words import (
     BODY_CONTRASTS,
     CONTRASTS,
@@ -51,6 +52,7 @@ from data.layouts.words import (
     preferred_grid,
     role_of,
 )
+from data.metaimage import is_metaimage
 from data.reports import prepare_reports
 
 __all__ = ["CONTRASTS", "TEXT", "Layout", "Subject", "canonical_contrast", "find_layout",
@@ -70,10 +72,11 @@ WITH_REPORTS = (("R2Gen packaging", is_r2gen, collect_r2gen),
                 ("SIIM", is_siim, collect_siim),
                 ("RSNA", is_rsna, collect_rsna),
                 ("MedICaT", is_medicat, collect_medicat),
-                ("ACDC", is_acdc, collect_acdc))
+                ("ACDC", is_acdc, collect_acdc),
+                ("SLIVER07", is_sliver07, collect_sliver07))
 # We cannot read these, so a folder that holds only these gets its own sentence.
-OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy",
-                 ".npz", ".img", ".tif", ".tiff")
+OTHER_FORMATS = (".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",
+                 ".tif", ".tiff")
 
 
 @dataclass
@@ -107,6 +110,8 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     notes = []
     files = _list_files(folder, notes)
     images = [path for path in files if is_nifti(path)]
+    # Beside NIfTI files, MetaImages may be the originals from which these were converted.
+    images = images or [path for path in files if is_metaimage(path)]
     manifest = folder / "manifest.csv" in files
     published = [(name, collect) for name, is_it, collect in WITH_REPORTS if is_it(folder, files)]
     split = None
@@ -144,7 +149,7 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         name = edition_of(subjects)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
-        raise DataError(f"{folder}: no contrast recognised in {len(images)} NIfTI names such as "
+        raise DataError(f"{folder}: no contrast recognised in {len(images)} volumes such as "
                         f"{examples}; name them with one of the words {', '.join(CONTRASTS)}")
     if name not in OWN_FACTS:
         read_patients(folder, files, subjects, notes)
@@ -235,9 +240,9 @@ def _why_no_images(folder, files):
     others = sorted(suffixes & set(OTHER_FORMATS))
     if others:
         return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
-                "convert them to NIfTI")
+                "and .mhd and .mha; convert them to NIfTI")
     return (f"{folder}: no subjects found; looked for BIDS, BraTS 2020, 2021, 2023, IXI, ADNI, "
-            "HECKTOR, MAMA-MIA, autoPET, R2Gen, reports.csv, "
+            "HECKTOR, MAMA-MIA, autoPET, SLIVER07, R2Gen, reports.csv, "
             "slices named like T1/train/slice_0.npy and one folder per subject with one .nii or "
             f".nii.gz per contrast; the folder holds {_entries(folder)}")
 

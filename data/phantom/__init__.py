@@ -21,7 +21,7 @@
 
     options: [--subjects 24] [--size 64] [--slices 12] [--seed 0]
              neuro has 40 subjects and 16 slices if nothing else is asked for. cxr has 1 slice
-             and 600 subjects to train on in each of three sets: X-ray with report, CT with
+             and 400 subjects to train on in each of three sets: X-ray with report, CT with
              report, CT with T2
 
 The phantoms have two halves that never mix. *Anatomy* (`head_anatomy`, `pelvis_anatomy`,

@@ -113,7 +113,7 @@ def compose(rng, findings):
     if findings["heart"] == "enlarged" or rng.random() >= LEFT_OUT:
         sentences.append(pick(rng, HEART[findings["heart"]]))
     others = rng.permutation(len(OTHERS))
-    for k in others[:max(4 - len(sentences), 1) + rng.integers(2)]:
+    for k in others[:max(2 - len(sentences), 0) + rng.integers(2)]:
         sentences.append(pick(rng, OTHERS[k]))
     rng.shuffle(sentences)
     return " . ".join(sentences) + " ."

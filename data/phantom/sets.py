@@ -292,7 +292,7 @@ SETS = {"brats": write_brats,
         "cta-external": partial(write_cta, external=True),
         "cxr": write_cxr}
 # The usual numbers (subjects, slices) of a set, for sets that do not have the usual 24 and 12.
-USUAL_NUMBERS = {"neuro": (40, 16), "cxr": (600, 1)}
+USUAL_NUMBERS = {"neuro": (40, 16), "cxr": (400, 1)}
 
 
 def usual_numbers(name):

@@ -538,7 +538,7 @@ def cxr_members(subjects):
 
     subjects: To train on, in each of the sets with two views.
     """
-    tests = max(subjects // 6, 1)
+    tests = max(subjects // 20, 1)
     parts = (("train", subjects), ("val", max(subjects // 10, 1)), ("test", tests))
     names = list(VIEWS_OF)
     members = []
