@@ -80,7 +80,14 @@ from common import multimodal, script
 from common.augment import augment
 from common.cli import load_presets
 from common.clip import SIZES, Block, ImageEncoder, TextEncoder
-from common.codecs import Codecs, load_codecs, make_autoencoder, train_codecs
+from common.codecs import (
+    TEXT_FIELDS,
+    CodecConfig,
+    Codecs,
+    load_codecs,
+    make_autoencoder,
+    train_codecs,
+)
 from common.contrastive import contrastive_loss, cosines, groups_of
 from common.device import seed_of
 from common.kspace import central_kspace
@@ -93,12 +100,19 @@ from common.rounds import (
     batch_of,
     checked_rounds,
     draws,
+    fresh_of,
     modality_of,
     retrieval,
     there,
     usual_tasks,
 )
-from common.schedules import ddim_step, linear_alpha_bar, q_sample, x0_from_eps
+from common.schedules import (
+    ddim_step,
+    linear_alpha_bar,
+    q_sample,
+    scaled_linear_alpha_bar,
+    x0_from_eps,
+)
 from common.tasks import named_directions
 from common.textvae import VectorUNet
 from common.tokenizer import Tokenizer, Tokens
@@ -109,31 +123,14 @@ from data import TEXT, canonical_contrast, clean_report
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CodecConfig):
     """The paper (Sec. 4) states the latent sizes, the schedule, batches, learning rates, depths,
     DDIM steps, eta and w.  Other defaults are ours.  Phantoms take the demo."""
     # data
     contrasts: tuple[str, ...] = ()             # streams, such as text,xray,ct,t2; empty: all
-    size: int = 512                             # height and width of a slice in pixels
     train_fraction: float = 0.8                 # share of the subjects that train
     test_subjects: float = 0.1                  # share that is scored; the rest validates
     test_slices: int = 20                       # slices scored per test subject
-    # codecs
-    ae_base: int = 128                          # channels of the image autoencoder
-    ae_mult: tuple[int, ...] = (1, 2, 4, 4)     # channels of its levels, times ae_base
-    ae_blocks: int = 2                          # its residual blocks per level
-    ae_steps: int = 100_000                     # of the image autoencoder
-    ae_batch: int = 12                          # images per step of it
-    ae_lr: float = 4.5e-6                       # its learning rate at the start
-    text_width: int = 768                       # width of the text VAE
-    text_depth: int = 12                        # blocks of its encoder and of its decoder
-    text_heads: int = 12                        # heads of its attention
-    text_z: int = 768                           # numbers of a text latent
-    text_length: int = 100                      # words of a report; the rest is cut
-    text_least: int = 3                         # a word must come so often, or it is <unk>
-    text_steps: int = 50_000                    # of the text VAE
-    text_batch: int = 128                       # reports per step of it
-    text_lr: float = 1e-4                       # its peak learning rate
     # alignment
     encoder: Literal["neuro", "base", "demo"] = "neuro"     # size of the towers (common/clip.py)
     align_steps: int = 20_000                   # of each round
@@ -196,8 +193,7 @@ LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), ste
 # A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
 STAGES = {
     "autoencoder": (),
-    "text": ("text_width", "text_depth", "text_heads", "text_z", "text_length", "text_least",
-             "text_steps", "text_batch", "text_lr"),
+    "text": TEXT_FIELDS,
     "alignment": ("accelerate", "encoder", "align_steps", "align_batch", "align_lr", "projector", "ca", "vi",
                   "rounds"),
     "diffusers": ("base", "mult", "blocks", "attention", "heads", "groups", "text_base",
@@ -219,7 +215,10 @@ def patterns(cfg, streams):
     if cfg.only:
         named = named_directions(cfg.only, streams)
         return [(known, make) for known, make in named if TEXT not in make]
-    return usual_tasks(cfg.rounds, streams)
+    tasks = usual_tasks(cfg.rounds, streams)
+    if cfg.accelerate > 1:              # MR is then degraded, and no target
+        tasks = [task for task in tasks if "mri" not in map(modality_of, task[1])]
+    return tasks
 
 
 def disturbed(cfg, streams):
@@ -248,8 +247,12 @@ class PromptEncoders(nn.Module):
         self.towers = nn.ModuleDict()
         for modality in modalities:
             if modality == "text":
+                self.context = size["text"]["context"]
                 text = {**size["text"], "vocab": len(tokenizer)}
-                self.towers[modality] = TextEncoder(**text, embed=self.dim)
+                tower = TextEncoder(**text, embed=self.dim)
+                # With CLIP's .02, so small a tower begins to learn several times later.
+                nn.init.normal_(tower.embedding.weight, std=text["width"] ** -0.5)
+                self.towers[modality] = tower
             else:
                 self.towers[modality] = ImageEncoder(2, 1, image_size, **size["image"],
                                                      embed=self.dim)
@@ -260,9 +263,9 @@ class PromptEncoders(nn.Module):
     def forward(self, modality, x):
         """x: images (B, 1, H, W) in [0,1], or a list of str.  Returns (B, D), of any length."""
         if modality == "text":
-            parts = self.tokenizer(x)
             device = self.log_scale[0].device
-            x = Tokens(*(torch.as_tensor(part, device=device) for part in parts))
+            parts = (torch.as_tensor(part, device=device) for part in self.tokenizer(x))
+            x = Tokens(*(part[:, :self.context] for part in parts))         # (B, L) each, cut
         return self.towers[modality](x).pooled.float()                      # (B, D)
 
     def prompt(self, modality, x):
@@ -485,7 +488,7 @@ class Context(nn.Module):
             layers = [nn.Conv2d(shape[0], width // 2, 3, padding=1), nn.SiLU()]
             self.side = shape[1]
             while self.side > 16:           # of larger latents, 16 x 16 places are shown
-                layers += [nn.Conv2d(width // 2, width // 2, 3, 2, padding=1), nn.SiLU()]
+                layers += [nn.Conv2d(width // 2, width // 2, 4, 2, padding=1), nn.SiLU()]
                 self.side //= 2
             self.stem = nn.Sequential(*layers)
             self.block = ResBlock(width // 2, width, width, cfg.groups)
@@ -567,15 +570,12 @@ class Flows(nn.Module):
 
 
 def alpha_bar_of(schedule):
-    """alpha_bar_t of Eq. (1), (T,).
+    """alpha_bar_t of Eq. (1), (T,).  .00085 and .0120 are the paper's.
 
-    "scaled": the square root of beta rises linearly from sqrt(.00085) to sqrt(.0120).  This is what
-    latent diffusion calls linear, and these two numbers are its own.  "linear": beta itself [D1].
+    They are latent diffusion's numbers, too, and what it calls linear is "scaled" here [D1].
     """
-    if schedule == "linear":
-        return linear_alpha_bar(T, 0.00085, 0.0120)
-    root = torch.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, T, dtype=torch.float64)    # (T,)
-    return (1 - root ** 2).cumprod(0).float()                               # (T,)
+    make = {"scaled": scaled_linear_alpha_bar, "linear": linear_alpha_bar}[schedule]
+    return make(T, 0.00085, 0.0120)
 
 
 def info_nce(u, v, scale, groups):
@@ -584,6 +584,14 @@ def info_nce(u, v, scale, groups):
     Normal reports repeat word by word.  Samples with equal reports are no negatives [D5].
     """
     return 2 * contrastive_loss(scale * cosines(u, v), groups)
+
+
+def roughly(e, noise):
+    """Prompts (B, D) of length 1, moved a little, by .2.  noise: N(0,1) like e.
+
+    Prompts of two modalities that belong together are near each other, but not equal [D6].
+    """
+    return F.normalize(e + 0.2 * noise / e.shape[1] ** 0.5, dim=1)          # (B, D)
 
 
 def visual_invariant(view1, view2, weight=0.0051):
@@ -654,10 +662,13 @@ class Model:
         diffuser = self.flows.diffusers[modality_of(stream)]
         return self.codecs.decode(stream, z * diffuser.std + diffuser.mean)
 
+    def as_scanned(self, stream, x):
+        """What is given, with MR as an accelerated scan gives it (--accelerate)."""
+        accelerated = self.cfg.accelerate > 1 and modality_of(stream) == "mri"
+        return central_kspace(x, self.cfg.accelerate) if accelerated else x
+
     def partners_of(self, stream, others):
         """Those of the others that guide a stream: pairs of modalities that were a round [D8]."""
-        if not self.cfg.lcag:
-            return []
         trained = {frozenset(name.split("-")) for name in self.cfg.rounds}
         return [other for other in others if other != stream
                 and frozenset((modality_of(stream), modality_of(other))) in trained]
@@ -672,30 +683,32 @@ class Model:
         """
         B = len(keys)
         device = self.run.device
+        given = {stream: self.as_scanned(stream, x) for stream, x in given.items()}
         clean = {}
         for stream, x in given.items():
             diffuser = self.flows.diffusers[modality_of(stream)]
             clean[stream] = diffuser.whiten(self.codecs.encode(stream, x))
         e = torch.zeros(B, self.encoders.dim, device=device)                # (B, D)
         for stream, x in given.items():
-            e = e + self.encoders.prompt(modality_of(stream), x) / len(given)   # (B, D)
+            e = e + self.encoders.prompt(modality_of(stream), x)            # (B, D)
+        e = F.normalize(e, dim=1)                                           # (B, D)  their mean
         yes = torch.ones(B, dtype=torch.bool, device=device)                # (B,)
         told = yes if given else ~yes                                       # (B,)
         zero = torch.zeros(B, dtype=torch.long, device=device)              # (B,)
 
-        def show(reader, stream, z, t):
-            return self.flows.show(reader, stream, z, t)
         # What is given does not change, so its context is computed once.
-        fixed = {(reader, stream): show(reader, stream, clean[stream], zero)
-                 for reader in make for stream in self.partners_of(reader, given)}
+        fixed = {}
+        for reader in make if self.cfg.lcag else ():
+            for stream in self.partners_of(reader, given):
+                fixed[reader, stream] = self.flows.show(reader, stream, clean[stream], zero)
 
         def predict(states, time):
             t = torch.full((B,), time, device=device)                       # (B,)
             found = {}
             for stream, z_t in states.items():
-                partners = [fixed[stream, other] for other in self.partners_of(stream, given)]
-                partners += [show(stream, other, states[other], t)
-                             for other in self.partners_of(stream, states)]
+                partners = [context for (reader, _), context in fixed.items() if reader == stream]
+                for other in self.partners_of(stream, states) if self.cfg.lcag else ():
+                    partners.append(self.flows.show(stream, other, states[other], t))
                 found[stream] = self.noise_of(stream, z_t, t, e, told, partners)
             return found
         start = {}
@@ -721,6 +734,14 @@ class Model:
                                       torch.cat([told, torch.zeros_like(told)]), partners).float()
         return guided(*both.chunk(2), self.cfg.w)
 
+    def report_of(self, subject):
+        """The report of a subject, or --given.  ValueError if there is none."""
+        report = self.reports.get(subject) or clean_report(self.cfg.given, True)
+        if not report.strip(" ."):
+            raise ValueError(f"fill: text is known, but there is no report of {subject}; "
+                             "give one with --given, from Python as load(..., given=\"...\")")
+        return report
+
     def fill(self, u, known, keys, watch=None, wanted=None):
         """Make every image that is missing.  common/evaluation.py calls this.
 
@@ -739,7 +760,7 @@ class Model:
             given = {}
             for c, stream in enumerate(self.contrasts):
                 if here[c] and stream == TEXT:
-                    given[stream] = [self.reports.get(keys[b][0], self.cfg.given) for b in rows]
+                    given[stream] = [self.report_of(keys[b][0]) for b in rows]
                 elif here[c]:
                     given[stream] = u[rows, c, None]                        # (b, 1, H, W)
             make = [s for s, gone in zip(self.contrasts, absent) if gone and s != TEXT]
@@ -774,25 +795,11 @@ def train(cfg, run, ds):
     train_flow(cfg, run, samples, encoders, flows, rounds)
 
 
-def fresh_of(names):
-    """For each round the modalities that it trains: those that no earlier round has trained.
-
-    If there is none, it is the second one.  names: such as text-ct.
-    """
-    seen = set()
-    found = []
-    for name in names:
-        pair = name.split("-")
-        found.append([m for m in dict.fromkeys(pair) if m not in seen] or [pair[1]])
-        seen.update(pair)
-    return found
-
-
 def build_encoders(cfg, run, streams, texts):
     """Fresh prompt encoders.  texts: those on which the pieces of words are learned, or None."""
     if texts is not None:
-        size = SIZES[cfg.encoder]["text"]
-        tokenizer = Tokenizer.train(texts, size["vocab"], max(size["context"], 3 * cfg.text_length))
+        # Long reports are cut by the encoder, so the tokenizer takes any length.
+        tokenizer = Tokenizer.train(texts, SIZES[cfg.encoder]["text"]["vocab"], context=10 ** 6)
         run.about["tokenizer"] = tokenizer.state()
     tokenizer = Tokenizer.from_state(run.about["tokenizer"])
     return PromptEncoders(cfg.encoder, there(streams), tokenizer, cfg.size, len(cfg.rounds))
@@ -893,7 +900,7 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
             e = encoders.prompt(other, samples.raw(rows, source))           # (B, D)
         else:
             e = samples.prompt(encoders, rows, source)                      # (B, D)
-        e = e + 0.05 * draw("normal", e)                                    # [D6]
+        e = roughly(e, draw("normal", e))                                   # (B, D)
         t = draw("time")                                                    # (B,)
         eps = draw("normal", z)                                             # (B, ...)
         keep = draw("uniform") >= 0.1                                       # (B,)
@@ -944,7 +951,6 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
     draw = draws(g, len(rows), run.device, mine)
     lot = int(torch.randint(3, (), generator=g, device=run.device))
     mode = "joint" if cfg.couple_t else ("joint", "a", "b")[lot]            # what is made
-    side = int(torch.randint(2, (), generator=g, device=run.device))
     rows = rows[mine]
     t = draw("time")                                                        # (B,)
     zeros = torch.zeros_like(t)                                             # (B,)
@@ -956,20 +962,20 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
         noise[stream] = draw("normal", z)                                   # (B, ...)
         times[stream] = t if made else zeros
         states[stream] = q_sample(z, at(alpha_bar, t, z), noise[stream]) if made else z
-    # The prompt is that of the clean stream.  If there is none, it is one of both, or nothing.
-    about = {"a": pair[1], "b": pair[0], "joint": pair[side]}[mode]
-    e = samples.prompt(encoders, rows, about)                               # (B, D)
-    e = e + 0.05 * draw("normal", e)                                        # (B, D)
+    # A tenth of the samples has neither prompt nor partner, as half of the guidance has.  If both
+    # are noisy, half of the samples have no prompt, as streams that are made from nothing.
     keep = draw("uniform") >= 0.1                                           # (B,)
-    told = draw("uniform") >= (0.5 if mode == "joint" else 0)               # (B,)
+    told = keep & (draw("uniform") >= (0.5 if mode == "joint" else 0))      # (B,)
     total = 0.0
     facts = {}
-    for stream, other in ((a, b), (b, a)):
+    for stream, other, about in ((a, b, pair[1]), (b, a, pair[0])):
         if mode == "joint" or stream == {"a": a, "b": b}[mode]:
+            e = samples.prompt(encoders, rows, about)                       # (B, D)
+            e = roughly(e, draw("normal", e))                               # (B, D)
             with run.autocast():
                 partner = flows.show(stream, other, states[other], times[other], g)
-                found = flows.predict(stream, states[stream], times[stream], e, keep & told,
-                                      [partner], keep)
+                found = flows.predict(stream, states[stream], times[stream], e, told, [partner],
+                                      keep)
             facts[f"loss_{stream}"] = F.mse_loss(found.float(), noise[stream])
             total = total + facts[f"loss_{stream}"]
     if cfg.ctx_contrast:

@@ -168,7 +168,8 @@ def add_fields(parser, config_class):
     the preset.
     """
     group = parser.add_argument_group("config (fields of Config)")
-    source = inspect.getsource(config_class)
+    classes = [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]
+    source = "\n".join(inspect.getsource(c) for c in classes)
     help_of = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, re.M))
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

@@ -7,9 +7,7 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
     z = codecs.encode("text", reports)          # (B, Z) of a list of str
     codecs.decode("ct", z)                      # the way back
 
-The config has size, ae_base, ae_mult, ae_blocks, ae_steps, ae_batch and ae_lr for images, and
-text_width, text_depth, text_heads, text_z, text_length, text_least, text_steps, text_batch and
-text_lr for reports.
+A script's Config has the fields of CodecConfig.
 """
 from dataclasses import dataclass
 
@@ -21,6 +19,31 @@ from common.autoencoder import load_autoencoder, train_autoencoder
 from common.textvae import TextVAE, Words, load_textvae, train_textvae
 from common.vqae import VQAE
 from data import TEXT
+
+# The fields that matter to the stage "text".
+TEXT_FIELDS = ("text_width", "text_depth", "text_heads", "text_z", "text_length", "text_least",
+               "text_steps", "text_batch", "text_lr")
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Sizes of both codecs: those of Stable Diffusion's autoencoder, and of OPTIMUS."""
+    size: int = 512                             # height and width of a slice in pixels
+    ae_base: int = 128                          # channels of the image autoencoder
+    ae_mult: tuple[int, ...] = (1, 2, 4, 4)     # channels of its levels, times ae_base
+    ae_blocks: int = 2                          # its residual blocks per level
+    ae_steps: int = 100_000                     # of the image autoencoder
+    ae_batch: int = 12                          # images per step of it
+    ae_lr: float = 4.5e-6                       # its learning rate at the start
+    text_width: int = 768                       # width of the text VAE
+    text_depth: int = 12                        # blocks of its encoder and of its decoder
+    text_heads: int = 12                        # heads of its attention
+    text_z: int = 768                           # numbers of a text latent
+    text_length: int = 100                      # words of a report; the rest is cut
+    text_least: int = 3                         # a word must come so often, or it is <unk>
+    text_steps: int = 50_000                    # of the text VAE
+    text_batch: int = 128                       # reports per step of it
+    text_lr: float = 1e-4                       # its peak learning rate
 
 
 @dataclass

@@ -505,7 +505,9 @@ def draw_steps(run, ds, model, patterns, chosen):
         known = [[name in sources for name in contrasts]]
         known = torch.tensor(known, device=run.device)                      # (1, C)
         watched = []                                        # (title, state, estimate of x0)
-        made, _ = fill(model, u, known, ds.keys([r]), watched)
+        wanted = [[name == absent[0] for name in contrasts]]
+        made, _ = fill(model, u, known, ds.keys([r]), watched,
+                       torch.tensor(wanted, device=run.device))
         if not watched:
             return
         shown = [watched[i] for i in data.evenly(np.arange(len(watched)), 7)]

@@ -25,7 +25,7 @@ from common.clip import warmup_cosine
 from common.contrastive import groups_of, nearest
 from common.device import seed_of
 from common.files import RunError
-from data import TEXT
+from data import TEXT, evenly
 from data.layouts.words import kind_of
 
 MODALITIES = ("text", "xray", "ct", "mri")
@@ -68,11 +68,29 @@ def checked_rounds(names, streams, present):
     rounds = [pairs_of(name, streams, present) for name in names]
     for name, pairs in zip(names, rounds):
         if not pairs:
-            possible = [f"{a}-{b}" for a in MODALITIES for b in MODALITIES
-                        if a + b != "texttext" and pairs_of(f"{a}-{b}", streams, present)]
+            possible = [f"{a}-{b}" for i, a in enumerate(MODALITIES) for b in MODALITIES[i:]
+                        if pairs_of(f"{a}-{b}", streams, present)]
             raise RunError(f"--rounds {name}: no training subject has such a pair; these data give "
                            f"{', '.join(possible) or 'no pair at all'}", status=2)
+    for stream in streams:
+        if not any(modality_of(stream) in name.split("-") for name in names):
+            raise RunError(f"{stream} is in none of the rounds {', '.join(names)} and would not be "
+                           "trained; add a round, or leave it out with --contrasts", status=2)
     return rounds
+
+
+def fresh_of(names):
+    """For each round the modalities that it trains: those that no earlier round has trained.
+
+    If there is none, it is the second one.  names: such as text-ct.
+    """
+    seen = set()
+    found = []
+    for name in names:
+        pair = name.split("-")
+        found.append([m for m in dict.fromkeys(pair) if m not in seen] or [pair[1]])
+        seen.update(pair)
+    return found
 
 
 class Samples:
@@ -144,11 +162,19 @@ class Samples:
         return [c for c in self.latents if modality_of(self.streams[c]) == modality]
 
     def moments(self, modality):
-        """Mean and deviation of latents, (z,) each, over at most 1,024 samples of each stream."""
+        """Mean and deviation of latents, (z,) each, over at most 1,024 samples of each stream.
+
+        The samples are spread evenly, because neighbours are slices of one subject.  Text has 0 and
+        1, because the text codec sees to it.
+        """
+        if modality == "text":
+            z = self.latents[self.streams.index(TEXT)]                      # (n, Z)
+            return torch.zeros_like(z[0]), torch.ones_like(z[0])
         found = []
         for c in self.of_modality(modality):
-            z = self.latent(np.flatnonzero(self.present[:, c])[:1024], c)   # (n, z, h, w) or (n, Z)
-            found.append(z.flatten(2).transpose(1, 2).flatten(0, 1) if z.dim() > 2 else z)
+            rows = evenly(np.flatnonzero(self.present[:, c]), 1024)
+            z = self.latent(rows, c)                                        # (n, z, h, w)
+            found.append(z.flatten(2).transpose(1, 2).flatten(0, 1))        # (n*h*w, z)
         sites = torch.cat(found)                                            # (N, z)
         return sites.mean(0), sites.std(0, correction=0).clamp(min=1e-6)
 
@@ -156,8 +182,8 @@ class Samples:
 def usual_tasks(names, streams):
     """The tasks of some rounds that make images, as pairs (known streams, streams to make).
 
-    They are both directions of each round, and text to MR, which need not be a round.  Of mri-mri,
-    each contrast is made from all others.
+    They are both directions of each round.  Text to MR is one more, if rounds link both, even over
+    other modalities.  Of mri-mri, each contrast is made from all others.
     """
     found = []
     for name in names:
@@ -167,7 +193,12 @@ def usual_tasks(names, streams):
                 if modality_of(target) == b != "text" and known:
                     found.append((known, (target,)))
     mr = tuple(s for s in streams if modality_of(s) == "mri")
-    if TEXT in streams and mr:
+    linked = {"text"}
+    for _ in names:                                         # one more link in each turn
+        for name in names:
+            if linked & set(name.split("-")):
+                linked |= set(name.split("-"))
+    if TEXT in streams and mr and "mri" in linked:
         found.append(((TEXT,), mr))
     return list(dict.fromkeys(found))
 

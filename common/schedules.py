@@ -30,6 +30,12 @@ def linear_alpha_bar(T=1000, first=1e-4, last=0.02):
     return (1 - beta).cumprod(0).float()                                # (T,)
 
 
+def scaled_linear_alpha_bar(T=1000, first=0.00085, last=0.0120):
+    """Rombach et al. (2022): the square root of beta rises linearly in T steps.  Returns (T,)."""
+    root = torch.linspace(first ** 0.5, last ** 0.5, T, dtype=torch.float64)    # (T,)
+    return (1 - root ** 2).cumprod(0).float()                           # (T,)
+
+
 def q_sample(x0, alpha_bar, eps):
     """Draw x_t given x0, as in Ho et al. (2020), Eq. 4.  eps: normal noise like x0."""
     return alpha_bar ** 0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps

@@ -355,7 +355,10 @@ def preview(method, cfg, run, ds):
     run.args.compile = compiled
     contrasts = list(ds.contrasts)
     # One task is enough to see how far the training is.  Sampling all of them takes long.
-    sources, missing = method.patterns(cfg, contrasts)[0]
+    tasks = method.patterns(cfg, contrasts)
+    if not tasks:
+        return
+    sources, missing = tasks[0]
     rows = ds.having(ds.rows(part), [*sources, *missing])
     if len(rows) == 0:
         return
@@ -366,7 +369,9 @@ def preview(method, cfg, run, ds):
     images = []
     labels = []
     known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
-    made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows))   # (B, C, H, W)
+    wanted = torch.tensor([c in missing for c in contrasts], device=run.device)     # (C,)
+    made, _ = fill(model, u, known.expand(len(u), -1), ds.keys(rows),
+                   wanted=wanted.expand(len(u), -1))                    # (B, C, H, W)
     c = contrasts.index(missing[0])
     for b in np.flatnonzero(np.isin(rows, shown)):
         source = u[b, contrasts.index(sources[0])]                      # (H, W)

@@ -134,7 +134,9 @@ class TextVAE(nn.Module):
         self.to_memory = nn.Linear(z, depth * width)
         self.decoder = nn.ModuleList(DecoderBlock(width, heads, depth) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Words are read and predicted with the same vectors.  Logits then start with variance 1; with
+        # the usual .02, learning begins several times later.
+        nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.register_buffer("mu", torch.zeros(z))
         self.register_buffer("sigma", torch.ones(z))
 

@@ -228,6 +228,11 @@ def test_the_report_of_a_subject_counts_more_than_the_given_one(model):
     assert (made[0][0] - made[1][0]).abs().max() > 1e-2
 
 
+def test_text_needs_a_report(model):
+    with pytest.raises(ValueError, match="give one with --given"):
+        changed(model, given="").fill(random_images(model), ("text",))
+
+
 def test_only_what_is_wanted_is_made(model):
     u = torch.rand(2, 4, 32, 32)
     known = torch.tensor([c == "ct" for c in model.contrasts]).expand(2, -1)
@@ -252,6 +257,7 @@ def test_dry_run_and_check(cxr, trained, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--rounds", "text-mri"], "--rounds text-mri: no training subject has such a pair"),
+    (["--rounds", "text-ct"], "is in none of the rounds text-ct and would not be trained"),
     (["--rounds", "foo"], "--rounds foo: a round is two of text, xray, ct, mri"),
     (["--rounds", "text-text"], "--rounds text-text: a round is two of"),
     (["--rounds", "text-pet"], "--rounds text-pet: a round is two of"),
@@ -276,7 +282,7 @@ def test_mr_contrasts_from_one_another(monkeypatch, capsys, tmp_path):
     out = tmp_path / "run"
     phantom.make("ixi", data, subjects=8, size=32, slices=3)
     status, text = call(medm2g, monkeypatch, capsys, "--data", data, "--out", out, *TINY,
-                        "--rounds", "mri-mri", "--accelerate", 2, "--train", "--evaluate")
+                        "--rounds", "mri-mri", "--train", "--evaluate")
     assert status == 0, text
     tasks = {row["task"] for row in rows_of(out) if row["metric"] == "psnr"}
     assert tasks == {"t2+pd->t1", "t1+pd->t2", "t1+t2->pd"}

@@ -182,6 +182,8 @@ def test_finding_rows_by_hand(tmp_path, monkeypatch):
     assert values_of(rows, method="truth", metric="lesion") == {"s0": 1, "s1": 1, "s4": 1}
     assert values_of(rows, method="MedM2G", metric="heart") == {"s0": 0.5, "s1": 0, "s2": 0, "s4": 1}
     assert values_of(rows, method="truth", metric="heart") == {"s0": 0, "s1": 1, "s2": 1, "s4": 1}
+    task.results, task.truth, task.subjects = {}, truth[2:3], subjects[2:3]         # s2 alone has no lesion to be asked about
+    assert [row["metric"] for row in multimodal.finding_rows(run, ds, [task])] == ["heart"]
     said = (tmp_path / "run" / "log.txt").read_text()
     assert "| text->ct | MedM2G | 0.50 (4) | - | 0.40 (5) |" in said and "| text->ct | truth | 1.00 (4) | - | 0.60 (5) |" in said
 
@@ -347,7 +349,7 @@ def test_of_equally_frequent_reports_the_first_is_taken(tmp_path):
     for first, other in ((LEFT, RIGHT), (RIGHT, LEFT)):
         folder = tmp_path / ("left" if first == LEFT else "right")
         ds = written(folder)
-        for subject, report in zip(ds.subjects, (first, other, other, first)):
+        for subject, report in zip(ds.subjects, (first, other, first, other)):
             subject.report = report
         rows = multimodal.report_rows(CFG, begin(folder / "run"), ds, Writer(), IMAGES)
         rouge = values_of(rows, method="most frequent report", metric="rouge")
