@@ -9,15 +9,15 @@ some hold two.  So three things are trained on pairs.
 Align: prompt encoders of all modalities learn one shared space, pair by pair.  What was aligned
 stays frozen, so that MR comes to lie near text although no MR with text was ever seen.
 Extract: each image encoder also learns to see what stays when an image is slightly changed (the
-visual invariant).  Alignment alone would keep only what the partner knows, too.
+visual invariant).  Alignment alone would keep only what both partners of a pair show.
 Generate: each modality has a latent diffusion model of its own, which listens to the shared space.
 Then the models learn to listen to each other.  At every step of the diffusion, model A looks at the
-half-finished latent of B.  So text, X-ray, CT and MR of one (invented) patient can be made together.
+half-finished latent of B.  So text, X-ray, CT and MR of one invented patient are made together.
 
 PIPELINE (B samples, D width of the shared space, L = 8 prompt tokens, W their width, N places of a
-latent, K = 4 guide tokens)
-  image (B,1,H,W) --autoencoder, frozen--> z (B,4,H/f,W/f)        report --text VAE, frozen--> z (B,Z)
-  any y  --prompt encoder C, frozen--> (B,D) --one linear map--> C(y) (B,L,W)
+latent, K = 8 guide tokens)
+  image (B,1,H,W) --autoencoder, frozen--> z (B,4,H/f,W/f)     report --text VAE, frozen--> z (B,Z)
+  any y  --prompt encoder C, frozen--> (B,D) --LayerNorm, linear map--> C(y) (B,L,W)
   z_t of B, f_B (K,W) --context encoder V_B--> (B,N+K,W)
   z_t of A, t, C(y), V_B(...) --U-Net of A--> noise, like z_t
 Training has the stages "autoencoder", "text", "alignment" (Align, Extract), "diffusers" and "flow".
@@ -27,7 +27,7 @@ EQUATIONS
   Eq. (2)    L = || eps - eps_theta(z_t, t, C(y)) ||^2
   Eq. (3)    L_AB = -log( exp(u_i v_i / tau) / sum_j exp(u_i v_j / tau) ),  used as L_AB + L_BA
   Eq. (4)    L_VI = 1/d ( sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2 )            [D2]
-  Eq. (5)    f_B = F_emb(phi_s(z_B)),  rows of C_B(x_B), then trained
+  Eq. (5)    f_B = F_emb(phi_s(z_B)).  phi_s picks a few of the vectors z_B = C_B(x_B), as a start
   Eq. (6)    L_cross = || eps - eps_theta_c(z_t^A, t, C(y), V_B([z_t^B, f_B])) ||^2          [D3]
 
 SYMBOLS
@@ -36,7 +36,7 @@ SYMBOLS
   C_M              PromptEncoders         into the shared space
   tau              1 / scale              temperature, learned
   Z_1, Z_2, C_ij   view1, view2, C        two augmented views; the cross-correlation of features
-  V_B, f_B         Context, Guide         context encoder; guided adaptation
+  V_B, f_B, F_emb  Context, Guide, embed  context encoder; guided adaptation; its linear map
   theta_c          CrossGuide             the cross-attention sub-layer
   -                u                      slice as stored, in [0,1]
   -                stream                 a channel of the data: text, xray, ct, t1, t2, ...
@@ -48,14 +48,18 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
-  [D2]  Eq. (4): sums over i and over j != i, divided by the width d, as in Barlow Twins.
+  [D2]  Eq. (4): double sum as in Barlow Twins; divided by the width d; a projector, weight 1.
   [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; contrastive term off.
-  [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net; AdamW.
-  [D5]  Alignment is the chain text-X-ray, text-CT, CT-MR (or --rounds); groups of equal reports.
-  [D6]  Prompts: mean-centred, 8 tokens from one vector, slightly noisy in training.
+  [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net.  AdamW with
+        warm-up and cosine, clipping, no EMA.  Latents are means, brought to variance 1.
+  [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds), though Sec. 4
+        has text-MR; cosines, one temperature per round; groups of equal reports.
+  [D6]  Prompts: mean-centred, several tokens from one vector, moved a little in training; several
+        given streams: their mean.
   [D7]  V, f and the sub-layer in our form; near places attract each other (or --no-place-bias).
-  [D8]  Clamping in the sampler; only partners that were trained guide; several are averaged.
-  [D9]  Augmentations for Eq. (4) suit each modality: no flips, no colours.
+  [D8]  Sampler: times from 999 to 0, clamping; a stream listens only to partners that it was
+        trained with; several are averaged.
+  [D9]  Views for Eqs. (3) and (4) suit each modality: no flips, no colours, sentences shuffled.
   [D10] A contrast token tells the MR diffuser which contrast to make.
 
 NEEDS  data/ and these files of common/:
@@ -77,7 +81,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import multimodal, script
-from common.augment import augment
+from common.augment import augment, shuffled
 from common.cli import load_presets
 from common.clip import SIZES, Block, ImageEncoder, TextEncoder
 from common.codecs import (
@@ -185,7 +189,7 @@ class Config(CodecConfig):
                                  "with a dash, such as text-ct or mri-mri")
 
 
-# Fields that may change without training again.  All others need training in another --out.
+# These fields may change after the training.  All others need training in another --out.
 SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_slices")
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
@@ -194,8 +198,8 @@ LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), ste
 STAGES = {
     "autoencoder": (),
     "text": TEXT_FIELDS,
-    "alignment": ("accelerate", "encoder", "align_steps", "align_batch", "align_lr", "projector", "ca", "vi",
-                  "rounds"),
+    "alignment": ("accelerate", "encoder", "align_steps", "align_batch", "align_lr", "projector",
+                  "ca", "vi", "rounds"),
     "diffusers": ("base", "mult", "blocks", "attention", "heads", "groups", "text_base",
                   "text_mult", "width", "steps_image", "steps_text", "batch", "batch_text", "lr",
                   "lr_text", "prompt_tokens", "schedule"),
@@ -261,7 +265,7 @@ class PromptEncoders(nn.Module):
         self.log_scale = nn.ParameterList(torch.tensor(start) for _ in range(rounds))
 
     def forward(self, modality, x):
-        """x: images (B, 1, H, W) in [0,1], or a list of str.  Returns (B, D), of any length."""
+        """x: images (B, 1, H, W) in [0,1], or a list of str.  Returns (B, D), not normalised."""
         if modality == "text":
             device = self.log_scale[0].device
             parts = (torch.as_tensor(part, device=device) for part in self.tokenizer(x))
@@ -271,8 +275,8 @@ class PromptEncoders(nn.Module):
     def prompt(self, modality, x):
         """What the diffusers are told: C(x) without the mean of its modality, (B, D) of length 1.
 
-        A contrastive space has a constant offset between modalities.  A diffuser that learned from
-        CT prompts would else be confused by text prompts [D6].
+        In a contrastive space, all vectors of one modality share an offset.  Without it, a diffuser
+        that learned from CT prompts also understands text prompts [D6].
         """
         e = F.normalize(self(modality, x), dim=1)                           # (B, D)
         return F.normalize(e - getattr(self, f"mean_{modality}"), dim=1)    # (B, D)
@@ -296,7 +300,7 @@ def make_projector(dim, width):
 
 
 # What a U-Net listens to.  prompt: (B, L, W).  partners: list of Partner.  keep: (B,) bool, False
-# where a sample must not see its partners; None: all see them.  cross: the CrossGuides of the U-Net.
+# where a sample must not see its partners; None: all see them.  cross: CrossGuides of the U-Net.
 Condition = namedtuple("Condition", "prompt partners keep cross")
 # What a partner shows.  tokens: (B, N + K, W).  side: the N places are a grid of side x side that
 # lies where the reader's map lies; None if there is no such grid.
@@ -308,9 +312,9 @@ class CrossGuide(nn.Module):
 
     Its last layer starts at zero, so an untrained sub-layer changes nothing.
 
-    Partner tokens at nearby places get a bonus: -g |p_i - p_j|^2 is added to the logits, g > 0
-    learned per head.  The paper has no such term.  Without it, attention must discover from nothing
-    that a CT and an MR of one slice lie on one grid.  On phantoms this alone is worth 9 dB [D7].
+    Partner tokens at distant places are penalised: -g |p_i - p_j|^2 is added to the logits, with
+    one g > 0 per head, from wide to narrow.  The paper has no such term.  Without it, attention
+    must discover from nothing that a CT and an MR of one slice lie on one grid [D7].
     """
 
     def __init__(self, channels, heads, width, place_bias):
@@ -338,9 +342,10 @@ class CrossGuide(nn.Module):
         return self.out(a.transpose(1, 2).flatten(2))                       # (B, n, C)
 
     def forward(self, h, condition):
-        """h: (B, C, H, W).  Several partners are averaged, because one was seen in training [D8].
+        """h: (B, C, H, W).  Several partners are averaged; training shows one at a time [D8].
 
-        The tokens may be of the first b samples only; the others have no partners.
+        The tokens may be of the first b samples only.  The others have no partners.  In guidance
+        these are the unconditional half.
         """
         height, width = h.shape[2:]
         b = len(condition.partners[0].tokens)
@@ -427,8 +432,9 @@ class Diffuser(nn.Module):
     def whiten(self, z):
         """Latents with mean 0 and variance 1 in this modality.
 
-        alpha_bar_T is .0047 and not 0.  Noise at T therefore still holds a trace of the mean, and
-        a sampler that starts from pure noise would make a dark MR too bright.
+        alpha_bar_T is .0047 and not 0.  In training, noise at T still holds a trace of the mean.  A
+        sampler starts from noise without this trace.  If the mean is not 0, it makes a dark MR too
+        bright.  And the sampler clamps at 4, in units of the deviation.
         """
         return (z - self.mean) / self.std
 
@@ -437,7 +443,7 @@ class Diffuser(nn.Module):
 
         prompt: (B, D).  keep: (B,) bool; elsewhere there is no prompt, and null tokens are used.
         One vector becomes several tokens.  With one token, the softmax over one key is 1, and the
-        layers for queries and keys never learn [D6].
+        layers for queries and keys never learn (--prompt-tokens 1; MR then still has two) [D6].
         """
         tokens = self.expand(self.norm(prompt)).unflatten(1, self.null.shape)   # (B, L, W)
         tokens = torch.where(keep[:, None, None], tokens, self.null)        # (B, L, W)
@@ -458,9 +464,12 @@ class Guide(nn.Module):
 
     @torch.no_grad()
     def start(self, prompts, g):
-        """phi_s: random rows of prompt vectors (n, D).  Of these, 64 stay for --guide resampled."""
-        rows = torch.randint(len(prompts), (64,), generator=g, device=g.device)
-        self.pool.copy_(prompts[rows])
+        """phi_s: 64 random rows of prompt vectors (n, D).  The first K start the guide.
+
+        With --guide resampled, training draws K of the 64, and sampling takes the first K.
+        """
+        rows = torch.randperm(len(prompts), generator=g, device=g.device)[:64]
+        self.pool.copy_(prompts[rows.repeat(64)[:64]])      # a small data set has fewer than 64
         self.vectors.copy_(self.pool[:len(self.vectors)])
 
     def forward(self, g=None):
@@ -487,7 +496,7 @@ class Context(nn.Module):
         else:
             layers = [nn.Conv2d(shape[0], width // 2, 3, padding=1), nn.SiLU()]
             self.side = shape[1]
-            while self.side > 16:           # of larger latents, 16 x 16 places are shown
+            while self.side > 16:           # larger latents are shown at 16 x 16 places
                 layers += [nn.Conv2d(width // 2, width // 2, 4, 2, padding=1), nn.SiLU()]
                 self.side //= 2
             self.stem = nn.Sequential(*layers)
@@ -538,11 +547,11 @@ class Flows(nn.Module):
         return nn.ModuleList([part[modality] for part in parts if modality in part])
 
     def every_crossing(self):
-        """The same of all modalities, as the checkpoint of the stage "flow" holds it."""
+        """crossing of every modality, as the checkpoint of the stage "flow" holds it."""
         return nn.ModuleDict({m: self.crossing(m) for m in self.diffusers})
 
     def show(self, reader, stream, z, t, g=None):
-        """What a reader (a stream) sees of a stream: V_B([z_t^B, f_B]) as a Partner.
+        """V_B([z_t^B, f_B]) of a stream, as the stream `reader` sees it: a Partner.
 
         Only CT and MR slices lie on one grid.  An X-ray is a projection along another axis.
         """
@@ -572,7 +581,7 @@ class Flows(nn.Module):
 def alpha_bar_of(schedule):
     """alpha_bar_t of Eq. (1), (T,).  .00085 and .0120 are the paper's.
 
-    They are latent diffusion's numbers, too, and what it calls linear is "scaled" here [D1].
+    Latent diffusion has the same numbers.  What it calls linear is "scaled" here [D1].
     """
     make = {"scaled": scaled_linear_alpha_bar, "linear": linear_alpha_bar}[schedule]
     return make(T, 0.00085, 0.0120)
@@ -655,7 +664,8 @@ class Model:
     encoders: nn.Module
     flows: nn.Module
     reports: dict                                   # {subject: report}
-    selective = True        # fill is told which contrasts to make (common/evaluation.py)
+    # A flag of the class, for common/evaluation.py: fill is told which contrasts to make.
+    selective = True
 
     def decode(self, stream, z):
         """Images (B, 1, H, W) in [0,1], or a list of str.  z: whitened latents."""
@@ -768,7 +778,7 @@ class Model:
             made = self.generate(given, make, [keys[b] for b in rows], seen)
             for stream, images in made.items():
                 filled[rows, self.contrasts.index(stream)] = images[:, 0].clamp(0, 1)
-            for time, states, ends in seen or ():
+            for time, states, ends in (seen or ()) if make else ():
                 pair = (2 * self.decode(make[0], part[make[0]]) - 1 for part in (states, ends))
                 watch.append((f"t = {time}", *pair))
         return filled, {}
@@ -808,6 +818,8 @@ def build_encoders(cfg, run, streams, texts):
 def align(cfg, run, samples, rounds):
     """Stage "alignment": Eq. (3) in rounds, each with Eq. (4) on the image encoders it trains.
 
+    Both losses read the same views.  With unchanged images and reports, Eq. (3) would soon be small
+    because the few pairs are known by heart [D9].
     All processes work on the same batch, because every sample needs all others as negatives.
     """
     torch.manual_seed(seed_of(run.seed, "alignment"))
@@ -825,27 +837,31 @@ def align(cfg, run, samples, rounds):
                     [cfg.align_lr] * len(rounds), cfg.align_batch)
     for r, local, step, optimiser in phases:
         pair, rows = batch_of(run, f"align {r}", rounds[r], cfg.align_batch, local)
-        read = {c: (modality_of(streams[c]), samples.raw(rows, c)) for c in pair}
-        loss = torch.zeros((), device=run.device)
-        if cfg.ca:
-            with run.autocast():
-                u, v = (encoders(*read[c]) for c in pair)                   # (B, D) each
-            texts = [x for modality, x in read.values() if modality == "text"]
-            groups = groups_of(texts[0] if texts else rows.tolist())        # (B,)
-            scale = encoders.log_scale[r].exp()
-            nce = info_nce(u, v, scale, groups.to(run.device))
-            loss = loss + nce
-            run.log(nce=nce, scale=scale)
         g = run.generator("views", step)
-        for modality, x in read.values():
-            if cfg.vi and modality in heads and modality in fresh_of(cfg.rounds)[r]:
-                views = torch.cat([augment(x, modality, g), augment(x, modality, g)])
-                with run.autocast():
-                    features = encoders(modality, views)                    # (2B, D)
+        u = {}                                                              # {channel: (B, D)}
+        loss = torch.zeros((), device=run.device)
+        for c in pair:
+            modality = modality_of(streams[c])
+            x = samples.raw(rows, c)
+            if modality == "text":
+                u[c] = encoders(modality, [shuffled(report, g) for report in x])
+                continue
+            views = torch.cat([augment(x, modality, g), augment(x, modality, g)])
+            with run.autocast():
+                features = encoders(modality, views)                        # (2B, D)
+            u[c] = features[:len(x)]                                        # (B, D)
+            if cfg.vi and modality in fresh_of(cfg.rounds)[r]:
                 z1, z2 = (heads[modality](part) for part in features.chunk(2))  # (B, d) each
                 vi = visual_invariant(z1, z2)
                 loss = loss + vi
                 run.log(vi=vi)
+        if cfg.ca:
+            texts = [samples.raw(rows, c) for c in pair if streams[c] == TEXT]
+            groups = groups_of(texts[0] if texts else rows.tolist())        # (B,)
+            scale = encoders.log_scale[r].exp()
+            nce = info_nce(*u.values(), scale, groups.to(run.device))
+            loss = loss + nce
+            run.log(nce=nce, scale=scale)
         if loss.requires_grad:              # without --ca, a round may have no image to train on
             run.update(loss, optimiser)     # sets gradients to zero, goes backward, clips and steps
         run.log(loss=loss)
@@ -857,8 +873,9 @@ def align(cfg, run, samples, rounds):
 
 
 def train_diffusers(cfg, run, samples, encoders, rounds):
-    """Stage "diffusers": each modality alone, Eq. (2).  The prompt is a partner of some round.
+    """Stage "diffusers": each modality alone, Eq. (2).
 
+    The prompt is the other half of a pair, never the sample itself.
     Without central alignment (--no-ca), nothing has told the prompt encoders what to see.  Each is
     then trained by the first diffuser that reads it, as in a plain latent diffusion model.
     """
@@ -916,7 +933,9 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
 def train_flow(cfg, run, samples, encoders, flows, rounds):
     """Stage "flow": Eqs. (5) and (6), one round after the other (Sec. 3.5, Fig. 3).
 
-    A round trains V, f and the sub-layers of the modalities that are new to it.
+    A round trains V, f and the sub-layers of the modalities that are new to it.  The U-Nets stay as
+    they are.  So does what earlier rounds trained, but gradients pass through it: in text-CT, the
+    loss of text reaches V of CT through the frozen sub-layers of text.
     """
     if not cfg.lcag:
         run.skip("flow")
@@ -1005,7 +1024,7 @@ def load_model(cfg, run, subjects):
 
 
 def beside(cfg, run, model, truth, notes):
-    """The truth through the autoencoder: the best that any latent method can do."""
+    """The truth through the autoencoder: the best that can be done with this autoencoder."""
     images = []
     for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
         x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
@@ -1019,10 +1038,10 @@ def overall(cfg, run, ds, model, tasks):
 
     With --only, streams are not made together, and reports only from the streams that it names.
     """
-    sources = [s for s in ds.contrasts if s != TEXT]
+    sources = [(stream,) for stream in model.partners_of(TEXT, ds.contrasts)]
     if cfg.only:
         named = named_directions(cfg.only, ds.contrasts)
-        sources = [known[0] for known, make in named if TEXT in make]
+        sources = [known for known, make in named if TEXT in make]
     rows = multimodal.report_rows(cfg, run, ds, model, sources)
     rows += multimodal.finding_rows(run, ds, tasks)
     rows += multimodal.realism_rows(run, ds, tasks)
@@ -1063,7 +1082,8 @@ METHOD = script.Method(
     "MedM2G", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
     contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
     patterns=patterns, outline=outline, beside=beside,
-    disturb=lambda cfg, run, u, keys: disturbed(cfg, run.about["contrasts"])(u), overall=overall, gaps=True,
+    disturb=lambda cfg, run, u, keys: disturbed(cfg, run.about["contrasts"])(u), gaps=True,
+    overall=overall,
     texts=True, figures={"joint": ("all images of a patient from a report", joint_figure)})
 
 # From Python: medm2g.load("runs/medm2g-cxr") is a common.evaluation.Trained, with .fill.

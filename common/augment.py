@@ -1,4 +1,4 @@
-"""Views of medical images for self-supervised losses: slightly changed, not in what matters.
+"""Views of images and reports for contrastive losses: changed a little, but not in what matters.
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 """
@@ -42,3 +42,10 @@ def augment(x, modality, g):
         x = x.clamp(0, 1) ** each(uniform(0.7, 1.4)) * (1 + field)
     noise = torch.randn(x.shape, generator=g, device=x.device)
     return (x + each(uniform(0, 0.03)) * noise).clamp(0, 1)                 # (B, 1, H, W)
+
+
+def shuffled(report, g):
+    """A report with its sentences in another order.  They end in " ."; g: a generator."""
+    sentences = [part for part in report.removesuffix(" .").split(" . ") if part]
+    order = torch.randperm(len(sentences), generator=g, device=g.device).tolist()
+    return " . ".join(sentences[i] for i in order) + " ."

@@ -36,9 +36,9 @@ STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge regression; the best on h
 
 
 def report_rows(cfg, run, ds, model, sources):
-    """Score reports made from each of some image streams that a round pairs with text.
+    """Score reports made from images.  sources: a list of tuples of image streams, one per task.
 
-    model: with .generate, .partners_of and .codecs, as medm2g.Model.
+    model: with .generate and .codecs, as medm2g.Model.
     Returns rows of results.json: bleu1 .. bleu4 of all reports together; rouge per subject; and the
     share of reports that tell each finding as it is.
     Beside them stand the most frequent report of the training, and one drawn from it at random.
@@ -46,25 +46,26 @@ def report_rows(cfg, run, ds, model, sources):
     reached; "of another patient" is the same with latents in a wrong order.
     """
     rows = []
-    for stream in model.partners_of(TEXT, sources):
-        chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, stream])
+    for known in sources:
+        task = "+".join(known) + "->text"
+        chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, *known])
         if len(chosen) < 2:
             continue
         truth = ds.reports(chosen)
-        made = generated(cfg, run, ds, model, chosen, [stream], [TEXT])[TEXT]
-        known = [text for text in ds.reports(ds.rows("train")) if text]
+        made = generated(cfg, run, ds, model, chosen, known, [TEXT])[TEXT]
+        trained = [text for text in ds.reports(ds.rows("train")) if text]
         g = np.random.default_rng(0)
         latents = model.codecs.encode(TEXT, truth)                          # (n, Z)
         # The slices of a patient follow each other, so the row before is often the same patient's.
         others = latents.roll(len(latents) // 2, 0)                         # (n, Z)
         answers = {
             "MedM2G": made,
-            "most frequent report": [Counter(known).most_common(1)[0][0]] * len(truth),
-            "random report": [known[i] for i in g.integers(len(known), size=len(truth))],
+            "most frequent report": [Counter(trained).most_common(1)[0][0]] * len(truth),
+            "random report": [trained[i] for i in g.integers(len(trained), size=len(truth))],
             "text VAE alone": model.codecs.decode(TEXT, latents),
             "of another patient": model.codecs.decode(TEXT, others)}
-        rows += scored(run, ds, f"{stream}->text", chosen, truth, answers)
-        run.write_json(f"reports_{stream}.json",
+        rows += scored(run, ds, task, chosen, truth, answers)
+        run.write_json(f"reports_from_{'+'.join(known)}.json",
                        [{"subject": str(ds.subject[r]), "truth": t, "made": m}
                         for r, t, m in zip(chosen, truth, made)])
     return rows

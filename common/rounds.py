@@ -1,4 +1,4 @@
-"""Samples of several modalities in pairs: reports, X-rays, CT and MR of people who have some of them.
+"""Samples of several modalities in pairs: reports, X-rays, CT and MR of people who have some.
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
@@ -123,7 +123,8 @@ class Samples:
                 continue
             name = f"{seed_of(ds.fingerprint, part, *ds.split[part], stream, tag):x}"
             self.latents[c] = cached_latents(
-                run, codecs.ae, lambda numbers, own=own, c=c: 2 * self.pictures(own[numbers], c) - 1,
+                run, codecs.ae,
+                lambda numbers, own=own, c=c: 2 * self.pictures(own[numbers], c) - 1,
                 len(own), name, run.args.cache if run.seconds is None else run.out)
 
     def pictures(self, rows, c):

@@ -925,8 +925,8 @@ def test_alignment_trains_what_is_new_to_a_round():
     assert [("nce" in step, "vi" in step) for step in run.logged] == [(True, True)] * 9
 
 
-def test_two_views_of_the_images_that_a_round_trains(monkeypatch):
-    """A frozen image encoder would learn nothing from Eq. (4)."""
+def test_two_views_of_the_images_of_each_pair(monkeypatch):
+    """Eq. (3) reads the first of them, also of an encoder that is frozen."""
     seen = []
     of = medm2g.augment
 
@@ -935,7 +935,7 @@ def test_two_views_of_the_images_that_a_round_trains(monkeypatch):
         return of(x, modality, g)
     monkeypatch.setattr(medm2g, "augment", noted)
     aligned(align_steps=1)
-    assert seen == ["xray"] * 2 + ["ct"] * 2 + ["mri"] * 2
+    assert seen == ["xray"] * 2 + ["ct"] * 2 + ["ct"] * 2 + ["mri"] * 2
 
 
 def test_ablations_of_the_alignment():

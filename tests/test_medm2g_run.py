@@ -99,8 +99,8 @@ def test_every_direction_is_scored_by_the_subjects_who_have_it(trained):
 def test_files_of_a_run(trained):
     _, out, text = trained
     for name in ("config.json", "split.json", "last.pt", "log.jsonl", "results.json",
-                 "samples.png", "steps.png", "invented.png", "reports_ct.json",
-                 "reports_xray.json"):
+                 "samples.png", "steps.png", "invented.png", "reports_from_ct.json",
+                 "reports_from_xray.json"):
         assert (out / name).exists(), name
     # Three rounds of alignment and of flow; four diffusers.
     assert steps_of(out) == {"autoencoder": 3, "text": 4, "alignment": 6, "diffusers": 8, "flow": 3}

@@ -12,7 +12,6 @@ from common import multimodal
 from common.multimodal import Reader
 
 STREAMS = ("text", "xray", "ct")
-IMAGES = ["xray", "ct"]
 LEFT = "a mass is in the left lung . there is a right pleural effusion . the heart is enlarged ."
 RIGHT = "a mass is in the right lung . there is a left pleural effusion . the heart is normal ."
 NONE = "the lungs are clear ."
@@ -288,14 +287,9 @@ class Writer:
     """Writes for each image the report that belongs to its grey value; latents are numbers of reports."""
     names = [LEFT, RIGHT, NONE]
 
-    def __init__(self, partners=("ct",)):
+    def __init__(self):
         self.codecs = self
-        self.partners = partners
         self.calls = []
-
-    def partners_of(self, stream, others):
-        assert stream == "text" and others == IMAGES
-        return list(self.partners)
 
     def generate(self, given, make, keys):
         self.calls.append((given, list(make), list(keys)))
@@ -322,7 +316,7 @@ def written(folder, **changes):
 def test_report_rows_by_hand(tmp_path):
     ds = written(tmp_path)
     model = Writer()
-    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, model, IMAGES)
+    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, model, [("ct",)])
     (given, make, keys), = model.calls
     assert make == ["text"] and list(given) == ["ct"] and keys == [("s4", 4), ("s6", 6), ("s7", 7)]
     # truth: left, right, left; made: left, right, nothing
@@ -340,7 +334,7 @@ def test_report_rows_by_hand(tmp_path):
     assert values_of(rows, method="most frequent report", metric="lesion") == {"s4": 1, "s6": 0, "s7": 1}
     assert values_of(rows, method="MedM2G", metric="heart") == {"s4": 0, "s6": 0, "s7": 0}
     assert {row["task"] for row in rows} == {"ct->text"} and len(rows) == 5 * (4 + 1 + 3)
-    stored = json.loads((tmp_path / "run" / "reports_ct.json").read_text())
+    stored = json.loads((tmp_path / "run" / "reports_from_ct.json").read_text())
     assert stored == [{"subject": "s4", "truth": LEFT, "made": LEFT}, {"subject": "s6", "truth": RIGHT, "made": RIGHT},
                       {"subject": "s7", "truth": LEFT, "made": NONE}]
 
@@ -351,7 +345,7 @@ def test_of_equally_frequent_reports_the_first_is_taken(tmp_path):
         ds = written(folder)
         for subject, report in zip(ds.subjects, (first, other, first, other)):
             subject.report = report
-        rows = multimodal.report_rows(CFG, begin(folder / "run"), ds, Writer(), IMAGES)
+        rows = multimodal.report_rows(CFG, begin(folder / "run"), ds, Writer(), [("ct",)])
         rouge = values_of(rows, method="most frequent report", metric="rouge")
         assert (rouge["s4"] == 1) == (first == LEFT) and (rouge["s6"] == 1) == (first == RIGHT)
 
@@ -360,7 +354,7 @@ def test_several_slices_of_a_subject_are_averaged(tmp_path):
     ds = written(tmp_path)
     ds.subject[6] = "s7"                                                    # s7 has two slices now: right and nothing are written
     ds.split["test"].remove("s6")
-    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(), IMAGES)
+    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(), [("ct",)])
     both = values_of(rows, method="MedM2G", metric="rouge")
     each = multimodal.rouge_l([LEFT, LEFT], [RIGHT, NONE])[1]
     assert both == pytest.approx({"s4": 1, "s7": np.mean(each)})
@@ -372,7 +366,7 @@ def test_latents_of_another_patient_are_not_those_of_the_next_slice(tmp_path):
     ds.subject[[5, 6]] = "s7", "s4"                                         # two subjects with two slices each
     ds.split["test"] = ["s4", "s7"]
     ds.subjects[7].report = RIGHT
-    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(), IMAGES)
+    rows = multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(), [("ct",)])
     wrong = multimodal.rouge_l([LEFT, RIGHT], [RIGHT, LEFT])[1]
     assert values_of(rows, method="of another patient", metric="rouge") == pytest.approx(dict(zip(("s4", "s7"), wrong)))
 
@@ -380,7 +374,7 @@ def test_latents_of_another_patient_are_not_those_of_the_next_slice(tmp_path):
 def test_data_without_a_sheet_have_scores_of_text_alone(tmp_path):
     ds = written(tmp_path, sheet=False)
     run = begin(tmp_path / "run")
-    rows = multimodal.report_rows(CFG, run, ds, Writer(), IMAGES)
+    rows = multimodal.report_rows(CFG, run, ds, Writer(), [("ct",)])
     assert {row["metric"] for row in rows} == {"bleu1", "bleu2", "bleu3", "bleu4", "rouge"} and len(rows) == 5 * 5
     assert "lesion" not in (tmp_path / "run" / "log.txt").read_text()
     assert multimodal.finding_rows(run, ds, [None]) == [] == multimodal.joint_rows(CFG, run, ds, None)
@@ -388,10 +382,10 @@ def test_data_without_a_sheet_have_scores_of_text_alone(tmp_path):
 
 def test_a_stream_with_fewer_than_two_reports_is_left_out(tmp_path):
     ds = written(tmp_path)
-    assert multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(partners=()), IMAGES) == []
+    assert multimodal.report_rows(CFG, begin(tmp_path / "run"), ds, Writer(), []) == []
     ds.split["test"] = ["s4", "s5"]
     model = Writer()
-    assert multimodal.report_rows(CFG, begin(tmp_path / "other"), ds, model, IMAGES) == [] and model.calls == []
+    assert multimodal.report_rows(CFG, begin(tmp_path / "other"), ds, model, [("ct",)]) == [] and model.calls == []
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
