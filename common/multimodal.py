@@ -296,7 +296,8 @@ def joint_rows(cfg, run, ds, model):
     run.say("\n" + "\n".join(lines) + "\n")
     shown = [s for s in streams if s != TEXT]
     pictures.grid(run.out / "invented.png", [[made[s][i] for s in shown] for i in range(4)], shown,
-                  made[TEXT][:4], note="all made together, from nothing")
+                  [" ".join(report.split()[:30]) for report in made[TEXT][:4]],
+                  note="all made together, from nothing; reports are cut after 30 words")
     return rows
 
 
