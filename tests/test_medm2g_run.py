@@ -111,7 +111,7 @@ def test_reports_are_scored_and_written(trained):
     truth = reports_of(cxr)
     has = streams_of(cxr)
     for stream in ("ct", "xray"):
-        written = json.loads((out / f"reports_{stream}.json").read_text(encoding="utf-8"))
+        written = json.loads((out / f"reports_from_{stream}.json").read_text(encoding="utf-8"))
         names = {row["subject"] for row in written}
         assert names == set(split_of(out)["test"]) & has[stream] & has["text"]
         assert all(row["truth"] == truth[row["subject"]] for row in written)
@@ -136,7 +136,7 @@ def test_evaluation_in_other_batches_is_the_same(trained, monkeypatch, tmp_path)
     for old, new in zip(before, after):
         assert new["values"] == pytest.approx(old["values"], abs=1e-4, nan_ok=True)
     for stream in ("ct", "xray"):
-        name = f"reports_{stream}.json"
+        name = f"reports_from_{stream}.json"
         assert (again / name).read_bytes() == (out / name).read_bytes()
 
 

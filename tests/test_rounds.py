@@ -96,8 +96,10 @@ def test_pairs_hold_the_rows_that_have_both():
 
 
 def test_rounds_without_a_pair_are_refused():
-    found = rounds.checked_rounds(("text-ct", "ct-mri"), STREAMS, PRESENT)
-    assert [list(pairs) for pairs in found] == [[(0, 2)], [(2, 3), (2, 4)]]
+    found = rounds.checked_rounds(("text-xray", "text-ct", "ct-mri"), STREAMS, PRESENT)
+    assert [list(pairs) for pairs in found] == [[(0, 1)], [(0, 2)], [(2, 3), (2, 4)]]
+    with pytest.raises(RunError, match="xray is in none of the rounds text-ct, ct-mri and would not be trained"):
+        rounds.checked_rounds(("text-ct", "ct-mri"), STREAMS, PRESENT)
     with pytest.raises(RunError, match="--rounds xray-mri: no training subject has such a pair; these data give text-xray, ") as error:
         rounds.checked_rounds(("text-ct", "xray-mri"), STREAMS, PRESENT)
     possible = str(error.value).split("these data give ")[1].split(", ")
@@ -189,20 +191,23 @@ def test_moments_by_hand(tmp_path):
     assert mean.shape == deviation.shape == (1,)
     assert mean.item() == pytest.approx(np.mean(z)) and deviation.item() == pytest.approx(np.std(z))
     mean, deviation = samples.moments("text")
-    assert mean.tolist() == pytest.approx([2.5] * 3) and deviation.tolist() == pytest.approx([np.std([0, 1, 3, 6])] * 3)
+    assert mean.tolist() == [0] * 3 and deviation.tolist() == [1] * 3       # the text codec has standardised them
 
 
-def test_moments_are_per_channel_and_of_1024_samples(tmp_path):
+def test_moments_are_per_channel_and_of_samples_from_all_subjects(tmp_path):
     samples = samples_of(tmp_path)
-    samples.present = np.ones((1026, 5), bool)
+    samples.present = np.ones((4096, 5), bool)
     samples.place = samples.present.cumsum(0) - 1
-    z = np.zeros((1026, 2, 1, 2), np.float16)
-    z[:, 0, 0] = [1, 3]
+    z = np.zeros((4096, 2, 1, 2), np.float16)
+    z[:2048, 0] = 1                                                         # slices of one subject, and then of another
+    z[2048:, 0] = 3
     z[:, 1] = 7
-    z[1024:] = 999
     samples.latents = {2: z}
+    asked = []
+    latent = samples.latent
+    samples.latent = lambda rows, c: asked.append(len(rows)) or latent(rows, c)
     mean, deviation = samples.moments("ct")
-    assert mean.tolist() == [2, 7] and deviation.tolist() == pytest.approx([1, 1e-6])
+    assert mean.tolist() == [2, 7] and deviation.tolist() == pytest.approx([1, 1e-6]) and asked == [1024]
 
 
 # ---- Batches and random numbers ------------------------------------------------------------------
