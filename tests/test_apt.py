@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import apt
-from common.tasks import missing_patterns
 from common.files import RunError
 from common.schedules import cosine_alpha_bar, ddim_step, eps_from_x0, linear_alpha_bar, q_sample
 from common.script import asked
+from common.tasks import missing_patterns
 
 COSINE, LINEAR = cosine_alpha_bar(), linear_alpha_bar()
 

@@ -313,12 +313,13 @@ def test_torchrun_equals_one_process(trained, tmp_path):
     ours, theirs = (torch.load(folder / "last.pt", weights_only=True)["stages"]
                     for folder in (out, alone))
     # Adam divides by the size of the gradients, and turns rounding into steps.  Their means tell.
-    # What reads reports is left out, because a loss per word depends on who has the long reports.
-    for stage, part in (("autoencoder", "optimiser"), ("alignment", "encoders"),
-                        ("alignment", "optimiser 0"), ("diffusers", "optimiser 0"),
-                        ("diffusers", "optimiser 1"), ("diffusers", "optimiser 2"),
-                        ("flow", "optimiser 2")):
+    # Another batch would change them by far more than this.
+    for stage, part in (("autoencoder", "optimiser"), ("text", "optimiser"),
+                        ("alignment", "encoders"), ("alignment", "optimiser 0"),
+                        ("diffusers", "optimiser 0"), ("diffusers", "optimiser 1"),
+                        ("diffusers", "optimiser 2"), ("flow", "optimiser 2")):
         pairs = list(zip(*(toys.flat(stages[stage]["parts"][part]) for stages in (ours, theirs))))
         assert len(pairs) > 20
-        assert all(torch.allclose(a, b, atol=2e-6) for a, b in pairs), (stage, part)
+        worst = max((a - b).abs().max().item() for a, b in pairs)
+        assert worst < 1e-3, (stage, part, worst)
     assert {row["task"] for row in rows_of(out)} == {row["task"] for row in rows_of(alone)}

@@ -9,21 +9,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import toys
+from conftest import ROOT, wake
+from torch.nn import functional as F
+from toys import call
+
 import data
 import rlbcd
-import torch
-from rlbcd import CMA, SAM, CoDiffusion, Config, M, T, bridge_step, q_sample
-from torch.nn import functional as F
-
-import toys
 from common.device import Machine
 from common.files import RunError
 from common.run import Run
 from common.schedules import falling_times
 from common.unet import Site
-from conftest import ROOT, wake
 from data import phantom
-from toys import call
+from rlbcd import CMA, SAM, CoDiffusion, Config, M, T, bridge_step, q_sample
 
 SMALL = dict(size=32, ae_base=8, ae_mult=(1, 2), ae_blocks=1, codes=32, base=8, mult=(1, 2), blocks=1, head_dim=8, groups=4)
 
