@@ -168,7 +168,7 @@ class Config(CodecConfig):
     guide: Literal["learned", "resampled", "off"] = "learned"   # f_B, Eq. (5)
     prompt_tokens: int = 8                      # tokens of a prompt; 1: as CoDi [D6]
     place_bias: bool = True                     # near places attract each other [D7]
-    couple_t: bool = False                      # the partner always has the same noise [D3]
+    couple_t: bool = False                      # the partner is always at the same t [D3]
     ctx_contrast: float = 0.0                   # weight of CoDi's contrastive term on V [D3]
     schedule: Literal["scaled", "linear"] = "scaled"            # noise schedule [D1]
     accelerate: int = 1                         # 4: MR from a 16th of k-space (Table 6)
@@ -281,7 +281,6 @@ class PromptEncoders(nn.Module):
         e = F.normalize(self(modality, x), dim=1)                           # (B, D)
         return F.normalize(e - getattr(self, f"mean_{modality}"), dim=1)    # (B, D)
 
-
     @torch.no_grad()
     def centre(self, samples):
         """Measure the mean vector of each modality over the training samples [D6]."""
@@ -330,8 +329,9 @@ class CrossGuide(nn.Module):
 
     def attend(self, x, partner, height, width):
         """x: (B, n, C), n = height*width.  Returns (B, n, C)."""
-        q, k, v = self.to_q(x), self.to_k(partner.tokens), self.to_v(partner.tokens)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        tokens = partner.tokens                                             # (B, N+K, W)
+        three = (self.to_q(x), self.to_k(tokens), self.to_v(tokens))        # (B, n or N+K, C) each
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in three)
         bias = None
         if self.falloff is not None and partner.side is not None:
             d = squared_distances(height, width, partner.side, x.device)    # (n, N)
@@ -351,12 +351,12 @@ class CrossGuide(nn.Module):
         b = len(condition.partners[0].tokens)
         x = self.norm(h[:b].flatten(2).transpose(1, 2))                     # (b, n, C)
         x = x + sine_positions(h.shape[1], height, width, h.device).to(x.dtype)
-        told = [self.attend(x, partner, height, width) for partner in condition.partners]
-        told = torch.stack(told).mean(0)                                    # (b, n, C)
+        heard = [self.attend(x, partner, height, width) for partner in condition.partners]
+        heard = torch.stack(heard).mean(0)                                  # (b, n, C)
         if condition.keep is not None:
-            told = told * condition.keep[:, None, None].to(told.dtype)      # (b, n, C)
-        told = F.pad(told, (0, 0, 0, 0, 0, len(h) - b))                     # (B, n, C)
-        return h + told.transpose(1, 2).unflatten(2, (height, width))       # (B, C, H, W)
+            heard = heard * condition.keep[:, None, None].to(heard.dtype)   # (b, n, C)
+        heard = F.pad(heard, (0, 0, 0, 0, 0, len(h) - b))                   # (B, n, C)
+        return h + heard.transpose(1, 2).unflatten(2, (height, width))      # (B, C, H, W)
 
 
 class Listener(nn.Module):
@@ -828,10 +828,11 @@ def align(cfg, run, samples, rounds):
     heads = nn.ModuleDict({m: make_projector(encoders.dim, cfg.projector) for m in there(streams)
                            if m != "text"})
     networks = {"encoders": encoders.to(run.device), "heads": heads.to(run.device)}
+    fresh = fresh_of(cfg.rounds)                                # what each round trains
     opened = []
-    for r, fresh in enumerate(fresh_of(cfg.rounds)):
-        opened.append([*(encoders.towers[m] for m in fresh), encoders.log_scale[r],
-                       *(heads[m] for m in fresh if m in heads)])
+    for r, modalities in enumerate(fresh):
+        opened.append([*(encoders.towers[m] for m in modalities), encoders.log_scale[r],
+                       *(heads[m] for m in modalities if m in heads)])
     each = cfg.align_steps if cfg.ca or cfg.vi else 0
     phases = Phases(run, "alignment", [each] * len(rounds), networks, opened,
                     [cfg.align_lr] * len(rounds), cfg.align_batch)
@@ -850,7 +851,7 @@ def align(cfg, run, samples, rounds):
             with run.autocast():
                 features = encoders(modality, views)                        # (2B, D)
             u[c] = features[:len(x)]                                        # (B, D)
-            if cfg.vi and modality in fresh_of(cfg.rounds)[r]:
+            if cfg.vi and modality in fresh[r]:
                 z1, z2 = (heads[modality](part) for part in features.chunk(2))  # (B, d) each
                 vi = visual_invariant(z1, z2)
                 loss = loss + vi

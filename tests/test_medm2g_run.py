@@ -303,17 +303,20 @@ def test_kill_9_and_the_same_command_end_with_the_same_bits(trained, tmp_path, s
 
 @pytest.mark.slow
 def test_torchrun_equals_one_process(trained, tmp_path):
-    cxr, alone, _ = trained
+    """Each process has one thread in both runs, because more threads round otherwise."""
+    cxr = trained[0]
     out = tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "medm2g.py", "--data", cxr, "--out", out, *TINY, "--train", "--evaluate"], cwd=ROOT,
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    alone = tmp_path / "one"
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for folder, start in ((out, together), (alone, [])):
+        done = subprocess.run(
+            [sys.executable, *start, "medm2g.py", "--data", cxr, "--out", folder, *TINY, "--train",
+             "--evaluate"], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = (torch.load(folder / "last.pt", weights_only=True)["stages"]
                     for folder in (out, alone))
     # Adam divides by the size of the gradients, and turns rounding into steps.  Their means tell.
-    # Another batch would change them by far more than this.
     for stage, part in (("autoencoder", "optimiser"), ("text", "optimiser"),
                         ("alignment", "encoders"), ("alignment", "optimiser 0"),
                         ("diffusers", "optimiser 0"), ("diffusers", "optimiser 1"),
@@ -321,5 +324,5 @@ def test_torchrun_equals_one_process(trained, tmp_path):
         pairs = list(zip(*(toys.flat(stages[stage]["parts"][part]) for stages in (ours, theirs))))
         assert len(pairs) > 20
         worst = max((a - b).abs().max().item() for a, b in pairs)
-        assert worst < 1e-3, (stage, part, worst)
+        assert all(torch.allclose(a, b, atol=2e-6) for a, b in pairs), (stage, part, worst)
     assert {row["task"] for row in rows_of(out)} == {row["task"] for row in rows_of(alone)}
