@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from common.augment import augment
+from common.augment import augment, shuffled
 
 KINDS = ("xray", "ct", "mri")
 MANY = 600
@@ -149,3 +149,14 @@ def test_noise_is_at_most_three_hundredths(modality):
     deviation = (found[:, :, 1:] - found[:, :, :-1]).std((1, 2)) / math.sqrt(2)
     assert deviation.max() < 0.032 and deviation.min() < 0.003
     assert deviation.mean().item() == pytest.approx(0.015, abs=0.0015)
+
+
+def test_shuffled_reports_have_the_same_sentences_in_all_orders():
+    report = "the heart is normal . no effusion is seen . the bones are intact ."
+    g = torch.Generator().manual_seed(0)
+    found = {shuffled(report, g) for _ in range(200)}
+    assert len(found) == 6 and report in found
+    for text in found:
+        assert sorted(text.removesuffix(" .").split(" . ")) == ["no effusion is seen", "the bones are intact", "the heart is normal"]
+        assert text.endswith(" .") and ". ." not in text
+    assert shuffled("the lungs are clear .", g) == "the lungs are clear ."

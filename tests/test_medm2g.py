@@ -693,7 +693,7 @@ def test_moments_of_a_modality():
 
 def make_encoders(modalities=("text", "xray", "ct", "mri"), rounds=3, seed=0):
     torch.manual_seed(seed)
-    tokenizer = Tokenizer.train([f"word{r} is here ." for r in range(9)], 200, 96)
+    tokenizer = Tokenizer.train([f"word{r} is here ." for r in range(9)], 200, 10 ** 6)
     return PromptEncoders("demo", list(modalities), tokenizer, 32, rounds)
 
 
@@ -936,6 +936,45 @@ def test_two_views_of_the_images_of_each_pair(monkeypatch):
     monkeypatch.setattr(medm2g, "augment", noted)
     aligned(align_steps=1)
     assert seen == ["xray"] * 2 + ["ct"] * 2 + ["ct"] * 2 + ["mri"] * 2
+
+
+def test_the_contrastive_loss_reads_first_views_and_shuffled_reports(monkeypatch):
+    """If every first view and every shuffled report is the same, so are the vectors that the loss gets."""
+    views = []
+
+    def first_is_flat(x, modality, g):
+        views.append(modality)
+        return torch.zeros_like(x) if len(views) % 2 else x
+    got = []
+    of = medm2g.info_nce
+
+    def noted(u, v, scale, groups):
+        got.append((u.detach(), v.detach()))
+        return of(u, v, scale, groups)
+    monkeypatch.setattr(medm2g, "augment", first_is_flat)
+    monkeypatch.setattr(medm2g, "shuffled", lambda report, g: "word3 is here .")
+    monkeypatch.setattr(medm2g, "info_nce", noted)
+    aligned(align_steps=1)
+    assert len(got) == 3 and len(views) == 8
+    for vectors in (part for pair in got for part in pair):
+        assert len(vectors) > 1 and torch.allclose(vectors, vectors[:1].expand_as(vectors), atol=1e-5)
+
+
+def test_the_visual_invariant_is_asked_of_new_encoders_alone(monkeypatch):
+    """Three rounds bring three image encoders; CT is frozen when it meets MR."""
+    asked = []
+    of = medm2g.visual_invariant
+    monkeypatch.setattr(medm2g, "visual_invariant", lambda a, b: asked.append(a.requires_grad) or of(a, b))
+    aligned(align_steps=1)
+    assert asked == [True] * 3
+
+
+def test_long_reports_are_cut_by_the_encoder():
+    encoders = make_encoders().eval()
+    long = " ".join(["word1 is here ."] * 60)
+    assert torch.equal(encoders("text", [long]), encoders("text", [long + " word2 is here ."]))
+    short = "word1 is here ."
+    assert not torch.equal(encoders("text", [short]), encoders("text", [short + " word2 is here ."]))
 
 
 def test_ablations_of_the_alignment():
