@@ -29,6 +29,7 @@ from common import metrics
 from common.cli import list_of
 from common.files import RunError, replace
 from data.files import is_nifti
+from data.layouts.people import names_of, person_of, places_of
 from data.volumes import same_grid, upright
 
 NUMBERS = ("psnr", "ssim", "mae", "nmse")
@@ -48,7 +49,7 @@ class Pair:
     """Two files of one volume, and the mask that goes with them."""
 
     name: str                       # the path of the truth in its folder, without its ending
-    subject: str                    # the first folder on that path, or the name if there is none
+    subject: str                    # what its folders tell, or the name if there are none
     truth: Path
     predicted: Path
     mask: Path | None = None
@@ -139,6 +140,13 @@ def find_pairs(truth_folder, predicted_folder, mask_folder=None):
     if mask_folder is not None:
         masks = match(list(matched), find_volumes(mask_folder), truth_folder, mask_folder,
                       MASK_WORDS)
+    places = places_of(truth_folder, truths)
+    folders = names_of(truth_folder, places)
+    subjects = {}
+    for place, files in places.items():
+        name = folders[place]
+        if place != truth_folder:
+            subjects.update(dict.fromkeys(files, person_of(name) if "/" in name else name))
     pairs = []
     for truth in truths:
         if truth not in matched:
@@ -148,7 +156,7 @@ def find_pairs(truth_folder, predicted_folder, mask_folder=None):
                            "truth")
         inside = truth.relative_to(truth_folder)
         name = re.sub(r"\.nii(\.gz)?$", "", inside.as_posix(), flags=re.IGNORECASE)
-        subject = name.split("/")[0]
+        subject = subjects.get(truth, name)
         pairs.append(Pair(name, subject, truth, matched[truth], masks.get(truth)))
     lonely_truths = [truth for truth in truths if truth not in matched]
     used = set(matched.values())

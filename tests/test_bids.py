@@ -330,8 +330,15 @@ def test_root_of_the_data_set(tmp_path):
     assert find_layout(tmp_path / "one").subjects[0].records["t1"]["age"] == 61
     make_bids(tmp_path / "two" / "x", RAW)
     make_bids(tmp_path / "two" / "y", RAW)
-    with pytest.raises(DataError, match="two: holds 2 BIDS data sets, x, y; give one of them"):
-        find_layout(tmp_path / "two")
+    assert [(s.name, s.person) for s in find_layout(tmp_path / "two").subjects] == [
+        ("x/sub-01", "x/sub-01"), ("y/sub-01", "y/sub-01")]
+    make_bids(tmp_path / "again" / "raw", RAW)
+    make_bids(tmp_path / "again" / "processed", RAW)
+    assert [s.person for s in find_layout(tmp_path / "again").subjects] == ["sub-01"] * 2
+    make_bids(tmp_path / "raw" / "derivatives" / "x", RAW)
+    make_bids(tmp_path / "raw" / "derivatives" / "y", RAW)
+    with pytest.raises(DataError, match="derivatives: holds 2 BIDS derivatives, x, y; give one of them"):
+        find_layout(tmp_path / "raw" / "derivatives")
 
 
 def test_sub_folders_without_anat_are_plain(tmp_path):

@@ -335,8 +335,11 @@ def test_table_of_reports(tmp_path):
 def test_other_forms_of_the_table(tmp_path):
     text = "Image;Subject;Text;Report\na.png;p1;wrong;Na\xefve lungs.\nb.png;p2;wrong;Clear.\n".encode("latin-1")
     layout = find_layout(make_table(tmp_path, text), texts=True)
-    assert [s.report for s in layout.subjects] == ["Na\ufffdve lungs.", "Clear."] and layout.split is None
+    assert [s.report for s in layout.subjects] == ["Na\xefve lungs.", "Clear."] and layout.split is None
     assert [s.person for s in layout.subjects] == ["p1", "p2"]
+    assert not any("hold the character" in note for note in layout.notes)
+    text = "file,patient,report\na.png,p1,Na\ufffdve lungs.\nb.png,p2,Clear.\n"            # damaged before
+    layout = find_layout(make_table(tmp_path / "damaged", text), texts=True)
     assert any("1 reports hold the character" in note for note in layout.notes)
 
 
@@ -358,7 +361,7 @@ def test_patients_stay_together(tmp_path):
     ("file,report\na.png,x\n\na.png,y\n", "line 4: a.png is in an earlier line"),
     ("file,report,split\na.png,x,later\n", "line 2: the split is 'later'; write train, val or test"),
     ("file,report\nz.png,x\n", "names no picture that exists"),
-    ('file,report\na.png,"' + "x" * 140000, "cannot be read .*quote that is not closed"),
+    ('file,report\na.png,"' + "x" * 140000, r"reports\.csv, line 2: a quote is opened and never closed"),
 ], ids=["file", "report", "dicom", "empty", "twice", "split", "missing", "quote"])
 def test_bad_tables(tmp_path, text, sentence):
     with pytest.raises(DataError, match=sentence):

@@ -127,6 +127,21 @@ def test_arrays_that_do_not_fit_are_refused(shape, mask, message):
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("names, subjects", [
+    (["oslo/07/t1.nii", "oslo/08/t1.nii", "rome/07/t1.nii"], ["oslo/07", "oslo/08", "rome/07"]),
+    (["k1/ses-1/t1.nii", "k1/ses-2/t1.nii", "k2/ses-1/t1.nii"], ["k1", "k1", "k2"]),
+    (["k1/anat/t1.nii", "k1/pet/pet.nii", "k2/anat/t1.nii", "k2/pet/pet.nii"], ["k1", "k1", "k2", "k2"]),
+    (["k1/t1.nii", "k1_V2/t1.nii", "x.nii"], ["k1", "k1_V2", "x"]),
+], ids=["sites", "visits", "kinds", "flat"])
+def test_the_subjects_of_nested_folders(tmp_path, names, subjects):
+    for name in names:
+        for folder in ("a", "b"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(b"")
+    pairs, _, _ = score_volumes.find_pairs(tmp_path / "a", tmp_path / "b")
+    assert [pair.subject for pair in pairs] == subjects
+
+
 def paired(tmp_path, truths, predictions):
     """find_pairs on empty files of these names -> ({truth: prediction}, lonely truths, lonely ones)."""
     for folder, names in (("a", truths), ("b", predictions)):

@@ -1,6 +1,8 @@
 """The split by person, a user's own, and leaks."""
 
 import json
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import data
 from data.files import DataError
 from data.layouts import Subject
+from data.split import read_split, use_split
 from scans import head, make_set, opened, save
 
 
@@ -69,10 +72,11 @@ def test_split_depends_on_names_and_seed_only():
 @pytest.mark.parametrize(("split", "sentence"), [
     ({"train": ["BraTS2021_00000", "nobody"], "test": ["BraTS2021_00001"]}, "no complete subjects, e.g. nobody"),
     ({"train": ["BraTS2021_00000"], "test": ["BraTS2021_00000"]}, "BraTS2021_00000 is listed twice"),
-    ({"train": [], "test": ["BraTS2021_00001"]}, "train is empty"),
+    ({"train": [], "val": ["BraTS2021_00000"], "test": ["BraTS2021_00001"]}, "train is empty"),
     ({"train": ["BraTS2021_00000"], "val": ["BraTS2021_00001"]}, "test is empty"),
-    ([1, 2], "is not a split"),
-])
+    ([1, 2], r"is not a split \(it is a list, but not of names\)"),
+    ({"fold1": ["a"], "fold2": ["b"]}, r"is not a split \(it has fold1, fold2\)"), ({}, "it has nothing"),
+], ids=["unknown", "twice", "no-train", "no-test", "numbers", "other-words", "nothing"])
 def test_bad_split_files(tmp_path, split, sentence):
     folder = make_set(tmp_path / "set", subjects=2)
     (tmp_path / "split.json").write_text(json.dumps(split))
@@ -95,3 +99,136 @@ def test_users_split_and_rows(tmp_path):
     k = len(per_subject[1])
     assert dataset.spread("test", 2).tolist() == [per_subject[1][int(0.25 * k)], per_subject[1][int(0.75 * k)]]
     assert dataset.spread("test", 99).tolist() == per_subject[1].tolist()
+
+
+# ---- Files of splits ------------------------------------------------------------------------------------------------
+
+VISITS = [Subject(f"oslo/{n}/{v}", f"oslo/{n}", {"t1": Path(f"set/oslo/{n}/{v}/scan_{n}{v}_t1.nii.gz"), "t2": Path("T2.nii")})
+          for n in ("Åse", "Bo", "Eva") for v in ("v1", "v2")]
+CASES = [Subject(f"C{n}", f"C{n}", {"t1": Path(f"imagesTr/C{n}_0000.nii.gz")}) for n in range(6)]
+A, B, E = (["oslo/" + name + visit for visit in ("/v1", "/v2")] for name in ("Åse", "Bo", "Eva"))
+PLAIN = ({"train": ["C0", "C1", "C2"], "val": ["C3"], "test": ["C4", "C5"]}, CASES)
+
+
+def split_of(folder, content, subjects=CASES, name="given", encoding="utf-8"):
+    """read_split of a file with this text, or of what JSON makes of it -> (split, lines said)."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    (folder / name).write_bytes(text.encode(encoding))
+    lines = []
+    return read_split(folder / name, subjects, lines.append), lines
+
+
+@pytest.mark.parametrize(("content", "name"), [
+    (PLAIN[0], "a.json"),
+    ({"Training": ["C0", "C1", "C2"], "VALIDATION": ["C3"], "testing": ["C4", "C5"], "seed": 3}, "a.json"),
+    ({"C0": "train", "C1": "train", "C2": "train", "C3": "dev", "C4": "test", "C5": "test"}, "a.json"),
+    ({"training": [{"image": f"./imagesTr/C{n}.nii.gz", "label": "x"} for n in range(3)], "valid": ["C3"],
+      "test": ["./imagesTs/C4.nii.gz", "C5_0000.nii.gz"]}, "dataset.json"),
+    ("name,part\nC0,train\nC1,train\nC2,train\nC3,val\nC4,test\nC5,test\n", "a.csv"),
+    ("0;'C0';train\n1;'C1';train\n1;'C2';train\n0;'C3';valid\n1;'C4';test\n0;'C5';Test", "a.csv"),
+    ("set\tage\tid\ntrain\t5\tC0\ntrain\t5\tC1\ntrain\t5\tC2\nval\t5\tC3\ntest\t5\tC4\n\ntest\t5\tC5\n", "a.tsv"),
+    ("C0 train\nC1 train\nC2  train\nC3 val\nC4 test\nC5 test\n", "a.txt"),
+    ("train:\n  - C0\n  - C1\n  - C2\nval:\n  - C3\ntest:\n  - C4\n  - C5\n", "a.yaml"),
+    ("# of our study\n[train]\nC0\nC1\nC2\n[validation]\nC3\n[test]\nC4\nC5\n", "a.ini"),
+], ids=["json", "words", "by-name", "decathlon", "commas", "no-title", "tabs", "spaces", "yaml", "ini"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_forms_of_a_split(tmp_path, content, name, encoding):
+    split, lines = split_of(tmp_path, content, name=name, encoding=encoding)
+    assert (split, lines) == (PLAIN[0], [])
+
+
+@pytest.mark.parametrize("given", ["train.txt", "test.txt", ""], ids=["train", "test", "folder"])
+def test_a_file_for_each_part(tmp_path, given):
+    for name, text in (("train", "case_id\nC0\nC1\nC2\n"), ("valid", "C3,61\n"), ("test", "C4\nC5\n"), ("notes", "C9\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "test.xyz").write_text("of the test")
+    lines = []
+    if given == "":
+        (tmp_path / "test.xyz").unlink()
+    assert read_split(tmp_path / given, CASES, lines.append) == PLAIN[0]
+    assert "the split is that of the files test, train, val in" in lines[-1]
+
+
+def test_a_folder_without_lists(tmp_path):
+    with pytest.raises(DataError, match="is a folder without files such as train.txt"):
+        read_split(tmp_path, CASES, print)
+
+
+def test_folds(tmp_path):
+    folds = [{"train": ["C0", "C1"], "val": ["C2"]}, {"train": ["C2"], "val": ["C0"]}]
+    for content in (folds, {"fold_0": folds[0], "fold_1": folds[1]}):
+        split, lines = split_of(tmp_path, content)
+        assert split == {"train": ["C0", "C1"], "val": [], "test": ["C2"]}
+        assert "the first of 2 folds is used" in lines[0] and "its val is the test" in lines[1]
+    split, _ = split_of(tmp_path, [{"train": ["C0"], "val": ["C1"], "test": ["C2"]}])
+    assert split == {"train": ["C0"], "val": ["C1"], "test": ["C2"]}
+
+
+@pytest.mark.parametrize("content", ["C4\nC5\n", ["C4", "C5"], {"test": ["C4", "C5"]}], ids=["lines", "list", "test"])
+def test_the_test_alone(tmp_path, content):
+    split, lines = split_of(tmp_path, content)
+    assert split == {"train": ["C0", "C1", "C2", "C3"], "val": [], "test": ["C4", "C5"]}
+    assert "names the test only; the other 4 subjects are for training" in lines[0] and len(lines) == 1
+
+
+def test_visits_of_those_tested_do_not_train(tmp_path):
+    split, lines = split_of(tmp_path, {"test": ["oslo/Bo/v1"]}, VISITS)
+    assert split == {"train": [*A, *E], "val": [], "test": ["oslo/Bo/v1"]} and "1 subjects are not in" in lines[1]
+
+
+def test_the_name_of_a_subject_comes_before_that_of_a_person(tmp_path):
+    subjects = [Subject("k", "k", {}), Subject("k/late", "k", {}), Subject("m", "m", {})]
+    assert split_of(tmp_path, {"train": ["m"], "test": ["k"]}, subjects)[0]["test"] == ["k"]
+
+
+def test_a_split_to_score_only(tmp_path):
+    split, lines = split_of(tmp_path, {"train": [], "val": [], "test": ["C4"]})
+    assert split == {"train": [], "val": [], "test": ["C4"]} and "nobody for training, so it only serves to score" in lines[0]
+    assert split_of(tmp_path, {"test": [f"C{n}" for n in range(6)]})[0]["train"] == []
+
+
+@pytest.mark.parametrize(("texts", "names"), [
+    (["oslo/Eva"], E), (["eva"], E), (["oslo/eva/V2"], E[1:]), (["oslo_Eva_v1"], E[:1]), (["scan_Evav1_t1"], E[:1]),
+    (["C:\\mri\\oslo\\Eva\\v1"], E[:1]), (["/mri/oslo/Eva/v1/new.nii.gz"], E[:1]), (["./oslo/Eva/"], E),
+    (["Eva_T1w.nii"], E), (["Eva_0003.nii.gz"], E), ([" Eva"], E), (["Eva", "oslo/Eva/v1"], E), (["EVA.nii.gz", "eva.nii"], E),
+], ids=["person", "short", "case", "underscores", "file", "windows", "other-file", "slashes", "contrast", "number", "spaces",
+        "person-and-visit", "same"])
+def test_names_of_any_kind(tmp_path, texts, names):
+    split, _ = split_of(tmp_path, {"train": ["Åse"], "test": texts}, VISITS)
+    assert split == {"train": A, "val": [], "test": names}
+
+
+def test_names_in_another_form_of_unicode(tmp_path):
+    split, _ = split_of(tmp_path, {"train": [unicodedata.normalize("NFD", "Åse")], "test": ["Bo"]}, VISITS)
+    assert split["train"] == A
+
+
+@pytest.mark.parametrize("text", ["T2", "v1", "oslo", "Eva_v3", "C9_0000"])
+def test_names_that_mean_no_one_or_several(tmp_path, text):
+    with pytest.raises(DataError, match=f"1 names are no complete subjects, e.g. {text}; subjects are called like oslo"):
+        split_of(tmp_path, {"train": ["Åse"], "test": [text]}, VISITS)
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    ("", "is not a split .it is empty"), ("{'train': [", "is not a split .Expecting"),
+    ("C0,C1\nC2,C3\n", "no column of it says train, val or test"),
+    ({"train": ["C0"], "test": [{}]}, "is not a split"),
+], ids=["empty", "no-json", "no-parts", "no-name"])
+def test_files_that_are_no_split(tmp_path, content, sentence):
+    with pytest.raises(DataError, match=sentence) as caught:
+        split_of(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_torn_persons_take_one_line():
+    lines = []
+    given = {"train": [*A, B[0]], "val": [], "test": [*E, B[1]]}
+    assert use_split(given, VISITS, 0, lines.append) == given
+    assert lines == ["  warning: images of oslo/Bo are in train and test of the data set's own split"]
+    use_split({"train": [A[0], B[0]], "val": [], "test": [A[1], B[1]]}, VISITS, 0, lines.append)
+    assert lines[1:] == ["  warning: images of oslo/Åse, oslo/Bo are in train and test of the data set's own split"]
+
+
+def test_lists_of_other_words_are_told(tmp_path):
+    split, lines = split_of(tmp_path, {"train": ["C0"], "test": ["C1"], "spare": ["C2"]})
+    assert split["train"] == ["C0"] and "spare is no part of a split and not used" in lines[0]

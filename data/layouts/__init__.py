@@ -24,19 +24,21 @@ from data.layouts.chexpert import (
     is_rsna,
     is_siim,
 )
+from data.layouts.choice import real_scans, take_tracer_as_pet
 from data.layouts.folders import (
     collect_subjects,
     edition_of,
-    person_of,
     take_tumour_masks,
 )
 from data.layouts.hecktor import HECKTOR_FILE, collect_hecktor
-from data.layouts.ixi import IXI_FILE, collect_ixi
+from data.layouts.ixi import collect_ixi, is_ixi
 from data.layouts.mamamia import MAMAMIA_FILE, collect_mamamia
 from data.layouts.manifest import collect_manifest
 from data.layouts.medicat import collect_medicat, is_medicat
 from data.layouts.mimic import collect_mimic, is_mimic
+from data.layouts.nnunet import collect_nnunet, is_nnunet
 from data.layouts.openi import collect_openi, is_openi
+from data.layouts.people import person_of, settle_names, split_of_folders
 from data.layouts.r2gen import collect_r2gen, is_r2gen
 from data.layouts.reports_table import collect_reports_table, is_reports_table
 from data.layouts.sheets import read_labels, read_patients, read_suv_factors
@@ -102,8 +104,8 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     texts: True if reports count as a contrast, which is called "text". By default it is then the
         first of the contrasts, if at least two subjects have a report. Otherwise no subject has it.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
-    raised if two subjects have one name, if all subjects lie in one folder, if a wanted name is no
-    contrast, or if none of the wanted contrasts is there.
+    raised if two subjects have one name or a name that cannot be a path, if all subjects lie in one
+    folder, if a wanted name is no contrast, or if none of the wanted contrasts is there.
     """
     folder = Path(folder)
     _require_folder(folder)
@@ -114,6 +116,8 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     images = images or [path for path in files if is_metaimage(path)]
     manifest = folder / "manifest.csv" in files
     published = [(name, collect) for name, is_it, collect in WITH_REPORTS if is_it(folder, files)]
+    if not manifest and not published:
+        images = real_scans(folder, images, notes)
     split = None
     ignored = []
     named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
@@ -129,7 +133,7 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         return _find_slices(folder, files, contrasts, every, notes, texts)
     elif is_bids(folder, images):
         name, subjects, ignored = collect_bids(folder, images, notes)
-    elif named and all(IXI_FILE.fullmatch(path.name) for path in named):
+    elif is_ixi(named):
         name = "IXI"
         subjects, ignored = collect_ixi(files, images, notes)
     elif any(ADNI_FILE.search(path.as_posix()) for path in images):
@@ -141,6 +145,9 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     elif any(MAMAMIA_FILE.fullmatch(path.name) for path in images):
         name = "MAMA-MIA"
         subjects, ignored = collect_mamamia(images, notes)
+    elif is_nnunet(images):
+        name = "nnU-Net"
+        subjects, ignored = collect_nnunet(folder, images, notes)
     elif any(AUTOPET_FILE.search(path.as_posix()) for path in images):
         name = "autoPET"
         subjects, ignored = collect_autopet(folder, images, notes)
@@ -151,16 +158,22 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} volumes such as "
                         f"{examples}; name them with one of the words {', '.join(CONTRASTS)}")
+    settle_names(folder, subjects, split, notes)
     if name not in OWN_FACTS:
         read_patients(folder, files, subjects, notes)
     read_labels(folder, files, subjects, notes)
     if texts:
         prepare_reports(subjects, notes)
+    take_tracer_as_pet(subjects, contrasts, notes)
     chosen = _choose_contrasts(folder, subjects, contrasts, every, notes, texts)
     if "pet" in chosen:
         notes.append("pet is read in SUV; 0 to 10 SUV become 0 to 1")
         read_suv_factors(folder, files, subjects, notes)
     layout = _with_contrasts(name, subjects, chosen, ignored, every, notes)
+    needed = 2 if every else len(chosen)
+    complete = [subject for subject in layout.subjects if len(subject.files) >= needed]
+    if not manifest and not published:
+        split = split_of_folders(folder, layout.subjects, complete, notes)
     layout.split = split
     if not BODY_CONTRASTS.isdisjoint(chosen):
         images_of = [contrast for contrast in chosen if contrast != TEXT]
@@ -205,7 +218,10 @@ def _list_files(folder, notes):
     found = []
     junk = 0
     entered = {os.path.realpath(folder)}
-    for root, folders, names in os.walk(folder, followlinks=True):
+    def unreadable(error):
+        notes.append(f"{error.filename}: cannot be read ({error.strerror}); skipped")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         descend = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(root, name))
@@ -219,8 +235,11 @@ def _list_files(folder, notes):
             descend.append(name)
         folders[:] = descend            # os.walk goes into the folders that are in this list
         for name in sorted(names):
+            path = os.path.join(root, name)
             if name.startswith("._") or name in (".DS_Store", "Thumbs.db", "desktop.ini"):
                 junk += 1
+            elif os.path.exists(path) and not os.path.isfile(path):
+                notes.append(f"{path}: is a pipe or a device, no file; skipped")
             else:
                 found.append(Path(root) / name)
     if junk:
@@ -242,7 +261,7 @@ def _why_no_images(folder, files):
         return (f"{folder}: holds {', '.join(others)} files; only .nii and .nii.gz are read, "
                 "and .mhd and .mha; convert them to NIfTI")
     return (f"{folder}: no subjects found; looked for BIDS, BraTS 2020, 2021, 2023, IXI, ADNI, "
-            "HECKTOR, MAMA-MIA, autoPET, SLIVER07, R2Gen, reports.csv, "
+            "HECKTOR, MAMA-MIA, nnU-Net, autoPET, SLIVER07, R2Gen, reports.csv, "
             "slices named like T1/train/slice_0.npy and one folder per subject with one .nii or "
             f".nii.gz per contrast; the folder holds {_entries(folder)}")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import DataError
+from data.layouts.people import person_of
 from data.layouts.records import (
     BODIES,
     age_of,
@@ -69,9 +70,13 @@ def collect_bids(folder, images, notes):
 
     images: The paths of all NIfTI files.
     notes: A list that gets sentences for the user.
-    DataError if the folder is no BIDS data set itself and holds several.
+    If the folder holds several BIDS data sets, such as one for each site, names begin with theirs.
+    DataError if it holds several derivatives.
     """
-    root = _root_of(folder, images)
+    sites = _roots_of(folder, images)
+    if len(sites) > 1:
+        return _collect_sites(folder, sites, images, notes)
+    root = folder / sites[0]
     raw = _raw_root(root)
     roots = [raw, root] if raw else [root]
     sidecars = [Sidecars(place) for place in roots]
@@ -104,19 +109,36 @@ def _place_of(path, folder):
     return PLACE.fullmatch(path.relative_to(folder).as_posix())
 
 
-def _root_of(folder, images):
-    """The folder of the BIDS data set: `folder` itself, or the only one that lies below it."""
+def _roots_of(folder, images):
+    """Where the BIDS data sets in a folder lie, as a sorted list; [""] is the folder itself."""
     found = set()
     for path in images:
         place = _place_of(path, folder)
         if place and parse(path)[1].lower() in SUFFIXES:
             found.add(place["root"] or "")
-    if "" in found:
-        return folder
-    if len(found) > 1:
-        raise DataError(f"{folder}: holds {len(found)} BIDS data sets, {few(sorted(found))}; "
+    outer = []
+    for root in sorted(found):          # a data set comes before what lies in it
+        if not any(other == "" or root.startswith(f"{other}/") for other in outer):
+            outer.append(root)
+    return outer
+
+
+def _collect_sites(folder, sites, images, notes):
+    """Read several BIDS data sets -> as collect_bids."""
+    if "derivatives" in folder.joinpath(sites[0]).absolute().parts:
+        raise DataError(f"{folder}: holds {len(sites)} BIDS derivatives, {few(sites)}; "
                         "give one of them as the data folder")
-    return folder / found.pop()
+    subjects = []
+    ignored = []
+    for site in sites:
+        own = [path for path in images if path.is_relative_to(folder / site)]
+        _, found, others = collect_bids(folder / site, own, notes)
+        ignored += others
+        for subject in found:
+            subject.name = f"{site}/{subject.name}"
+            subject.person = person_of(f"{site}/{subject.person}")
+            subjects.append(subject)
+    return "BIDS", subjects, ignored
 
 
 def _raw_root(root):

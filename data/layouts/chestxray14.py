@@ -10,7 +10,7 @@ each picture from its row in the table.
 
 import re
 
-from data.layouts.records import age_of, sex_of
+from data.layouts.records import OLDEST, age_of, sex_of
 from data.layouts.words import TEXT, Subject, few
 from data.layouts.xrays import official_split, pictures_by_name, read_table
 
@@ -18,7 +18,6 @@ ENTRY_FILE = re.compile(r"Data_Entry_2017(_v2020)?\.csv", re.IGNORECASE)
 COLUMNS = ("Image Index", "Finding Labels", "Patient Age", "View Position")
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 NO_FINDING = "No Finding"
-OLDEST = 120            # years; the first table has ages such as 414
 PEOPLE = {"M": "man", "F": "woman"}
 
 
@@ -53,9 +52,8 @@ def collect_chestxray14(folder, files, notes):
         meta = {"body": "chest", "labels": _labels_of(row["Finding Labels"])}
         age = age_of(row["Patient Age"])
         sex = sex_of(row.get("Patient Gender") or row.get("Patient Sex"))
-        if age is not None and age > OLDEST:
+        if age is None and row["Patient Age"].strip():
             odd_ages.append(name)
-            age = None
         if age is not None:
             meta["age"] = age
         if sex is not None:
@@ -68,7 +66,7 @@ def collect_chestxray14(folder, files, notes):
     if pictures:
         notes.append(f"{len(pictures)} pictures have no row in {table.name} and are not used: "
                      f"{few(sorted(pictures))}")
-    if odd_ages:
+    if odd_ages:                        # the first edition of the table has ages such as 414
         notes.append(f"{len(odd_ages)} ages are above {OLDEST} years and count as unknown: "
                      f"{few(odd_ages)}")
     subjects.sort(key=lambda subject: subject.name)

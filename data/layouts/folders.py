@@ -8,15 +8,9 @@ word of what remains. Sheets beside the folders may say more; see sheets.py.
 import re
 
 from data.files import DataError
-from data.layouts.words import (
-    Subject,
-    few,
-    is_preferred,
-    named_contrasts,
-    preferred_first,
-    role_of,
-    words_of,
-)
+from data.layouts.choice import choose_files, is_series
+from data.layouts.people import names_of, places_of, tell_persons, visits_in_folder
+from data.layouts.words import Subject, few, further_words, named_contrasts, role_of, words_of
 
 # Name of the edition, and the pattern of its subjects' names. All show the brain.
 EDITIONS = (("BraTS 2020", r"BraTS20_(Training|Validation)_\d+"),
@@ -29,74 +23,67 @@ TUMOUR_WORDS = {"tumour", "tumor"}
 def collect_subjects(folder, images, notes, name_of=None):
     """Take every folder with at least one contrast as a subject -> (subjects, ignored files).
 
-    Subjects are sorted by name.
+    Subjects are sorted by name. The images of two visits in one folder become two subjects.
 
     images: The paths of all NIfTI files.
     notes: A list that gets sentences for the user.
     name_of: A function from the path of a folder to the name of its subject. By default a subject
-        is called like its folder.
-    DataError if two folders have one name, or if all subjects seem to lie in one folder.
+        is called after its path, see names_of, and its person is told by its name.
+    DataError if all subjects seem to lie in one folder.
     """
-    by_folder = {}
-    for path in images:
-        by_folder.setdefault(path.parent, []).append(path)
-    subjects = []
-    places = {}
     ignored = []
-    preferred = {}                      # sentence -> names of the subjects
-    for place, paths in sorted(by_folder.items()):
-        name = name_of(place) if name_of else place.name or place.resolve().name
-        roles = {}
-        for path in paths:
-            roles.setdefault(role_of(path.name, name), []).append(path)
+    found = {}                          # (place, visit) -> {role: {path: variant}}
+    for place, words in sorted(places_of(folder, images).items()):
+        role_of_path = {}
+        variants = {}
+        for path, name in words.items():
+            own = f"{place.parent.name}_{place.name}"       # P1/T1/P1_T1_FLAIR.nii is a FLAIR
+            own = own if name.lower().startswith(own.lower()) else place.name
+            role = role_of(name, own)
+            if role == "dwi" and is_series(path):
+                role = None             # a volume for each direction, from which maps are made
+            role_of_path[path] = role
+            variants[path] = further_words(name, own, role)
+        for visit, of_visit in visits_in_folder(role_of_path).items():
+            roles = found.setdefault((place, visit), {})
+            for path, role in of_visit.items():
+                roles.setdefault(role, {})[path] = variants[path]
+    places = [place for (place, _), roles in found.items() if roles.keys() - {None, "seg"}]
+    if name_of:
+        name_of_place = {place: name_of(place) for place in places}
+    else:
+        name_of_place = names_of(folder, places)
+    named = []                          # (name of a subject, {role: {path: variant}})
+    for (place, visit), roles in found.items():
         ignored += roles.pop(None, [])
-        segmentations = roles.pop("seg", [])
-        if not roles:
-            ignored += segmentations
+        if not roles.keys() - {"seg"}:
+            ignored += roles.get("seg", [])
             continue
-        if min(len(same) for same in roles.values()) > 2:
-            count = len(next(iter(roles.values())))
+        count = min(_equally_plain(roles[role].values()) for role in roles if role != "seg")
+        if count > 2:
             raise DataError(f"{place}: holds {count} files of each contrast; "
                             "put every subject into a folder of its own")
-        if name in places:
-            raise DataError(f"{folder}: subject {name} is there twice, in {places[name]} and "
-                            f"{place}; rename or remove one")
-        places[name] = place
-        files = {}
-        for role, same in [*roles.items(), ("seg", segmentations)]:
-            same = preferred_first(same)
-            if same and role != "seg":
-                files[role] = same[0]
-            if len(same) < 2:
-                continue
-            others = ", ".join(path.name for path in same[1:])
-            if is_preferred(same[0]) and not is_preferred(same[1]):
-                sentence = f"{same[0].name} is used as {role}, not {others}"
-                preferred.setdefault(sentence, []).append(name)
-            else:
-                notes.append(f"{name}: {len(same)} files for {role}, {same[0].name} is used, "
-                             f"not {others}")
-        segmentation = segmentations[0] if segmentations else None
-        subjects.append(Subject(name, person_of(name), files, segmentation))
-    for sentence, names in preferred.items():
-        notes.append(f"{sentence}, in {len(names)} subjects: {few(names)}")
+        name = f"{name_of_place[place]}/{visit}" if visit else name_of_place[place]
+        named.append((name, roles))
+    subjects = []
+    for (name, _), files in zip(named, choose_files(named, notes)):
+        segmentation = files.pop("seg", None)
+        subjects.append(Subject(name, name, files, segmentation))
+    if not name_of:
+        tell_persons(subjects, notes)
     return sorted(subjects, key=lambda subject: subject.name), sorted(ignored)
 
 
-def person_of(subject):
-    """The person behind a subject's name.
-
-    BraTS-GLI-00000-001 is a later visit of the person BraTS-GLI-00000. In all other sets, every
-    subject is another person.
-    """
-    visit = re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+", subject)
-    return visit.group(1) if visit else subject
+def _equally_plain(variants):
+    """The number of variants that have as few words as possible."""
+    counts = [len(variant) for variant in variants]
+    return counts.count(min(counts))
 
 
 def edition_of(subjects):
     """The name of the data set. For BraTS, the part of the body is written into Subject.meta."""
     for name, pattern in EDITIONS:
-        if all(re.fullmatch(pattern, subject.name) for subject in subjects):
+        if all(re.fullmatch(pattern, subject.name.split("/")[-1]) for subject in subjects):
             for subject in subjects:
                 subject.meta["body"] = "brain"
             return name
@@ -123,7 +110,7 @@ def take_tumour_masks(subjects, contrasts, ignored, notes):
         if subject.segmentation or anchor not in subject.files:
             continue
         for path in by_folder.get(subject.files[anchor].parent, []):
-            words = words_of(path.name, subject.name)
+            words = words_of(path.name, subject.name.split("/")[-1])
             of_tumour = not TUMOUR_WORDS.isdisjoint(words)
             if of_tumour and named_contrasts(words) in ([], [anchor]):
                 subject.segmentation = path

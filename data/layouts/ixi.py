@@ -6,6 +6,7 @@ A file is called IXI002-Guys-0828-T1.nii.gz. Guys is the hospital, from which we
 import re
 
 from data.files import DataError
+from data.layouts.records import age_of
 from data.layouts.words import AXIAL_GRID, Subject, few, positive, read_sheet
 
 IXI_FILE = re.compile(r"((IXI\d+)-(Guys|HH|IOP)-\d+)-(T1|T2|PD)\.(?i:nii(\.gz)?)")
@@ -19,6 +20,16 @@ IXI_TIMES = {"Guys": {"t1": (9.813, 4.603), "t2": (8178.34, 100), "pd": (8178.34
 # The first words of the columns that we read. The second is called "SEX_ID (1=m, 2=f)".
 IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")
 IXI_SEXES = {1: "M", 2: "F"}
+
+
+def is_ixi(named):
+    """True if all files that name a contrast have names of IXI, and some have only that name.
+
+    Programs add words to these names, such as T1_brain, and the files that they write are ignored.
+    """
+    begin = re.compile(r"IXI\d+-(Guys|HH|IOP)-\d+-")
+    own = any(IXI_FILE.fullmatch(path.name) for path in named)
+    return own and all(begin.match(path.name) for path in named)
 
 
 def collect_ixi(files, images, notes):
@@ -80,7 +91,11 @@ def _read_ixi_sheet(files, notes):
         return {}
     sheet = sheets[0]
     notes += [f"{sheet.name} is used, not {other.name}" for other in sheets[1:]]
-    rows, columns = read_sheet(sheet)
+    try:
+        rows, columns = read_sheet(sheet)
+    except DataError as error:
+        notes.append(f"{error}; until then age and sex stay unknown")
+        return {}
     if not set(IXI_COLUMNS) <= set(columns):
         notes.append(f"{sheet.name}: has no columns {', '.join(IXI_COLUMNS)}; "
                      "age and sex stay unknown")
@@ -88,7 +103,8 @@ def _read_ixi_sheet(files, notes):
     people = {}
     contradictory = set()
     for row in rows:
-        number, sex, age = (positive(row[columns[key]]) for key in IXI_COLUMNS)
+        number, sex = (positive(row[columns[key]]) for key in IXI_COLUMNS[:2])
+        age = age_of(row[columns["AGE"]]) or None       # 0 means that it is not known
         if number is None:
             continue
         person = f"IXI{int(number):03d}"

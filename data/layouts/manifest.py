@@ -4,14 +4,16 @@
     anna,1,T1w,scans/0001.nii.gz,lesions/0001.nii.gz,61,F,Siemens,3,2300,2.98
     anna,1,FDG,scans/0002.nii.gz,,61,F,GE,,,
 
-Each row is one scan. Paths are seen from the folder of the table. The columns session, mask and
-report may be missing. A mask is a label map of a lesion or a tumour. A report is the text of a
-radiologist; it is enough to write it in one row of a subject and session. All other columns are
-fields of a record in its units; see records.py. An empty cell means that the value is not known.
-An X-ray (modality xray) may be a PNG or JPEG picture. Several of them are its views.
+Each row is one scan. Paths are seen from the folder of the table. The columns session, person, mask
+and report may be missing. Without a person, the sessions of a subject are of one person. A mask is
+a label map of a lesion or a tumour. A report is the text of a radiologist; it is enough to write it
+in one row of a subject and session. All other columns are fields of a record in its units; see
+records.py. An empty cell means that the value is not known. An X-ray (modality xray) may be a PNG
+or JPEG picture. Several of them are its views.
 """
 
 from data.files import DataError, is_nifti, is_picture
+from data.layouts.people import tell_persons
 from data.layouts.records import (
     NUMBERS,
     TEXTS,
@@ -36,6 +38,8 @@ from data.layouts.words import (
 )
 
 NEEDED = ("subject", "modality", "path")
+# Any of these columns names the person.
+PERSONS = ("PERSON", "PATIENT", "PATIENT_ID", "PARTICIPANT_ID", "SUBJECT_ID", "PID")
 # Field of a record -> a function from the text of a cell to its value, and what to write in a cell.
 # The function gives None if the text makes no sense.
 FIELDS = {"age": (age_of, "a number of years"), "sex": (sex_of, "M, F or O"),
@@ -66,11 +70,12 @@ def collect_manifest(folder, notes):
     for column, title in columns.items():
         if column in names:
             fields[names[column]] = title
-        elif column not in ("SUBJECT", "SESSION", "MODALITY", "PATH", "MASK", "REPORT"):
+        elif column not in ("SUBJECT", "SESSION", "MODALITY", "PATH", "MASK", "REPORT", *PERSONS):
             unknown.append(title)
     if unknown:
         notes.append(f"manifest.csv: the columns {', '.join(unknown)} are not known and not read")
     subjects = {}
+    told = False                        # if a row says more of the person than the subject's name
     for row in rows:
         cells = {}
         for column, title in columns.items():
@@ -81,12 +86,15 @@ def collect_manifest(folder, notes):
             value = _value_of(field, row[title], line)
             if value is not None:
                 record[field] = value
+        told = told or any(cells.get(column) for column in ("SESSION", *PERSONS))
         if any(cells.values()):
             _add_scan(folder, subjects, cells, record, line)
     if not subjects:
         raise DataError(f"{sheet}: has no rows; write one for each scan, or remove the file")
     for subject in subjects.values():
         write_meta(subject)
+    if not told:
+        tell_persons(subjects.values(), notes, "manifest.csv")
     return [subjects[name] for name in sorted(subjects)]
 
 
@@ -96,16 +104,20 @@ def _add_scan(folder, subjects, cells, record, line):
     subjects: {name: Subject}. cells: {column in upper case: text}.
     line: Where the row stands, for a message.
     """
-    person = cells["SUBJECT"]
+    owner = cells["SUBJECT"]
     session = cells.get("SESSION")
-    if not person:
+    if not owner:
         raise DataError(f"{line}: names no subject; fill the column subject")
     contrast = _contrast_of(cells["MODALITY"], record, line)
     path = _file_of(folder, cells["PATH"], line, contrast)
-    name = f"{person}_{session}" if session else person
+    name = f"{owner}_{session}" if session else owner
+    person = next((cells[column] for column in PERSONS if cells.get(column)), owner)
     if name not in subjects:
         subjects[name] = Subject(name, person, {}, grid=("t1",))
     subject = subjects[name]
+    if subject.person != person:
+        raise DataError(f"{line}: {name} is {person} here, and {subject.person} in an earlier "
+                        "line; give one person for each subject and session")
     views = subject.pictures(contrast)
     if contrast in subject.files and not (views and is_picture(path)):
         other = views[0] if views else subject.files[contrast]

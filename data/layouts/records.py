@@ -24,16 +24,22 @@ import re
 from nibabel.affines import voxel_sizes
 
 from data.files import DataError
-from data.layouts.sheets import UNKNOWN
-from data.layouts.words import CONTRASTS, TRACERS, kind_of
+from data.layouts.words import CONTRASTS, TRACERS, UNKNOWN, kind_of
 from data.nifti import checked_affine, decode_header, volumes_of
 
 NUMBERS = ("field", "TR", "TE", "TI", "FA", "kvp", "ma", "mas", "dose", "start", "duration")
 TEXTS = ("model", "kernel", "agent", "recon")
 # Vendors whose first word is not their name. Of all others the first word is taken.
 VENDORS = {"general": "GE", "united": "UIH", "shanghai": "UIH"}
-# The letter behind an age, as DICOM writes it, and how many of these are a year.
+# The letter behind an age, as DICOM writes it, and how many of these are a year. Words count by
+# their first letter.
 AGE_UNITS = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+AGE = re.compile(r"[<>~]?\s*(\d+(?:[.,]\d+)?)[\s-]*"
+                 r"(Y|Y/?O|YRS?|YEARS?|M|MOS?|MONTHS?|W|WEEKS?|D|DAYS?|)\.?(?:[\s-]*OLD)?\+?")
+OLDEST = 120            # years
+SEXES = {"m": "M", "male": "M", "man": "M", "boy": "M", "masculine": "M",
+         "f": "F", "female": "F", "w": "F", "woman": "F", "girl": "F", "feminine": "F",
+         "o": "O", "other": "O"}
 # Words for parts of the body -> the word in a prompt. Other words are not used.
 BODIES = {"brain": "brain", "head": "brain", "skull": "brain", "spine": "spine", "cspine": "spine",
           "tspine": "spine", "lspine": "spine", "abdomen": "abdomen", "pelvis": "pelvis",
@@ -63,17 +69,20 @@ def number_of(value):
 
 
 def age_of(value):
-    """An age in years, or None. 89+ is 89, and 018M, as in DICOM, is 1.5."""
-    found = re.fullmatch(r"(\d+(?:[.,]\d+)?)\s*([YMWD]?)\+?", (text_of(value) or "").upper())
+    """An age in years, or None. 89+ is 89, 45 years is 45, and 018M, as in DICOM, is 1.5.
+
+    Nobody is older than OLDEST. Sheets write 999 where they do not know.
+    """
+    found = AGE.fullmatch((text_of(value) or "").upper())
     if not found:
         return None
-    return round(float(found[1].replace(",", ".")) / AGE_UNITS[found[2]], 2)
+    age = round(float(found[1].replace(",", ".")) / AGE_UNITS[found[2][:1]], 2)
+    return age if age <= OLDEST else None
 
 
 def sex_of(value):
-    """"M", "F", "O" (other), or None. The first letter decides."""
-    letter = (text_of(value) or "")[:1].upper()
-    return letter if letter in ("M", "F", "O") else None
+    """"M", "F", "O" (other), or None, also for a number, because sheets differ in what it means."""
+    return SEXES.get((text_of(value) or "").lower().rstrip("."))
 
 
 def vendor_of(value):

@@ -1,19 +1,25 @@
 """What sheets beside the scans say of the subjects: who they are, their class, the unit of a PET.
 
-    meta.csv        patient,age,sex,scanner,body    read_patients
+    meta.csv        patient,person,age,sex,scanner,body     read_patients
     labels.csv      subject,label                   read_labels; a label is 0 or 1
     suv.csv         subject,factor                  read_suv_factors; PET times factor is SUV
 """
 
 import math
 import re
+import unicodedata
 
 from data.files import DataError
-from data.layouts.words import few, positive, read_sheet
+from data.layouts.records import age_of, sex_of
+from data.layouts.words import UNKNOWN, few, read_sheet
 
 PATIENT_SHEETS = ("meta.csv", "patient_info.csv")
-PATIENT_COLUMNS = ("PATIENT", "PATIENT_ID")
-UNKNOWN = {"", "-", "none", "nan", "n/a", "na", "unknown"}
+# Columns -> the fact that they tell.
+FACTS = {"AGE": "age", "SEX": "sex", "GENDER": "sex"}
+# The columns that may name the subjects. If several are there, one of the first names the persons.
+PERSON_COLUMNS = ("PERSON", "PATIENT", "PATIENT_ID", "PARTICIPANT_ID", "SUBJECT_ID", "SUBJECT",
+                  "PID")
+SCAN_COLUMNS = ("SCAN", "SCAN_ID", "SESSION_ID", "CASE", "CASE_ID", "FOLDER")
 
 
 # ---- Labels and units ----------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def _read_column(name, column, folder, files, subjects, notes, understand):
 
 def _plain(name):
     """A name without the differences that sheets and folders often have: CHUM_001 -> chum-001."""
-    return name.lower().replace("_", "-")
+    return unicodedata.normalize("NFC", name).lower().replace("_", "-").replace("/", "-")
 
 
 # ---- Patients ------------------------------------------------------------------------------------
@@ -132,9 +138,10 @@ def _plain(name):
 def read_patients(folder, files, subjects, notes):
     """Write what a sheet says of the patients into Subject.meta; unknown facts are left out.
 
-    The sheet is meta.csv or patient_info.csv in `folder`. It has a column patient (or patient_id)
-    and any of these: age, sex, scanner, body. The body is the part of the body. If the contrasts
-    have different scanners, the columns are called scanner_t2, scanner_ct and so on.
+    The sheet is meta.csv or patient_info.csv in `folder`. It has a column patient (or another one
+    of PERSON_COLUMNS and SCAN_COLUMNS) and any of these: person, age, sex, scanner, body. The body
+    is the part of the body. If the contrasts have different scanners, the columns are called
+    scanner_t2, scanner_ct and so on. A person is written into Subject.person, see _read_persons.
 
     notes: A list that gets sentences for the user.
     """
@@ -143,22 +150,52 @@ def read_patients(folder, files, subjects, notes):
     if not sheets:
         return
     sheet = sheets[0]
-    rows, columns = read_sheet(sheet)
-    patient = next((columns[name] for name in PATIENT_COLUMNS if name in columns), None)
-    if patient is None:
+    try:
+        rows, columns = read_sheet(sheet)
+    except DataError as error:
+        notes.append(f"{error}; until then persons, age, sex and scanner stay unknown")
+        return
+    rows = list(rows)
+    own = {_plain(subject.name) for subject in subjects}
+    named = {}                          # column that may name the subjects -> number that it names
+    for column in PERSON_COLUMNS[1:] + SCAN_COLUMNS:
+        if column in columns:
+            cells = {_plain(row[columns[column]] or "") for row in rows}
+            named[column] = len(own & cells)
+    if not named:
         notes.append(f"{sheet.name}: has no column patient; age, sex and scanner stay unknown")
         return
+    key = max(named, key=named.get)     # the first one of equals
+    patient = columns[key]
+    for column in PERSON_COLUMNS:
+        if column in columns and column != key:
+            _read_persons(sheet, rows, patient, columns[column], subjects, notes)
+            break
     known = {}
     contradictory = set()
+    odd = {}                            # title of a column -> cells that make no sense
+    torn = []
     for row in rows:
-        facts = {}
-        for column, name in columns.items():
-            fact = _fact(column, row[name])
-            if fact is not None:
-                facts[column.lower()] = fact
         who = (row[patient] or "").strip()
+        facts = {}
+        for column, title in columns.items():
+            cell = (row[title] or "").strip()
+            fact = _fact(column, title, cell)
+            if fact is not None:
+                facts[FACTS.get(column, column.lower())] = fact
+            elif column in FACTS and cell.lower() not in UNKNOWN:
+                odd.setdefault(title, []).append(repr(cell))
+        if any(row.get(None, ())) or "\n" in " ".join([who, *map(str, facts.values())]):
+            torn.append(repr(who[:20]))
+            continue
         if who and known.setdefault(who, facts) != facts:
             contradictory.add(who)
+    for title, cells in odd.items():
+        notes.append(f"{sheet.name}: {len(cells)} cells of {title} are not understood and count as "
+                     f"unknown: {few(cells)}")
+    if torn:
+        notes.append(f"{sheet.name}: {len(torn)} rows have a comma or a quote too many and are not "
+                     f"read: {few(torn)}")
     for who in sorted(contradictory):
         known[who] = {}
         notes.append(f"{sheet.name}: the rows of {who} contradict each other; "
@@ -171,11 +208,34 @@ def read_patients(folder, files, subjects, notes):
         subject.meta.update(known.get(keys[subject.name], {}))
 
 
+def _read_persons(sheet, rows, key, title, subjects, notes):
+    """Write the persons of a sheet into Subject.person, where it knows them.
+
+    A column where no two subjects share a person is only another number of theirs, and tells
+    nothing, unless it is called person.
+
+    key: The title of the column that names the subjects. title: Of the column of persons.
+    """
+    person_of = {}
+    for row in rows:
+        person = (row[title] or "").strip()
+        if person.lower() not in UNKNOWN:
+            person_of[_plain((row[key] or "").strip())] = person
+    told = [subject for subject in subjects if _plain(subject.name) in person_of]
+    people = {person_of[_plain(subject.name)] for subject in told}
+    if not told or (len(people) == len(told) and title.strip().lower() != "person"):
+        return
+    for subject in told:
+        subject.person = person_of[_plain(subject.name)]
+    notes.append(f"{sheet.name}: the column {title} tells the persons of {len(told)} of "
+                 f"{len(subjects)} scans: {len(people)} persons")
+
+
 def _matched(known, subjects):
     """Match the rows of a sheet with the subjects -> (known, {subject's name: its key in known}).
 
-    A row names a patient by the name of the folder. If the sheet has only numbers, a row names the
-    patient by the last number in the folder's name.
+    A row names a patient by the name of the folder, or of the person. If the sheet has only
+    numbers, a row names the patient by the last number in the folder's name.
     """
     last = {}
     for subject in subjects:
@@ -185,16 +245,24 @@ def _matched(known, subjects):
     if unique and all(who.isdecimal() for who in known):
         by_number = {int(who): facts for who, facts in known.items()}
         return by_number, {subject.name: numbers[subject.person] for subject in subjects}
-    return known, {subject.name: subject.name for subject in subjects}
+    plain = {_plain(who): who for who in known}
+    keys = {}
+    for subject in subjects:
+        of_person = plain.get(_plain(subject.person), subject.name)
+        keys[subject.name] = plain.get(_plain(subject.name), of_person)
+    return known, keys
 
 
-def _fact(column, cell):
-    """What a cell says: the age in years, "M" or "F", or words. None if it is unknown."""
-    cell = (cell or "").strip()
-    if column == "AGE":
-        return positive(cell)
-    if column == "SEX":
-        return {"m": "M", "male": "M", "f": "F", "female": "F"}.get(cell.lower())
+def _fact(column, title, cell):
+    """What a cell says: the age in years, the sex, or words. None if it is unknown.
+
+    Numbers for the sex mean something only if the title says what, as in "SEX (1=m, 2=f)".
+    """
+    if FACTS.get(column) == "age":
+        return age_of(cell) or None     # 0 stands for an age that is not known
+    if FACTS.get(column) == "sex":
+        codes = dict(re.findall(r"(\d)\s*[=:]\s*([A-Za-z]+)", title))
+        return sex_of(codes.get(cell, cell))
     if column.startswith(("SCANNER", "BODY")) and cell.lower() not in UNKNOWN:
         return cell
     return None

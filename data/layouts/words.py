@@ -2,7 +2,9 @@
 
 import csv
 import re
+import unicodedata
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from data.files import DataError, is_picture
@@ -10,19 +12,24 @@ from data.files import DataError, is_picture
 # The name of a contrast in this project -> the words of file names that mean it. The order is that
 # of BraTS, and contrasts are listed in it. In pairs for a translation the source comes first.
 # pre and post are MR before and after a contrast agent was given, on one scale of intensities.
+# mr is an MR of unknown weighting.
 CONTRASTS = {
-    "flair": {"flair", "t2f", "t2flair"},
-    "t1": {"t1", "t1n", "t1w", "mprage"},
-    "t1ce": {"t1ce", "t1c", "t1gd", "t1post"},
+    "flair": {"flair", "t2f", "t2flair", "tirm", "darkfluid"},
+    "t1": {"t1", "t1n", "t1w", "mprage", "mp2rage", "bravo", "vibe", "tfe", "spgr", "fspgr"},
+    "t1ce": {"t1ce", "t1c", "t1gd", "t1post", "t1km", "cet1", "cet1w", "t1cew", "t1contrast"},
     "t2": {"t2", "t2w"},
-    "pd": {"pd", "pdw"},
+    "pd": {"pd", "pdw", "protondensity"},
     "t2star": {"t2star", "t2starw"},
     "swi": {"swi"},
+    "dwi": {"dwi"},
+    "adc": {"adc"},
     "cine": {"cine"},
-    "ct": {"ct", "ctres"},
-    "cta": {"cta"},
+    "mr": {"mr", "mri"},
+    "cbct": {"cbct"},
+    "ct": {"ct", "ctres", "ncct"},
+    "cta": {"cta", "angioct", "ctangio"},
     "pet": {"pet", "suv", "pt"},
-    "fdg": {"fdg", "18fdg", "18ffdg", "fluorodeoxyglucose"},
+    "fdg": {"fdg", "18fdg", "18ffdg", "fluorodeoxyglucose", "fdgpet"},
     "av45": {"av45", "18fav45", "florbetapir"},
     "tau": {"tau", "av1451", "18fav1451", "flortaucipir", "t807"},
     "pib": {"pib", "11cpib"},
@@ -41,6 +48,8 @@ TRACERS = {"fdg": "FDG", "av45": "AV45", "tau": "AV1451", "pib": "PIB", "fbb": "
 # These words often mean something else, such as a visit before a treatment, or a patient. They name
 # a contrast only if no other word of the file does: T1_pre is t1, T1_post is t1ce, PT_07_CT is ct.
 WEAK_WORDS = {"pre", "precontrast", "post", "postcontrast", "pt"}
+# These words name a contrast only if there are no others: T2_TFE is t2, and VIBE_pre is pre.
+WEAKEST_WORDS = {"vibe", "tfe", "spgr", "fspgr", "mr", "mri"}
 # Where two files show one contrast, a file with one of these words is taken. In autoPET, CTres is
 # the CT on the grid of the PET, and SUV is the PET in SUV.
 PREFERRED_WORDS = {"ctres", "suv"}
@@ -48,10 +57,60 @@ PREFERRED_WORDS = {"ctres", "suv"}
 # than those of brains (subject.kept_slices), and they are averaged before they are made coarser.
 BODY_CONTRASTS = {"cta", "pet", "pre", "post"}
 # With one of these words, t1 means t1ce, as in T1_gd or ce-gadolinium_T1w.
-AGENT_WORDS = {"ce", "gd", "gad", "gadolinium", "post", "postcontrast"}
+AGENT_WORDS = {"ce", "gd", "gad", "gado", "gadolinium", "km", "post", "postcontrast", "postgd",
+               "contrast", "enhanced"}
 SEGMENTATION_WORDS = {"seg", "segm", "segmentation"}
-LABEL_WORDS = {"mask", "brainmask", "label", "labels", "lesion", "lesions", "tumour", "tumor", "gt",
-               "roi", "otmulticlass", "parcellation", "consensus"}
+LABEL_WORDS = {"mask", "masks", "brainmask", "label", "labels", "lesion", "lesions", "tumour",
+               "tumor", "gt", "roi", "otmulticlass", "parcellation", "consensus", "contour",
+               "annotation", "pve", "pveseg", "prob", "probability"}
+# What is computed from a scan, what moves it, and what only serves to plan it.
+DERIVED_WORDS = {"biasfield", "warp", "warpfield", "xfm", "transform", "deformation",
+                 "displacement", "jacobian", "inverse", "map", "maps", "t1map", "t2map", "qt1",
+                 "qt2", "fa", "md", "mip", "minip", "localizer", "localiser", "scout", "survey",
+                 "inv1", "inv2", "uncertainty", "error", "residual", "difference", "voided", "bold",
+                 "fmri", "rsfmri"}
+# An image that a program has invented.
+SYNTHETIC_WORDS = {"synthetic", "synthesized", "synthesised", "synth", "synthseg", "synct", "sct",
+                   "fake", "pred", "predicted", "prediction", "generated", "translated", "imputed",
+                   "pseudo", "pseudoct", "recon", "reconstructed", "reconstruction"}
+# What stands before one of these words was moved onto what stands behind it, as in T2_to_T1.
+MOVED_WORDS = {"to", "in", "on", "onto", "into"}
+# Of names with equally many words, one with one of these words is taken: T1_reg, not T1_raw.
+REGISTERED_WORDS = {"reg", "registered", "coreg", "coregistered", "aligned", "warped", "r"}
+# Several words that mean one -> that word. The words are in lower case, with spaces between them.
+PHRASES = (
+    (r"dark fluid", "darkfluid"),
+    (r"t2w? (?:(?:space|spc|tse|3d|ax|axial|tra|sag|cor) )*(?:flair|tirm|darkfluid)", "flair"),
+    (r"flair t2w?", "flair"),
+    (r"t2w? star", "t2star"),
+    (r"proton density", "pd"),
+    (r"av (45|1451)", r"av\1"),
+    (r"cone beam(?: ct)?", "cbct"),
+    (r"ct angio(?:graphy|gram)?|angio ct", "cta"),
+    (r"dwi adc|adc dwi", "adc"),
+    (r"(?:pre|no|non|without) (?:ce|gd|gad|gado|gadolinium|km|contrast)", "precontrast"),
+    (r"post contrast", "postcontrast"),
+    (r"bias ?field corr\w*", "corrected"),
+    (r"bias field", "biasfield"),
+    # A visit before or after a treatment, and a contrast that is none of an agent.
+    (r"(?:pre|post) (?:op|operative|surgery|treatment|tx|rt|chemo|radiation|therapy)", "visit"),
+    (r"(?:multi|high|low|tissue) contrast", "scan"),
+)
+# Where a word in mixed case is cut: T1Post, AxialT2, 3DT1, and rT2, as SPM writes an image that it
+# has resampled. Other single letters stay, because a pCT may be made up.
+CAMEL = re.compile(r"(?<=[a-z]{2})(?=[A-Z])|(?<=\d[a-z])(?=[A-Z])|(?<=\b[rwmc])(?=[A-Z])"
+                   r"|(?<=\d)(?=[A-Z])(?!D(?![a-z]))|(?<=[23]D)(?=[A-Z])|(?<=\d)(?=to[A-Z])"
+                   r"|(?<=[A-Z])(?=to[A-Z])|(?<=\dto)(?=[A-Z])|(?<=[A-Z]to)(?=[A-Z])")
+# SPM puts these letters before the name of a scan for the probability of a tissue, as in c1T1.nii.
+SPM_TISSUE = re.compile(r"(?<![^\W_])[mrw]*c[1-6](?=[A-Z])")
+# T1+C and cT1. A CT1 is the first CT.
+ENHANCED_T1 = re.compile(r"(?<![^\W_])(?:cT1w?|[tT]1w? ?\+ ?[cC])(?![^\W_])")
+# The ends of a name, also doubled, and with the number that a browser gives to a copy.
+ENDING = re.compile(r"(?:\.(?:nii|gz|mha|mhd)(?:\s*\(\d+\))?)+$", re.IGNORECASE)
+KNOWN_WORDS = set().union(*CONTRASTS.values(), AGENT_WORDS, SEGMENTATION_WORDS, LABEL_WORDS,
+                          DERIVED_WORDS, SYNTHETIC_WORDS)
+# Cells of sheets that say nothing.
+UNKNOWN = {"", "-", ".", "?", "none", "nan", "n/a", "na", "null", "unk", "unknown", "missing"}
 # In IXI and ADNI, T1 is a sagittal 3-D scan, and T2 and PD are axial slices. Their grid is used,
 # because resampling them to the grid of T1 would invent slices.
 AXIAL_GRID = ("t2", "pd")
@@ -80,6 +139,8 @@ class Subject:
     frames: dict = field(default_factory=dict)      # contrast -> durations in s of the frames of a
                                                     # 4-D PET; () if they are not known
     report: str | None = None       # the findings in words, as they were written; None without one
+    channels: dict = field(default_factory=dict)    # contrast -> number of its volume in a 4-D file
+                                                    # that holds several contrasts
 
     @property
     def in_slices(self):
@@ -114,53 +175,72 @@ def role_of(file_name, subject):
     """What a NIfTI file of `subject` is: a contrast, "seg" for a segmentation, or None.
 
     Whole words of the file name decide. The name of the subject is removed first, because it may
-    contain t1 or ct. The names of the folders above do not matter.
+    contain t1 or ct. The names of the folders above do not matter. T2_to_T1 is a T2 that lies on
+    the T1. A subject that is called post, such as a session, makes no t1ce of the files in it.
     """
     words = words_of(file_name, subject)
     if SEGMENTATION_WORDS & set(words):
         return "seg"
-    if LABEL_WORDS & set(words):
+    if (LABEL_WORDS | DERIVED_WORDS) & set(words):
         return None
+    for place, word in enumerate(words):
+        if word in MOVED_WORDS and named_contrasts(words[:place]):
+            words = words[:place]
+            break
     found = named_contrasts(words)
-    if found == ["t1"] and AGENT_WORDS & set(words):
+    agents = AGENT_WORDS & set(words)
+    if "post" in words_of(subject, ""):
+        agents.discard("post")
+    if found == ["t1"] and agents:
         return "t1ce"
     if len(found) == 1:
         return found[0]
-    return None                     # T2_to_FLAIR names two contrasts, so we do not guess
+    return None                     # T1_FLAIR names two contrasts, so we do not guess
 
 
+@lru_cache(maxsize=1 << 16)             # each name is asked for several times
 def words_of(file_name, subject):
-    """The words of a NIfTI file's name, in lower case and without the name of the subject."""
-    stem = re.sub(r"\.nii(\.gz)?$", "", file_name, flags=re.IGNORECASE).lower()
-    own = re.match(re.escape(subject.lower()) + r"(?![a-z0-9])(.+)", stem)
-    return re.findall(r"[a-z0-9]+", own.group(1) if own else stem)
+    """The words of a NIfTI file's name, in lower case, as a tuple, without the name of the subject.
+
+    A word in mixed case that is not known is cut into its parts. The names of subject and session
+    in the form of BIDS (sub-01_ses-post) are removed, too.
+    """
+    stem = ENDING.sub("", unicodedata.normalize("NFC", file_name))
+    subject = unicodedata.normalize("NFC", subject)
+    rest = stem[len(subject):]
+    if stem[:len(subject)].lower() == subject.lower() and re.match(r"[^A-Za-z0-9]", rest):
+        stem = rest
+    stem = re.sub(r"(?<![^\W_])(?:sub|ses)-[^_.]+", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"(?<![^\W_])space-[^_.]+", "registered", stem, flags=re.IGNORECASE)
+    stem = ENHANCED_T1.sub("t1ce", SPM_TISSUE.sub("pve ", stem))
+    words = []
+    for word in re.findall(r"[^\W_]+", stem):
+        parts = [word] if word.lower() in KNOWN_WORDS else CAMEL.split(word)
+        words += [part.lower() for part in parts]
+    text = " ".join(words)
+    for pattern, word in PHRASES:
+        text = re.sub(rf"\b(?:{pattern})\b", word, text)
+    return tuple(text.split())
 
 
 def named_contrasts(words):
     """The contrasts that the words of a file name mean, as a list. FDG_PET is fdg, not pet."""
-    text = " ".join(words).replace("t2 flair", "flair").replace("t2 star", "t2star")
-    text = text.replace("av 1451", "av1451").replace("av 45", "av45")
-    found = {"strong": [], "weak": []}
-    for name, aliases in CONTRASTS.items():
-        named = aliases & set(text.split())
-        if named - WEAK_WORDS:
-            found["strong"].append(name)
-        elif named:
-            found["weak"].append(name)
-    if "pet" in found["strong"] and not TRACERS.keys().isdisjoint(found["strong"]):
-        found["strong"].remove("pet")
-    return found["strong"] or found["weak"]
+    strong = set(words) - WEAK_WORDS - WEAKEST_WORDS
+    for counted in (strong, set(words) - WEAKEST_WORDS, set(words)):
+        found = [name for name, aliases in CONTRASTS.items() if aliases & counted]
+        if found:
+            break
+    if "pet" in found and not TRACERS.keys().isdisjoint(found):
+        found.remove("pet")
+    return found
 
 
-def preferred_first(paths):
-    """Sort the files of one contrast, the one to take first."""
-    return sorted(paths, key=lambda path: (not is_preferred(path), path))
-
-
-def is_preferred(path):
-    """True if the name of the file has one of PREFERRED_WORDS."""
-    words = re.findall(r"[a-z0-9]+", path.name.lower())
-    return not PREFERRED_WORDS.isdisjoint(words)
+def further_words(file_name, subject, role):
+    """The words of a file's name that do not say what its role says, as a tuple."""
+    meant = CONTRASTS.get(role, SEGMENTATION_WORDS) - PREFERRED_WORDS
+    if role == "t1ce":
+        meant |= CONTRASTS["t1"] | AGENT_WORDS
+    return tuple(word for word in words_of(file_name, subject) if word not in meant)
 
 
 def preferred_grid(contrasts):
@@ -181,7 +261,7 @@ def preferred_grid(contrasts):
 
 def kind_of(contrast):
     """What a contrast is made with: "MRI", "CT", "PET" or "X-ray"."""
-    if contrast in ("ct", "cta"):
+    if contrast in ("ct", "cta", "cbct"):
         return "CT"
     if contrast == "xray":
         return "X-ray"
@@ -190,31 +270,51 @@ def kind_of(contrast):
 
 def canonical_contrast(name):
     """The project's name of a contrast: t1gd -> t1ce. An unknown name is returned in lower case."""
-    lower = name.lower()
-    for contrast, aliases in CONTRASTS.items():
-        if lower in aliases:
-            return contrast
-    return lower
+    contrast = role_of(name, "")
+    if contrast in CONTRASTS and PREFERRED_WORDS.issuperset(further_words(name, "", contrast)):
+        return contrast
+    return name.lower()
 
 
 def read_sheet(sheet):
     """Read a .csv file with any usual separator -> (rows, columns).
 
-    rows: An iterable of dicts, as csv.DictReader gives.
+    rows: An iterable of dicts, as csv.DictReader gives. A cell may be of any length.
     columns: The first word of a column's name in upper case -> the column's name in the rows.
-    DataError if the file cannot be read.
+    DataError if the file cannot be read, or if a quote in it is never closed.
     """
     try:
-        text = sheet.read_text(encoding="utf-8-sig", errors="replace")
+        text = decoded(sheet.read_bytes())
     except OSError as error:
         raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); "
                         "repair or remove it") from None
     # The line ends are kept, because a cell in quotes may hold several lines.
     lines = text.replace("\0", "").splitlines(keepends=True)
     separator = max(",;\t", key=lines[0].count) if lines else ","
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    # An open quote swallows all lines behind it, also the one that we add here.
+    last = "last line"
+    reader = csv.reader([*lines, last], delimiter=separator)
+    ends = [0]                          # the number of the last line of each row
+    for row in reader:
+        ends.append(reader.line_num)
+        closed = row == [last]
+    if not closed:
+        raise DataError(f"{sheet}, line {ends[-2] + 1}: a quote is opened and never closed, so "
+                        "that the lines behind it cannot be read; close or remove it")
     rows = csv.DictReader(lines, delimiter=separator)
     columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
     return rows, columns
+
+
+def decoded(content):
+    """The text of a sheet. Excel writes UTF-16, or one byte for each letter, instead of UTF-8."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def positive(cell):
