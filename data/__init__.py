@@ -10,11 +10,20 @@ said. Everything that is wrong with the data raises DataError with a message of 
 """
 
 from data.check import check
-from data.dataset import Dataset, Rows, evenly, is_phantom, make_phantom, open_dataset
+from data.dataset import (
+    Dataset,
+    Rows,
+    evenly,
+    is_phantom,
+    make_phantom,
+    open_dataset,
+    subject_files,
+)
 from data.files import DataError
 from data.intensities import Scale, denormalise, normalise
 from data.layouts import TEXT, Layout, Subject, canonical_contrast, find_layout
 from data.picture_files import StoredPicture, fit_picture, read_picture, write_picture
+from data.placing import Picture, picture_of
 from data.prompts import (
     PROMPT_FIELDS,
     caption,
@@ -27,12 +36,10 @@ from data.prompts import (
 from data.reports import clean_report
 from data.split import make_split
 from data.subject import (
-    Picture,
     SubjectSlices,
     kept_slices,
     load_scans,
     load_subject,
-    picture_of,
     to_synthesize,
 )
 from data.volumes import Volume, read_volume, write_volume
@@ -42,5 +49,5 @@ __all__ = ["PROMPT_FIELDS", "TEXT", "DataError", "Dataset", "Layout", "Picture",
            "check", "clean_report", "denormalise", "describe_lesion", "evenly", "find_layout",
            "fit_picture", "is_phantom", "kept_slices", "load_scans", "load_subject", "make_phantom",
            "make_split", "normalise", "open_dataset", "picture_of", "prompt", "read_picture",
-           "read_volume", "record_of", "scan_fields", "scan_prompt", "to_synthesize",
-           "write_picture", "write_volume"]
+           "read_volume", "record_of", "scan_fields", "scan_prompt", "subject_files",
+           "to_synthesize", "write_picture", "write_volume"]

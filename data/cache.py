@@ -16,13 +16,13 @@ lines are filled up with spaces to a multiple of 64 bytes.
 
 import hashlib
 import json
-import time
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from data.files import DataError, Progress, write_atomically
+from data.files import DataError, Progress, remove_unfinished, write_atomically
 from data.identity import BLOCK, size_text, stamps_of
 from data.layouts.words import TEXT
 from data.stack import Stack
@@ -31,7 +31,6 @@ from data.subject import load_subject
 FIRST_LINE = 64         # bytes
 TITLE = "decoded slices of one subject, CRC-32 "
 COLUMNS = ("slice_number", "position", "brain", "lesion")       # one entry for each kept slice
-FORGOTTEN = 3600        # seconds; an unfinished file of this age belongs to no running process
 
 
 def cached_slices(cache, memory, keys, subjects, contrasts, size, workers, say):
@@ -42,8 +41,8 @@ def cached_slices(cache, memory, keys, subjects, contrasts, size, workers, say):
     keys: For every subject its key, see data.identity.subject_key.
     workers: The number of threads.
     index: A dict. subject, slice_number, position, brain and lesion are lists with one entry for
-    each row of images. scales and digests are {subject: {contrast: ...}}. notes is a list, and
-    slices and constant are numbers; see SubjectSlices.
+    each row of images. scales and digests are {subject: {contrast: ...}}, and pixels is
+    {subject: mm}. notes is a list, and slices and constant are numbers; see SubjectSlices.
     images: A Stack (n, C, S, S) float16. labels: A Stack (n, S, S) uint8, or None unless every
     subject has a segmentation.
     DataError if a subject cannot be read, or if the cache cannot be written.
@@ -65,15 +64,11 @@ def cached_slices(cache, memory, keys, subjects, contrasts, size, workers, say):
         missing.append((subject, path))
     try:
         if missing:
-            there = len(subjects) - len(missing)
-            already = f"; {there} are there already" if there else ""
-            say(f"  decoding {len(missing)} subjects into {home} (once; "
-                f"after an interruption it continues){already}")
             _say_others(home, paths, say)
-            _decode_all(home, memory, missing, contrasts, size, workers, say)
+            _decode_all(home, memory, missing, len(subjects), contrasts, size, workers, say)
     except OSError as error:
         raise DataError(f"{home}: the cache cannot be written ({error.strerror or error}); "
-                        "free space or choose another folder for it") from None
+                        "free space or choose another folder with --cache") from None
     finally:
         memory.save()
     return _join(paths, subjects, contrasts, size)
@@ -90,7 +85,8 @@ def _say_others(home, paths, say):
 
 def _join(paths, subjects, contrasts, size):
     """Join the files of all subjects -> (index, images, labels), see cached_slices."""
-    index = {"subject": [], "slices": 0, "constant": 0, "scales": {}, "digests": {}, "notes": []}
+    index = {"subject": [], "slices": 0, "constant": 0, "scales": {}, "digests": {}, "pixels": {},
+             "notes": []}
     for column in COLUMNS:
         index[column] = []
     image_parts = []
@@ -106,6 +102,7 @@ def _join(paths, subjects, contrasts, size):
         index["notes"] += about["notes"]
         index["scales"][subject.name] = about["scales"]
         index["digests"][subject.name] = about["digests"]
+        index["pixels"][subject.name] = about["pixel"]
         image_parts.append((path, start, count))
         if about["labels"]:
             label_parts.append((path, start + 2 * count * len(contrasts) * size**2, count))
@@ -118,14 +115,15 @@ def _join(paths, subjects, contrasts, size):
 
 # ---- Decoding ------------------------------------------------------------------------------------
 
-def _decode_all(home, memory, missing, contrasts, size, workers, say):
+def _decode_all(home, memory, missing, total, contrasts, size, workers, say):
     """Decode subjects with a few threads. missing: A list of (Subject, path of its file).
 
-    A thread holds one subject in memory at a time. OSError if a file cannot be written.
+    total: The number of subjects of the data set.
+    The first subject is decoded before the user is told, because it shows how large all will be. A
+    thread holds one subject in memory at a time. OSError if a file cannot be written.
     """
     home.mkdir(parents=True, exist_ok=True)
-    _remove_forgotten(home)
-    progress = Progress(len(missing), "subjects decoded", say)
+    remove_unfinished(home)
 
     def decode(subject, path):
         # Another process may have decoded the subject since we looked.
@@ -134,27 +132,26 @@ def _decode_all(home, memory, missing, contrasts, size, workers, say):
             _write(path, memory, subject, contrasts, slices)
         return path.stat().st_size
 
+    needed = decode(*missing[0]) * len(missing)             # bytes
+    free = shutil.disk_usage(home).free
+    there = total - len(missing)
+    already = f"; {there} are there already" if there else ""
+    say(f"  decoding {len(missing)} subjects into {home} (once; it will take about "
+        f"{size_text(needed)}, and {size_text(free)} are free; after an interruption it "
+        f"continues){already}")
+    if needed > free:
+        say("  warning: this is more than is free; choose another folder with --cache")
+    progress = Progress(len(missing), "subjects decoded", say)
+    progress.step()
     pool = ThreadPoolExecutor(workers)
     try:
-        jobs = [pool.submit(decode, subject, path) for subject, path in missing]
+        jobs = [pool.submit(decode, subject, path) for subject, path in missing[1:]]
         for job in as_completed(jobs):
-            file_size = job.result()
-            if progress.done == 0:
-                say(f"  the decoded slices will take about {size_text(file_size * len(missing))}")
+            job.result()
             progress.step()
     finally:
         # After an error or Ctrl-C, the subjects in work are finished, and no others are begun.
         pool.shutdown(cancel_futures=True)
-
-
-def _remove_forgotten(home):
-    """Remove temporary files of processes that were killed."""
-    for path in home.glob("*.tmp-*"):
-        try:
-            if time.time() - path.stat().st_mtime > FORGOTTEN:
-                path.unlink()
-        except OSError:
-            pass                        # another process has removed or renamed it
 
 
 def _write(path, memory, subject, contrasts, slices):
@@ -162,10 +159,7 @@ def _write(path, memory, subject, contrasts, slices):
 
     DataError if no slice was kept. OSError if the file cannot be written.
     """
-    numbers = np.flatnonzero(slices.kept)
-    if numbers.size == 0:
-        raise DataError(f"subject {subject.name}: no slice has foreground in all of "
-                        f"{', '.join(contrasts)}; look whether its volumes overlap")
+    numbers = kept_numbers(slices, subject, contrasts)
     images = slices.images[numbers].astype("<f2", copy=False)
     parts = [_padded(json.dumps(_describe(slices, numbers, images, contrasts))), images]
     if slices.labels is not None:
@@ -180,6 +174,32 @@ def _write(path, memory, subject, contrasts, slices):
     memory.remember(path, stamps_of(path), "sound")
 
 
+def kept_numbers(slices, subject, contrasts):
+    """The numbers of the kept slices of one subject. DataError if there are none.
+
+    slices: Its SubjectSlices.
+    """
+    numbers = np.flatnonzero(slices.kept)
+    if numbers.size == 0:
+        raise DataError(f"subject {subject.name}: no slice has foreground in all of "
+                        f"{', '.join(contrasts)}; look whether its volumes overlap")
+    return numbers
+
+
+def digests_of_images(slices, images, contrasts):
+    """{contrast: digest of its images}. Equal images in two subjects are found by these.
+
+    slices: SubjectSlices of one subject. images: (k, C, S, S) float16, its kept slices.
+    """
+    digests = {}
+    for channel, contrast in enumerate(contrasts):
+        if not slices.present[channel] or contrast == TEXT:
+            continue                    # all reports have the same blank channel
+        channel_bytes = np.ascontiguousarray(images[:, channel])
+        digests[contrast] = hashlib.blake2b(channel_bytes, digest_size=16).hexdigest()
+    return digests
+
+
 def _describe(slices, numbers, images, contrasts):
     """What we know of one subject, for JSON.
 
@@ -188,15 +208,10 @@ def _describe(slices, numbers, images, contrasts):
     scales = {}
     for contrast, scale in slices.scales.items():
         scales[contrast] = [float(scale.background), float(scale.high)]
-    digests = {}                        # equal images in two subjects are found by these
-    for channel, contrast in enumerate(contrasts):
-        if not slices.present[channel] or contrast == TEXT:
-            continue                    # all reports have the same blank channel
-        channel_bytes = np.ascontiguousarray(images[:, channel])
-        digests[contrast] = hashlib.blake2b(channel_bytes, digest_size=16).hexdigest()
+    digests = digests_of_images(slices, images, contrasts)
     lesion = [slices.lesion[number] if slices.lesion else None for number in numbers]
     return {"shape": list(images.shape), "labels": slices.labels is not None,
-            "slices": len(slices.kept), "constant": slices.constant, "notes": slices.notes,
+            "slices": len(slices.kept), "constant": slices.constant, "notes": slices.notes, "pixel": slices.pixel,
             "scales": scales, "digests": digests, "slice_number": numbers.tolist(),
             "position": slices.position[numbers].tolist(), "brain": slices.brain[numbers].tolist(),
             "lesion": lesion}

@@ -4,34 +4,40 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import evenly, grouped, make_phantom
+from data.cache import digests_of_images, kept_numbers
+from data.dataset import evenly, grouped, is_complete, make_phantom, undecoded
 from data.files import DataError
 from data.intensities import find_background, foreground, normalise
 from data.layouts import TEXT, find_layout
 from data.layouts.words import kind_of
 from data.picture_files import read_picture
+from data.placing import unequal_pixels
 from data.prompts import record_of, scan_fields, scan_prompt
 from data.reports import clean_report
-from data.subject import anchor_name, read_scan, reference_first, require_pre
-from data.volumes import read_slices, read_volume, resample_to, same_grid
+from data.split import check_duplicates
+from data.subject import load_subject, read_scan, reference_first, require_pre
+from data.volumes import read_stacks
 
 # The columns of the table: subject, contrast, shape, spacing, axes, range, background, foreground.
 ROW = "{:24} {:8} {:>13} {:>16} {:4} {:>19} {:>10} {}"
 
 
-def check(folder, contrasts=None, say=print, gaps=False, texts=False):
+def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, split_file=None,
+          seed=0, train_fraction=0.8, test_subjects=50, agree=lambda ds: None):
     """Open every file of a folder, and say what was found and what is wrong.
 
-    gaps: True if subjects may lack contrasts, as in open_dataset. Two contrasts are enough then.
-    texts: True if reports count as a contrast, as in open_dataset.
     say: A function that gets every line for the user.
-    The result is True if open_dataset can use the folder. No DataError is raised; it is said.
+    The other arguments are those of open_dataset.
+    The result is True if open_dataset can use the folder. It is found out by the same functions.
+    What is wrong with the data is said. DataError is raised for wrong usage only (its status is 2).
     """
     folder = Path(folder)
     try:
         make_phantom(folder, say)
         layout = find_layout(folder, contrasts, gaps, texts)
     except DataError as error:
+        if error.status == 2:
+            raise
         say(f"error: {error}")
         return False
     say(f"{folder}: {layout.name}, {len(layout.subjects)} subjects, "
@@ -42,28 +48,46 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False):
         say(f"not a contrast: {path}")
     say(ROW.format("subject", "contrast", "shape", "spacing mm", "axes", "range", "background",
                    "foreground"))
-    needed = 2 if gaps else len(layout.contrasts)
     complete = 0
     people = set()
+    digests = {}
+    pixels = {}                                         # mm
     all_errors = []
     all_notes = []
+    try:
+        ds = undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps,
+                       say)
+        agree(ds)
+    except DataError as error:
+        all_errors.append(str(error))
     for subject in layout.subjects:
         if subject.in_slices:
-            errors = _check_slices(subject, layout.contrasts, say)
+            errors = _check_slices(subject, say)
             notes = []
         else:
             errors, notes = _check_subject(subject, layout.contrasts, say)
             more_errors, more_notes = _check_pictures(subject, layout.contrasts, say)
             errors += more_errors
             notes += more_notes
+        if not errors and is_complete(subject, layout, gaps):
+            try:
+                digests[subject.name], slices = _decoded(subject, layout.contrasts, size)
+                notes = [(f"{subject.name} {file}", note) for file, note in slices.notes]
+                pixels[subject.name] = slices.pixel
+                complete += 1
+                people.add(subject.person)
+            except DataError as error:
+                errors.append(str(error))
         all_errors += errors
         all_notes += notes
-        if not errors and len(subject.files) >= needed:
-            complete += 1
-            people.add(subject.person)
+    if not all_errors:
+        try:
+            check_duplicates(digests, ds.split, say)
+        except DataError as error:
+            all_errors.append(str(error))
     _say_reports(layout.subjects, say)
     _say_records(layout, say)
-    for note in grouped(all_notes):
+    for note in grouped(all_notes) + unequal_pixels(pixels):
         say(f"note: {note}")
     for error in all_errors:
         say(f"error: {error}")
@@ -73,50 +97,41 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False):
     return usable
 
 
+def _decoded(subject, contrasts, size):
+    """Decode a subject as open_dataset does -> ({contrast: digest of its images}, SubjectSlices).
+
+    DataError if it cannot be used.
+    """
+    slices = load_subject(subject, contrasts, size)
+    numbers = kept_numbers(slices, subject, contrasts)
+    images = slices.images[numbers].astype("<f2", copy=False)
+    return digests_of_images(slices, images, contrasts), slices
+
+
 def _check_subject(subject, contrasts, say):
     """Say one row of the table for each file -> (errors, notes).
 
-    Errors are sentences. Notes are (file, sentence) pairs.
+    Errors are sentences. Notes are (file, sentence) pairs. Whether the files fit each other is
+    found out when they are decoded.
     """
     errors = []
     notes = []
-    reference = None
-    reference_mask = None
     scales = {}
-    read = reference_first(subject, contrasts)
-    for contrast in read:
+    for contrast in reference_first(subject, contrasts):
         path = subject.files[contrast]
         try:
             volume = read_scan(subject, contrast)
             background = find_background(volume.array)
             mask = foreground(volume.array, background, contrast)
             say(_table_row(subject, contrast, volume, background, mask))
-            name = f"{subject.name} {contrast}"
-            notes += [(name, note) for note in volume.notes]
+            notes += [(f"{subject.name} {path.name}", note) for note in volume.notes]
             require_pre(subject, contrast, scales)
             _, scales[contrast] = normalise(volume.array, background, contrast, scales.get("pre"))
-            if reference is None:
-                reference = volume
-                reference_mask = mask
-                continue
-            anchor = anchor_name(read, contrasts)
-            if not same_grid(volume, reference):
-                notes.append((name, f"is on another grid than {anchor}; "
-                                    "will be resampled by the affines"))
-                resample_to(volume, reference, fill=background.level)
-            elif _mirrored_is_better(mask, reference_mask):
-                notes.append((name, f"fits {anchor} better when mirrored; "
-                                    "are left and right swapped?"))
         except DataError as error:
             if str(path) in str(error):
                 errors.append(str(error))
             else:
                 errors.append(f"subject {subject.name}, {contrast} ({path}) {error}")
-    if subject.segmentation and reference is not None:
-        try:
-            resample_to(read_volume(subject.segmentation), reference, order=0, fill=0)
-        except DataError as error:
-            errors.append(str(error))
     return errors, notes
 
 
@@ -194,20 +209,17 @@ def _say_kind(kind, contrasts, subjects, say):
     return texts
 
 
-def _check_slices(subject, contrasts, say):
+def _check_slices(subject, say):
     """Say one row of the table for each stack of .npy slices -> errors as sentences."""
-    errors = []
-    for contrast in reference_first(subject, contrasts):
-        try:
-            slices = read_slices(subject.files[contrast])
-        except DataError as error:
-            errors.append(str(error))
-            continue
-        depth, height, width = slices.shape
-        say(ROW.format(subject.name, contrast, f"{width}x{height}x{depth}", "-", "-",
-                       f"{slices.min():.4g}..{slices.max():.4g}", "0",
-                       f"{(slices > 0).mean():10.3f}"))
-    return errors
+    try:
+        for contrast, slices in read_stacks(subject):
+            depth, height, width = slices.shape
+            say(ROW.format(subject.name, contrast, f"{width}x{height}x{depth}", "-", "-",
+                           f"{slices.min():.4g}..{slices.max():.4g}", "0",
+                           f"{(slices > 0).mean():10.3f}"))
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _table_row(subject, contrast, volume, background, mask):
@@ -216,16 +228,3 @@ def _table_row(subject, contrast, volume, background, mask):
     values = f"{volume.array.min():.4g}..{volume.array.max():.4g}"
     return ROW.format(subject.name, contrast, shape, spacing, volume.axes, values,
                       f"{background.level:.4g}", f"{mask.mean():10.3f}")
-
-
-def _mirrored_is_better(mask, reference_mask):
-    """True if a mask overlaps clearly more with the reference when left and right are swapped."""
-    mirrored = _overlap(mask[::-1], reference_mask)
-    return mirrored > _overlap(mask, reference_mask) + 0.02
-
-
-def _overlap(first, second):
-    """The Dice coefficient of two masks of one shape."""
-    both = np.count_nonzero(first & second)
-    total = np.count_nonzero(first) + np.count_nonzero(second)
-    return 2 * both / max(1, total)

@@ -1,7 +1,7 @@
 """A folder of scans becomes one array of slices on disk, split by person: open_dataset."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +9,14 @@ import numpy as np
 from data import phantom
 from data.cache import cached_slices
 from data.files import DataError
-from data.identity import Memory, digests_of, fingerprint_of, subject_key
+from data.identity import Memory, digests_of, files_of_subjects, fingerprint_of, subject_key
 from data.intensities import WINDOWS, Scale
 from data.layouts import TEXT, find_layout
+from data.placing import picture_of, unequal_pixels
 from data.prompts import caption
 from data.reports import clean_report
 from data.split import check_duplicates, make_split, read_split, use_split
 from data.stack import Stack
-from data.subject import picture_of
 
 SHOWN_NOTES = 8         # open_dataset says so many; --check says all
 
@@ -65,6 +65,7 @@ class Dataset:
     lesion: list                    # (n,) str, or None where a subject has no segmentation
     labels: Stack | None            # (n, size, size) uint8; None unless all have a segmentation
     scales: dict                    # {subject: {contrast: Scale}}
+    files: dict = field(default_factory=dict)       # {subject: digests of the files of its images}
 
     def part(self, part):
         """The slices of "train", "val" or "test" as Rows. Nothing is read before it is indexed."""
@@ -115,9 +116,9 @@ class Dataset:
 
     @property
     def complete(self):
-        """The subjects whose slices are in the data set."""
-        there = set(self.subject)
-        return [subject for subject in self.subjects if subject.name in there]
+        """The subjects whose slices are in the data set, or will be there when it is decoded."""
+        left_out = {subject.name for subject in self.incomplete}
+        return [subject for subject in self.subjects if subject.name not in left_out]
 
     @property
     def windows(self):
@@ -153,7 +154,8 @@ class Dataset:
         chosen = [np.zeros(0, int)]
         for name in self.split[part]:
             rows = np.flatnonzero(self.subject == name)
-            quantiles = (np.arange(per_subject) + 0.5) / per_subject
+            count = min(per_subject, len(rows))
+            quantiles = (np.arange(count) + 0.5) / max(1, count)
             chosen.append(np.unique(rows[(quantiles * len(rows)).astype(int)]))
         return np.concatenate(chosen)
 
@@ -167,7 +169,7 @@ def evenly(rows, most):
 
 def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8,
                  test_subjects=50, cache=Path("runs/cache"), workers=0, say=print, gaps=False,
-                 texts=False):
+                 texts=False, agree=lambda ds: None):
     """Recognise, check, decode and split a folder of scans -> Dataset. Decoding is done once.
 
     contrasts: The names of the channels in order, by default all that most subjects have.
@@ -181,18 +183,56 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     all that at least two subjects have. The images of a missing contrast are 0.
     texts: True if reports count as a contrast, which is called "text"; see find_layout. Its images
     are 0 everywhere. Dataset.present tells which rows have a report, and Dataset.reports gives it.
+    agree: A function that gets the Dataset before the first scan is decoded, see undecoded. It may
+    refuse it with an error of its own.
     DataError for everything that is wrong with the data.
     """
     folder = Path(folder)
     make_phantom(folder, say)
     layout = find_layout(folder, contrasts, gaps, texts)
-    needed = 2 if gaps else len(layout.contrasts)
+    _say_layout(folder, layout, gaps, say)
+    ds = undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say)
+    agree(ds)
+    complete = ds.complete
+    split = ds.split
+    workers = workers or min(4, os.cpu_count() or 1)
+    memory = Memory(Path(cache) / "known_files.json")
+    paths = []
+    for subject in complete:
+        paths += subject.paths
+    digests = digests_of(paths, memory, workers, say)
+    keys = [subject_key(subject, digests, layout.contrasts, size) for subject in complete]
+    index, images, labels = cached_slices(Path(cache), memory, keys, complete, layout.contrasts,
+                                          size, workers, say)
+    _say_notes(unequal_pixels(index["pixels"]) + grouped(index["notes"]), say)
+    check_duplicates(index["digests"], split, say)
+    counts = ", ".join(f"{len(names)} {part}" for part, names in split.items())
+    say(f"  split: {counts}; {len(images)} of {index['slices']} slices kept, "
+        f"{index['constant']} are empty or constant")
+    return replace(
+        ds,
+        fingerprint=fingerprint_of(keys),
+        images=images,
+        subject=np.array(index["subject"]),
+        slice_number=np.array(index["slice_number"]),
+        position=np.array(index["position"]),
+        brain=np.array(index["brain"]),
+        lesion=index["lesion"],
+        labels=labels,
+        scales=_read_scales(index["scales"]),
+        files=files_of_subjects(complete, digests))
+
+
+def undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say):
+    """Split the subjects of a Layout -> Dataset that has no slices yet.
+
+    The arguments are those of open_dataset. open_dataset and check both begin with this, so that
+    both refuse the same. DataError if there are too few subjects, or if the split does not fit.
+    """
     complete = []
     incomplete = []
     for subject in layout.subjects:
-        enough = len(subject.files) >= needed
-        (complete if enough else incomplete).append(subject)
-    _say_layout(folder, layout, complete, incomplete, gaps, say)
+        (complete if is_complete(subject, layout, gaps) else incomplete).append(subject)
     _require_two(folder, layout, complete)
     if split_file:
         split = read_split(split_file, complete, say)
@@ -202,43 +242,28 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         split = make_split(complete, seed, train_fraction, test_subjects)
     if not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
-    workers = workers or min(4, os.cpu_count() or 1)
-    memory = Memory(Path(cache) / "known_files.json")
-    keys = _subject_keys(complete, layout.contrasts, size, memory, workers, say)
-    index, images, labels = cached_slices(Path(cache), memory, keys, complete, layout.contrasts,
-                                          size, workers, say)
-    _say_notes(grouped(index["notes"]), say)
-    check_duplicates(index["digests"], split, say)
-    counts = ", ".join(f"{len(names)} {part}" for part, names in split.items())
-    say(f"  split: {counts}; {len(images)} of {index['slices']} slices kept, "
-        f"{index['constant']} are empty or constant")
+    nothing = np.zeros(0)
     return Dataset(
-        folder=folder,
-        layout=layout.name,
-        contrasts=layout.contrasts,
-        size=size,
-        phantom=(folder / "phantom.json").exists(),
-        fingerprint=fingerprint_of(keys),
-        subjects=layout.subjects,
-        incomplete=incomplete,
-        split=split,
-        images=images,
-        subject=np.array(index["subject"]),
-        slice_number=np.array(index["slice_number"]),
-        position=np.array(index["position"]),
-        brain=np.array(index["brain"]),
-        lesion=index["lesion"],
-        labels=labels,
-        scales=_read_scales(index["scales"]))
+        folder=folder, layout=layout.name, contrasts=layout.contrasts, size=size,
+        phantom=(folder / "phantom.json").exists(), fingerprint="", subjects=layout.subjects,
+        incomplete=incomplete, split=split,
+        images=np.zeros((0, len(layout.contrasts), size, size), np.float16),
+        subject=nothing.astype(str), slice_number=nothing.astype(int), position=nothing,
+        brain=nothing, lesion=[], labels=None, scales={}, files={})
 
 
-def _subject_keys(subjects, contrasts, size, memory, workers, say):
-    """For every subject the hash of its files and the settings; see data.identity."""
+def subject_files(subjects, cache=Path("runs/cache"), workers=0, say=print):
+    """{name of a subject: digests of the files with its images}, as Dataset.files has them.
+
+    A file that cannot be read is left out.
+    subjects: A list of layouts.Subject. cache, workers, say: As for open_dataset.
+    """
+    memory = Memory(Path(cache) / "known_files.json")
+    workers = workers or min(4, os.cpu_count() or 1)
     paths = []
     for subject in subjects:
-        paths += subject.paths
-    digests = digests_of(paths, memory, workers, say)
-    return [subject_key(subject, digests, contrasts, size) for subject in subjects]
+        paths += [path for path in subject.paths if os.access(path, os.R_OK)]
+    return files_of_subjects(subjects, digests_of(paths, memory, workers, say))
 
 
 def _read_scales(stored):
@@ -249,11 +274,18 @@ def _read_scales(stored):
     return scales
 
 
-def _say_layout(folder, layout, complete, incomplete, gaps, say):
+def is_complete(subject, layout, gaps):
+    """True if a subject has all contrasts; if there may be gaps, two are enough."""
+    return len(subject.files) >= (2 if gaps else len(layout.contrasts))
+
+
+def _say_layout(folder, layout, gaps, say):
     """Tell the user what was found in the folder."""
     having = "at least two of " if gaps else ""
-    also = f", {len(incomplete)} incomplete" if incomplete else ""
-    say(f"data: {folder} ({layout.name}), {len(complete)} subjects with "
+    complete = sum(is_complete(subject, layout, gaps) for subject in layout.subjects)
+    incomplete = len(layout.subjects) - complete
+    also = f", {incomplete} incomplete" if incomplete else ""
+    say(f"data: {folder} ({layout.name}), {complete} subjects with "
         f"{having}{', '.join(layout.contrasts)}{also}")
     _say_notes(layout.notes + [f"{name}: {why}" for name, why in layout.skipped], say)
     if layout.ignored:

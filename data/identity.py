@@ -8,12 +8,19 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from data.files import DataError, Progress, write_atomically
+from data.files import (
+    DataError,
+    Progress,
+    json_text,
+    read_json,
+    remove_unfinished,
+    write_atomically,
+)
 from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, PET_WINDOW
 from data.layouts.words import BODY_CONTRASTS, TEXT
 from data.metaimage import files_of
 
-VERSION = 5             # raise it when load_subject returns other pixels, or when the files change
+VERSION = 6             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
 ANNOUNCED = 1 << 28     # bytes; the user is told before so much or more is read
 
@@ -34,10 +41,10 @@ class Memory:
         self.known = {}
         self.changed = False
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            self.known = {str(name): (list(stamps), str(text))
+            known = read_json(path, {})
+            self.known = {name: (list(stamps), str(text))
                           for name, (stamps, text) in known.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (DataError, ValueError, TypeError):
             pass
 
     def recall(self, path):
@@ -57,9 +64,10 @@ class Memory:
         """
         if not self.changed:
             return
+        remove_unfinished(self.path.parent)
         try:
             with write_atomically(self.path) as file:
-                file.write(json.dumps(self.known).encode())
+                file.write(json_text(self.known).encode())
             self.changed = False
         except OSError:
             pass                        # the files are read again at the next start
@@ -100,7 +108,7 @@ def digests_of(paths, memory, workers, say):
     if to_read >= ANNOUNCED:
         say(f"  reading {len(unknown)} files ({size_text(to_read)}) to recognise them; "
             "files that stay unchanged are not read again")
-    progress = Progress(len(unknown), "files read", say)
+    progress = Progress(len(unknown), "files read", say, last=False)
 
     def digest(path):
         try:
@@ -163,7 +171,22 @@ def subject_key(subject, digests, contrasts, size):
               if contrast in subject.frames}
     if frames:
         about["frames"] = frames
+    if subject.channels:
+        about["channels"] = subject.channels
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def files_of_subjects(subjects, digests):
+    """{name of a subject: digests of the files with its images, as a list}.
+
+    They tell whether two data sets share a subject, whatever it is called. Masks do not count,
+    because empty masks are equal. digests: {path: digest of the file}, see digests_of.
+    """
+    found = {}
+    for subject in subjects:
+        images = [path for path in subject.paths if path != subject.segmentation]
+        found[subject.name] = [digests[path] for path in images if path in digests]
+    return found
 
 
 def fingerprint_of(keys):

@@ -27,12 +27,20 @@ class Scale(NamedTuple):
 CT_WINDOW = Scale(-1000.0, 1500.0)
 # HU, from fluid to blood. For CT whose skull was stripped, where bone and air are gone.
 BRAIN_WINDOW = Scale(-20.0, 100.0)
+# HU. Half of the voxels of any brain are darker.
+BRAIN = 80
 # HU. If hardly a voxel is brighter, there is no bone in a CT.
 NO_BONE = 200
 # HU. The body is above. Air, lung and the foam of the table are far below.
 CT_BODY = -500
 # SUV. Above are the bladder and some tumours and parts of the brain; all of it becomes 1.
 PET_WINDOW = Scale(0.0, 10.0)
+# HU. Lower numbers stand where nothing was scanned. Scanners write NOT_SCANNED there.
+PADDING = -1500
+NOT_SCANNED = -3024.0
+# What is added to HU so that no stored number is negative. A body has more than NO_HU then.
+OFFSETS = (1000, 1024, 8192, 32768)
+NO_HU = 600
 # SUV. The body is above; air is below. See _pet_body.
 PET_BODY = 0.2
 # SUV. In no patient is one voxel in a thousand brighter. Raw PET, in Bq/ml, is far brighter.
@@ -40,8 +48,14 @@ PET_IMPOSSIBLE = 200.0
 # SUV. In nearly all patients one voxel in a thousand is brighter. PET in [0, 1] is darker.
 PET_DARK = 1.0
 # Contrasts in physical units: one window for all volumes, and the unit.
-WINDOWS = {"ct": CT_WINDOW, "cta": CT_WINDOW, "pet": PET_WINDOW}
-UNITS = {"ct": "HU", "cta": "HU", "pet": "SUV"}
+IN_HU = ("ct", "cta", "cbct")
+WINDOWS = {"ct": CT_WINDOW, "cta": CT_WINDOW, "cbct": CT_WINDOW, "pet": PET_WINDOW}
+UNITS = {"ct": "HU", "cta": "HU", "cbct": "HU", "pet": "SUV"}
+# Shares that tell tissue from noisy air, see _is_tissue: of the range, of the sides, and of the
+# middle compared with the sides.
+TOO_WIDE = 0.6
+AROUND = 0.75
+IN_CORE = 0.4
 # Before a contrast agent, tissue is scaled to 1 / ENHANCEMENT. This leaves room for what the agent
 # adds.
 ENHANCEMENT = 1.5
@@ -50,7 +64,8 @@ ENHANCEMENT = 1.5
 class Background(NamedTuple):
     """The background of a volume. Voxels within `reach` of `level` belong to it.
 
-    `constant` is True if the background is one exact value, and False if it is noisy air.
+    `constant` is True if the background is one exact value, and False if it is noisy air. A volume
+    without background has the level of its darkest voxels, and a reach of -inf.
     """
 
     level: float
@@ -62,12 +77,12 @@ def find_background(array):
     """Find the background of a volume (X, Y, Z) -> Background, in the units of the volume.
 
     We look at the four faces on the sides only. At the top and the bottom, an axial stack often
-    cuts through the head.
+    cuts through the head. Voxels that are NaN do not count.
     """
-    sides = [array[0], array[-1], array[:, 0], array[:, -1]]
-    border = np.concatenate([side.ravel() for side in sides])
+    border = _sides_of(array)
+    border = border[np.isfinite(border)]
     # We take percentiles, because a few extreme voxels must not set the tolerance.
-    low, high = np.percentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])
+    low, high = np.nanpercentile(array[::2, ::2, ::2], [0.5, HIGH_PERCENTILE])
     tolerance = 1e-4 * float(high - low)
     level = np.median(border)
     # A value that fills more than half of the border is its median, whether it is 0, -3.2 or -1000.
@@ -85,12 +100,93 @@ def find_background(array):
     # A third of Rayleigh noise lies in a range 0.56 sigma wide around its mode. Less than 1e-5 of
     # the noise lies more than 8 such widths above it.
     reach = max(8 * float(widths[start]), tolerance)
-    return Background(float(np.median(densest)), reach, False)
+    level = float(np.median(densest))
+    if _is_tissue(array, level, reach, high - low):
+        return Background(float(low), -np.inf, False)
+    return Background(level, reach, False)
 
 
-def background_value(array):
-    """The level of the background of a volume (X, Y, Z), in the units of the volume."""
+def _sides_of(array):
+    """The voxels of a volume (X, Y, Z) on its four sides -> (n,)."""
+    sides = [array[0], array[-1], array[:, 0], array[:, -1]]
+    return np.concatenate([side.ravel() for side in sides])
+
+
+def _is_tissue(array, level, reach, width):
+    """True if what looks like noisy air is tissue, because the picture was cut inside of the body.
+
+    Air is even, and it lies around the body. Something that spreads over most of the range of the
+    volume is therefore no air. Neither is something that comes in from the sides, does not cover
+    them, and is about as frequent in the middle. Lungs are dark, too, but they do not come in from
+    the sides.
+    width: The range of the volume, without its extreme voxels.
+    """
+    if reach > TOO_WIDE * width:
+        return True
+    outside = reaching_border(array[::2, ::2, ::2] <= level + reach, axes=(0, 1))
+    core = outside[tuple(slice(n // 4, n - n // 4) for n in outside.shape)]
+    at_sides = np.mean(_sides_of(outside))
+    return bool(at_sides < AROUND and np.mean(core) > IN_CORE * at_sides)
+
+
+def reaching_border(mask, axes):
+    """The pieces of a mask (X, Y, Z) that touch its sides along some axes -> bool, of its shape."""
+    pieces, _ = ndimage.label(mask)
+    touching = [np.zeros(0, int)]
+    for axis in axes:
+        touching.append(pieces.take([0, -1], axis).ravel())
+    found = np.unique(np.concatenate(touching))
+    return np.isin(pieces, found[found > 0])
+
+
+def background_value(array, contrast=None):
+    """The level of the background of a volume (X, Y, Z), in the units of the volume.
+
+    If most of the border is NaN, there is no value outside of the body. It is then NOT_SCANNED in
+    CT, and 0 in all else.
+    """
+    if np.mean(np.isnan(_sides_of(array))) > 0.5:
+        return NOT_SCANNED if contrast in IN_HU else 0.0
     return find_background(array).level
+
+
+def to_hounsfield(array):
+    """Undo what was done to the HU of a CT (X, Y, Z) -> (array in HU, a sentence or None).
+
+    Air around the body has -1000 HU. Stored numbers without the intercept of the scanner have air
+    near 0 and the body near 1000, and so have files for programs without negative numbers.
+    DataError if the numbers are those of a picture, because that cannot be undone.
+    """
+    if array.min() == array.max():
+        return array, None
+    if array.min() >= 0 and array.max() > 57343 and not np.any((array > 8192) & (array < 57344)):
+        array = np.where(array > 8192, array - 65536, array).astype(np.float32)
+        return array, "holds negative HU as numbers below 65536; 65536 is subtracted from them"
+    scanned = array[array > PADDING]
+    low, high = np.percentile(scanned, [0.1, 99.9]) if scanned.size else (PADDING, 0)
+    grey = array.min() == 0 and array.max() <= 255 and np.median(array[array > 0]) > BRAIN
+    if high - low < 10 or grey:
+        raise DataError(f"holds numbers from {array.min():g} to {array.max():g}, like a picture, "
+                        "which are no HU; export the CT again")
+    if is_stripped(array):
+        return array, ("holds neither bone nor air; the skull was removed, it seems, and "
+                       f"{BRAIN_WINDOW.background:g} to {BRAIN_WINDOW.high:g} HU become 0 to 1")
+    if low <= CT_BODY:
+        return array, None
+    darkest = scanned[scanned < low + 100]
+    rest = scanned[scanned >= low + 100]
+    if rest.size == 0 or np.median(rest) < NO_HU:
+        return array, f"holds no air, its lowest value is {array.min():g}; is it in HU?"
+    # Where nothing was scanned, the number is often smaller than that of air.
+    above = darkest[darkest > low]
+    air = float(np.median(above if above.size > darkest.size / 4 else darkest))
+    # Between NO_HU and the usual offsets lies tissue, so there is no air in view.
+    offset = float(np.median(scanned)) if NO_HU < air < 2 * NO_HU else air + 1000
+    nearest = min(OFFSETS, key=lambda usual: abs(usual - offset))
+    if abs(nearest - offset) <= 12 or air > NO_HU:
+        offset = nearest
+    return array - np.float32(offset), (f"seems to hold HU + {offset:.0f}, its darkest part is at "
+                                        f"{air:.0f}; {offset:.0f} is subtracted")
 
 
 def foreground(array, background=None, contrast=None):
@@ -99,12 +195,12 @@ def foreground(array, background=None, contrast=None):
     The background need not be 0, and tissue need not be positive.
 
     background: What find_background returns; it is found here if it is not given.
-    contrast: For "ct" and "cta" the array is in HU. The foreground is then the body, which is the
+    contrast: For those of IN_HU the array is in HU. The foreground is then the body, which is the
         largest connected piece above CT_BODY. The table is another, smaller piece. If the skull was
         stripped, the foreground is all that is not background, as in MR. For "pet" the
         array is in SUV, and the foreground is the body in the same way; see _pet_body.
     """
-    if contrast in ("ct", "cta") and not is_stripped(array):
+    if contrast in IN_HU and not is_stripped(array):
         return _largest_piece(array > CT_BODY)
     if contrast == "pet":
         return _pet_body(array)
@@ -182,11 +278,11 @@ def normalise(array, background=None, contrast=None, pre=None):
     """
     if array.min() == array.max():
         raise DataError(f"is constant (every voxel is {array.min():g})")
-    if contrast in ("ct", "cta") and array.max() <= CT_BODY:
+    if contrast in IN_HU and array.max() <= CT_BODY:
         raise DataError(f"has an empty foreground (nothing is above {CT_BODY} HU)")
     if contrast == "pet" and array.max() <= PET_BODY:
         raise DataError(f"has an empty foreground (nothing is above SUV {PET_BODY})")
-    if contrast in ("ct", "cta") and is_stripped(array):
+    if contrast in IN_HU and is_stripped(array):
         u = _clipped(array, BRAIN_WINDOW)
         u[~foreground(array, background)] = 0
         return u, BRAIN_WINDOW

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import DataError
+from data.opening import in_plain_words, require_file
 
 TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
          "MET_INT": "i4", "MET_UINT": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
@@ -92,10 +93,13 @@ def files_of(path):
     """The files of a volume, as a list: `path`, and the file of the voxels if it has its own.
 
     path: A file of any kind. Only of a MetaImage the header is read; DataError as read_metaimage.
+    It is also raised for a pipe or a device, see require_file.
     """
+    require_file(path)
     if not is_metaimage(path):
         return [path]
-    header, _ = _read_header(path)
+    with in_plain_words(path):
+        header, _ = _read_header(path)
     return list(dict.fromkeys([path, _place_of(path, header)]))
 
 
@@ -135,6 +139,8 @@ def _read_header(path):
     source = header["ElementDataFile"]
     if source.split(" ")[0] == "LIST" or "%" in source:
         raise DataError(f"{path}: has one file for each slice; convert it to NIfTI")
+    if not source or "\0" in source:
+        raise DataError(f"{path}: ElementDataFile names no file; download it again")
     return header, position
 
 
@@ -144,6 +150,7 @@ def _text(part):
 
 def _read_bytes(path, place, most=-1):
     """The content of `place`, which the header `path` names. most: The first bytes only."""
+    require_file(place)
     try:
         with open(place, "rb") as file:
             return file.read(most)

@@ -16,8 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from data.files import DataError, is_picture, write_atomically
+from data.opening import in_plain_words
 
 MAX_PIXELS = 2**26          # 67 million; the largest X-rays have about 18 million
+BRIGHT_RIM = 0.9            # in the pictures of all scanners, air is dark
 ORIENTATION = 0x0112        # the number of this field in EXIF
 # What Pillow raises for files that end early or hold nonsense.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -45,17 +47,17 @@ def read_picture(path):
     if not is_picture(path):
         raise DataError(f"{path}: only .png, .jpg and .jpeg are read as pictures; "
                         "convert the file to PNG")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); "
-                        "repair or remove it") from None
     notes = []
-    image = _decoded(path, content, notes)
-    array = _grey(image, notes)
+    with in_plain_words(path):
+        image = _decoded(path, path.read_bytes(), notes)
+        array = _grey(image, notes)
     if array.min() == array.max():
         raise DataError(f"{path}: is constant (every pixel is {array.min():g}); "
                         "remove or replace it")
+    rim = np.concatenate([array[0], array[-1], array[:, 0], array[:, -1]])
+    if np.median(rim) > BRIGHT_RIM and np.median(array) < np.median(rim) / 2:
+        notes.append("is bright around the body, so it may be inverted (MONOCHROME1); "
+                     "it is used as it is")
     return StoredPicture(array, path, notes)
 
 

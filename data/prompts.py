@@ -13,7 +13,8 @@ from data.layouts.words import TRACERS, kind_of
 
 # The words for a contrast in a caption.
 MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": "PDw",
-              "t2star": "T2star", "swi": "SWI", "cine": "cine", "ct": "CT", "cta": "CTA",
+              "t2star": "T2star", "swi": "SWI", "dwi": "DWI", "adc": "ADC", "cine": "cine",
+              "mr": "MR", "cbct": "CBCT", "ct": "CT", "cta": "CTA",
               "pet": "PET", "fdg": "FDG PET", "av45": "AV45 PET", "tau": "AV1451 PET",
               "pib": "PIB PET", "fbb": "FBB PET",
               "pre": "T1w before contrast", "post": "T1w after contrast", "xray": "X-ray"}
@@ -21,7 +22,9 @@ MODALITIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1CE", "t2": "T2w", "pd": 
 DESCRIPTIONS = {"flair": "FLAIR MRI", "t1": "T1-weighted MRI",
                 "t1ce": "contrast-enhanced T1-weighted MRI", "t2": "T2-weighted MRI",
                 "pd": "PD-weighted MRI", "t2star": "T2*-weighted MRI",
-                "swi": "susceptibility-weighted MRI", "cine": "cine MRI", "ct": "CT",
+                "swi": "susceptibility-weighted MRI", "dwi": "diffusion-weighted MRI",
+                "adc": "map of the apparent diffusion coefficient", "cine": "cine MRI",
+                "mr": "MRI", "cbct": "cone-beam CT", "ct": "CT",
                 "cta": "CT angiography",
                 "pet": "PET", "fdg": "FDG PET", "av45": "florbetapir PET",
                 "tau": "flortaucipir PET", "pib": "PIB PET", "fbb": "florbetaben PET",

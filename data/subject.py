@@ -3,13 +3,14 @@
 What there is to synthesise: to_synthesize.
 """
 
-from dataclasses import dataclass, replace
+import itertools
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data.files import DataError, is_nifti, is_picture
+from data.files import DataError, is_nifti, is_picture, write_atomically
 from data.intensities import (
     BRAIN_WINDOW,
     PET_DARK,
@@ -23,19 +24,16 @@ from data.intensities import (
     normalise,
 )
 from data.layouts import CONTRASTS, Subject, canonical_contrast
-from data.layouts.words import BODY_CONTRASTS, TEXT, preferred_grid
+from data.layouts.words import BODY_CONTRASTS, TEXT, few, preferred_grid
 from data.picture_files import fit_picture, read_picture, write_picture
+from data.placing import compare, finest_first, grid_of_missing_pet, placed_on, read_labels
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
     fit,
     fit_slices,
-    grid_around,
-    read_geometry,
-    read_slices,
+    read_stacks,
     read_volume,
-    resample_to,
-    same_grid,
     unfit,
     upright,
     write_volume,
@@ -45,6 +43,7 @@ from data.volumes import (
 KEEP = 1 / 3
 # In sets that show bodies, it is kept if its foreground is this share of the field of view.
 KEEP_BODY = 0.02
+SOURCES = "sources.json"        # beside the outputs of a subject: digests of the subject's files
 
 
 @dataclass
@@ -52,7 +51,7 @@ class SubjectSlices:
     """All axial slices of one subject, on the grid of one contrast, which we call the reference.
 
     Z is the number of slices, C the number of contrasts, S the size of a slice in pixels. The
-    reference is the first contrast that was read, or the one that the layout prefers (Subject.grid).
+    reference is the one that the layout prefers (Subject.grid), or see placing.finest_first.
     A picture, such as an X-ray, has no grid in space. It is the same in all slices. A subject of
     pictures only has one slice for each view. The channel of a report ("text") is 0 everywhere.
     """
@@ -69,6 +68,7 @@ class SubjectSlices:
     labels: np.ndarray | None       # (Z, S, S) uint8, the segmentation; None without one
     reference: Volume | None        # as read; outputs are on its grid. None without a NIfTI file
     notes: list                     # (file, sentence) pairs
+    pixel: float = 0.0              # edge of a pixel of a slice in mm; 0 if it is not known
 
     def write(self, path, slices, description, overwrite=False, contrast=None, window=None):
         """Write slices (Z, S, S) in [0, 1] of one contrast as NIfTI, on the grid of the source.
@@ -118,7 +118,7 @@ def load_subject(subject, contrasts, size, use=None, picture=None):
     size: The height and width of a slice in pixels.
     use: The contrasts whose files are opened, by default all. The others count as missing, and
     cannot influence anything. There is one exception: of a PET that is not used, the header is
-    read, because the grid of the PET is the reference; see _grid_of_missing_pet.
+    read, because the grid of the PET is the reference; see placing.grid_of_missing_pet.
     picture: A Picture for a subject that has no PET, instead of that of Subject.like.
     DataError, naming subject and contrast, if a file cannot be used or none is there.
     """
@@ -147,29 +147,28 @@ def _load_volumes(subject, contrasts, size, wanted, picture):
     read = reference_first(subject, wanted)
     body = shows_body(contrasts)
     notes = []
-    reference = _grid_of_missing_pet(subject, contrasts, size, read, picture, notes)
+    reference = grid_of_missing_pet(subject, contrasts, size, read, picture, notes)
+    if reference is None:
+        read, why = finest_first(subject, read)
+        notes += [(subject.files[read[0]].name, why)] if why else []
     anchor = anchor_name(read, contrasts) if reference is None else "pet"
     images = None
-    reference_mask = None
+    first = None                                        # of the contrasts that are read: Placed
     areas = []                                          # per contrast: (Z,) pixels of foreground
     scales = {}
     for contrast in read:
         volume, u, mask, scales[contrast] = _read_normalised(subject, contrast, scales)
-        notes += [(volume.path.name, note) for note in volume.notes]
-        if reference is None:
-            reference = volume
-        if not same_grid(volume, reference):
-            notes.append((volume.path.name,
-                          f"is on another grid than {anchor}; resampled by the affines"))
-            u = resample_to(replace(volume, array=u), reference, fill=0, average=body)
-            mask = replace(volume, array=mask.astype(np.float32))
-            mask = resample_to(mask, reference, order=0, fill=0) > 0
-        if images is None:
-            reference_mask = mask
-            depth = reference.array.shape[2]
-            images = np.zeros((depth, len(contrasts), size, size), np.float32)
-        images[:, contrasts.index(contrast)] = fit(u, size)
-        areas.append(mask.sum((0, 1)))
+        reference = reference or volume
+        placed = placed_on(reference, volume, u, mask, anchor, body)
+        said = volume.notes + placed.notes
+        if first is None:
+            first = placed
+            images = np.zeros((reference.array.shape[2], len(contrasts), size, size), np.float32)
+        else:
+            said += compare(first, placed, subject, (read[0], contrast))
+        notes += [(volume.path.name, note) for note in said]
+        images[:, contrasts.index(contrast)] = fit(placed.u, size)
+        areas.append(placed.mask.sum((0, 1)))
     present = np.array([contrast in wanted for contrast in contrasts])
     flat = _flat_slices(images[:, [contrasts.index(contrast) for contrast in read]])
     width, height = reference.array.shape[:2]
@@ -177,13 +176,13 @@ def _load_volumes(subject, contrasts, size, wanted, picture):
     lesion = None
     labels = None
     if subject.segmentation:
-        segmentation = read_volume(subject.segmentation)
-        planes = upright(resample_to(segmentation, reference, order=0, fill=0))     # (Z, H, W)
-        lesion = _lesions(planes, reference, reference_mask)
+        planes = upright(read_labels(subject.segmentation, reference, notes))      # (Z, H, W)
+        lesion = _lesions(planes, reference, first.mask)
         labels = fit_slices(planes, size, labels=True).astype(np.uint8)
-    frame = max(size, width, height) ** 2               # source pixels that the picture covers
+    side = max(size, width, height)                     # source pixels that the picture covers
+    pixel = float(reference.spacing[:2].mean()) * side / size
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
-                         areas[0] / frame, lesion, labels, reference, notes)
+                         areas[0] / side**2, lesion, labels, reference, notes, pixel)
 
 
 # ---- Pictures and reports ------------------------------------------------------------------------
@@ -226,56 +225,6 @@ def _add_pictures(slices, subject, contrasts, wanted):
         slices.images[:, channel] = np.stack(planes)        # a single one goes into all slices
         if slices.reference is None:
             slices.brain = np.mean(slices.images[:, channel] > 0, (1, 2))
-
-
-# ---- The grid of a PET that is not there ---------------------------------------------------------
-
-class Picture(NamedTuple):
-    """The pixels of a PET: how many there are along x and y, and their edges in mm.
-
-    A script stores the Picture of its training data, so that a CT of another folder is shown to the
-    network at the same size; see picture_of.
-    """
-
-    pixels: tuple                   # (X, Y)
-    spacing: tuple                  # (3,) mm along x, y and z
-
-
-def picture_of(path):
-    """The Picture of a PET file; its header is read, and no voxel. DataError if that is damaged."""
-    volume = read_geometry(path, series=True)
-    return Picture(volume.array.shape[:2], tuple(float(edge) for edge in volume.spacing))
-
-
-def _grid_of_missing_pet(subject, contrasts, size, read, picture, notes):
-    """The grid to use if a PET should be the reference but is not read -> Volume, or None.
-
-    A network that makes PET from CT was trained on grids of PETs, with pixels of about 5 mm in a
-    wide field of view. The CT must be shown to it at the same size.
-    If the subject has a PET, which shall be made again, the grid of that PET is used: its shape and
-    affine, and none of its voxels. Otherwise a grid with the pixels of another PET (`picture`, or
-    that of Subject.like) is laid around the CT. It is as wide as the picture that `fit` makes of
-    that PET. If there is no other PET either, the CT keeps its own grid, and a note says so.
-
-    read: The contrasts that are read. notes: A list that gets (file, sentence) pairs.
-    """
-    if subject.grid != ("pet",) or "pet" not in contrasts or "pet" in read:
-        return None
-    if "pet" in subject.files:
-        return read_geometry(subject.files["pet"], series=True)
-    source = read_geometry(subject.files[read[0]])
-    if picture is None and subject.like is not None:
-        picture = picture_of(subject.like)
-    if picture is None:
-        edge = source.spacing[0]
-        notes.append((source.path.name, f"has no PET beside it and keeps its own pixels of "
-                      f"{edge:.2f} mm; a model that was trained on the grids of PETs saw others"))
-        return None
-    edges = " x ".join(f"{edge:.2f}" for edge in picture.spacing)
-    notes.append((source.path.name, "has no PET beside it; it is resampled to voxels of "
-                  f"{edges} mm, which are those of another PET"))
-    side = max(size, *picture.pixels)
-    return grid_around(source, (side, side), picture.spacing)
 
 
 # ---- Any files -----------------------------------------------------------------------------------
@@ -336,7 +285,8 @@ def read_scan(subject, contrast):
     DataError if the file cannot be read, or if it is a PET whose voxels cannot be SUV.
     """
     volume = read_volume(subject.files[contrast], echo=subject.echoes.get(contrast),
-                         contrast=contrast, frames=subject.frames.get(contrast))
+                         contrast=contrast, frames=subject.frames.get(contrast),
+                         channel=subject.channels.get(contrast))
     if contrast != "pet":
         return volume
     sheet = "give the factor from its unit to SUV in suv.csv"
@@ -362,6 +312,8 @@ def _read_normalised(subject, contrast, scales):
     require_pre(subject, contrast, scales)
     volume = read_scan(subject, contrast)
     background = find_background(volume.array)
+    if not np.isfinite(background.reach) and contrast not in WINDOWS:
+        volume.notes.append("has no air in view, it seems; all of it counts as foreground")
     try:
         u, scale = normalise(volume.array, background, contrast, scales.get("pre"))
     except DataError as error:
@@ -388,8 +340,8 @@ def _load_slices(subject, contrasts, size, use):
                         "written from them; synthesise from NIfTI files")
     count = len(subject.paths) // len(subject.files)
     images = np.zeros((count, len(contrasts), size, size), np.float16)
-    for contrast, paths in subject.files.items():
-        images[:, contrasts.index(contrast)] = fit_slices(read_slices(paths), size)
+    for contrast, slices in read_stacks(subject):
+        images[:, contrasts.index(contrast)] = fit_slices(slices, size)
     present = np.array([contrast in subject.files for contrast in contrasts])
     flat = _flat_slices(images[:, present])
     brain = (images[:, np.argmax(present)] > 0).mean((1, 2))
@@ -426,21 +378,26 @@ def anchor_name(read, contrasts):
     return "the first contrast" if read[0] == contrasts[0] else read[0]
 
 
-def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, tags=None):
+def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, tags=None,
+                  files=None):
     """Yield what there is to synthesise, subject by subject.
 
     Each item is (subject, sources, absent, SubjectSlices of the sources, {absent: output path}).
     A contrast is absent if the subject has no file of it, or if `asked` names it. A subject is left
     out if it lacks nothing or has no source. It is also left out, and this is said, if all its
-    outputs exist already in folder/<subject>.
+    outputs exist already in folder/<subject>. If that folder holds outputs of other files, of
+    another subject with this name, the outputs go to folder/<subject>-2, and so on.
     An output is a NIfTI file on the grid of the sources. An X-ray, and every image of a subject
     without a NIfTI source, is a picture (.png). A report is a .txt file.
     say: A function that gets every line for the user.
     picture: A Picture for subjects without PET, see load_subject.
     tags: {contrast: what its file is called beyond the usual}.
-    DataError if a source cannot be read.
+    files: {subject: digests of its files}, see Dataset.files; by default no subject is another one.
+    A subject that cannot be read is left out, and the others are done.
+    DataError at the end if a subject could not be read.
     """
     made = 0
+    failed = []
     said_pictures = False
     for subject in subjects:
         absent = [c for c in contrasts if c not in subject.files or c in asked]
@@ -448,12 +405,21 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
         if not absent or not sources:
             continue
         made += 1
-        home = Path(folder) / subject.name
+        digests = None if files is None else json.dumps(files[subject.name])
+        home = _home_of(Path(folder), subject.name, digests, say)
+        name = Path(subject.name).name                  # a name may be a path, such as siteA/001
         paths = {}
         for c in absent:
             tag = (tags or {}).get(c, "")
-            paths[c] = home / f"{subject.name}_{c}{tag}_synthetic{_ending_of(c, subject, sources)}"
-        if all(path.exists() for path in paths.values()):
+            paths[c] = home / f"{name}_{c}{tag}_synthetic{_ending_of(c, subject, sources)}"
+        try:
+            done = all(path.exists() for path in paths.values())
+            slices = None if done else load_subject(subject, contrasts, size, sources, picture)
+        except DataError as error:
+            say(f"{subject.name} is left out: {error}")
+            failed.append(subject.name)
+            continue
+        if done:
             say(f"{subject.name}: {', '.join(absent)} is already in {home}; "
                 "delete it to make it again")
             continue
@@ -462,11 +428,27 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
             said_pictures = True
             say("subjects without a NIfTI source have no grid in space: their images are written "
                 "as PNG in normalised units, 0 to 1 as 0 to 255")
-        slices = load_subject(subject, contrasts, size, sources, picture)
+        if digests:
+            with write_atomically(home / SOURCES) as file:
+                file.write(digests.encode())
         yield subject, sources, absent, slices, paths
+    if failed:
+        raise DataError(f"{len(failed)} of {made} subjects could not be synthesised "
+                        f"({few(failed)}), the others are done; mend them, and the same command "
+                        "makes what is missing")
     if not made:
         say("nothing to synthesise: every subject has every contrast; "
             "name one to be made although it exists")
+
+
+def _home_of(folder, name, digests, say):
+    """The folder for the outputs of a subject, in which there are none of other files."""
+    for number in itertools.count(1):
+        home = folder / (name if number == 1 else f"{name}-{number}")
+        note = home / SOURCES
+        if digests is None or not note.exists() or note.read_text(encoding="utf-8") == digests:
+            return home
+        say(f"{name}: {home} holds what was made from other files of this name, and stays")
 
 
 def _ending_of(contrast, subject, sources):

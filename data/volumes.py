@@ -20,15 +20,19 @@ from PIL import Image
 from scipy import ndimage
 
 from data.files import DataError, is_nifti, write_atomically
-from data.intensities import BRAIN_WINDOW, CT_BODY, background_value, is_stripped
+from data.intensities import IN_HU, background_value, reaching_border, to_hounsfield
 from data.metaimage import is_metaimage, read_metaimage, read_metaimage_grid
 from data.nifti import checked_affine, decode, decode_header, volumes_of
+from data.opening import in_plain_words
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
 GRID_TOLERANCE = 1e-3       # mm; two grids that are closer than this everywhere are the same grid
 BAD_VOXELS = 1e-3           # a file with a larger share of NaN or infinite voxels is refused
 ECHO_CONTRAST = 0.1         # of the mean; see split_echoes
 COARSER = 1.5               # a grid is coarser than another one from this ratio of the voxels on
+# The header fields that say where a volume lies. No other field is copied to a volume we write.
+GEOMETRY = ("dim", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c",
+            "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])      # nibabel's way to write RAS+
 
 
@@ -56,7 +60,7 @@ class Volume:
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=None):
+def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=None, channel=None):
     """Read a NIfTI-1, NIfTI-2 or MetaImage file, compressed or not, and turn it to RAS+ -> Volume.
 
     A MetaImage gets a NIfTI header of the same grid. A 2-D image becomes a volume of one slice.
@@ -66,48 +70,47 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=No
     contrast: The notes depend on it, because CT and PET have other normal values than MR.
     frames: For a PET of several frames, their durations in s; () if these are not known. The frames
         are averaged, see nifti.decode.
+    channel: For a 4-D file of several contrasts, the number of the volume to read, from 0.
     DataError if the file is missing, damaged, of another format, too large, complex or coloured. It
-    is also raised if the file has more than one volume (two with `echo`, any number with `frames`),
-    a singular affine, or many NaN.
+    is also raised if the file has a singular affine, many NaN, or more than one volume (two with
+    `echo`, any number with `frames` or `channel`).
     """
     path = Path(path)
+    with in_plain_words(path):
+        return _read(path, max_voxels, echo, contrast, frames, channel)
+
+
+def _read(path, max_voxels, echo, contrast, frames, channel):
+    """See read_volume."""
     if is_metaimage(path):
         array, affine, notes = read_metaimage(path, max_voxels)
         header = _new_header(array.shape, affine)
-        packed = False
     elif is_nifti(path):
-        header, array, packed = decode(path, max_voxels, 1 if echo is None else 2, frames)
-        notes = []
+        header, array, notes = decode(path, max_voxels, 1 if echo is None else 2, frames, channel)
     else:
         raise DataError(f"{path}: only .nii and .nii.gz are read, and .mhd and .mha; "
                         "convert the file to NIfTI")
     if frames is not None and volumes_of(header) > 1:
         notes.append(_say_mean(volumes_of(header), frames))
         header.set_data_shape(array.shape)
-    named_gz = path.name.lower().endswith(".gz")
-    if packed and not named_gz:
-        notes.append("is compressed although its name ends in .nii")
-    if named_gz and not packed:
-        notes.append("is not compressed despite .gz")
-    array = _without_bad_voxels(array, path, notes)
+    if channel is not None:
+        header.set_data_shape(array.shape)
+    array = _without_bad_voxels(array, path, contrast, notes)
     if echo is not None:
         array = split_echoes(array, path)[echo]
         # nibabel's default affine depends on the shape, so the shape must be that of one echo.
         header.set_data_shape(array.shape)
-    affine = checked_affine(header, path)
+    affine = checked_affine(header, path, notes)
     if echo is not None:
         extent = array.shape[2] * np.linalg.norm(affine[:3, 2])
         notes.append("holds both echoes; with its header's slice distance each covers "
                      f"{extent:.0f} mm")
-    if header["sform_code"] == 0 and header["qform_code"] == 0:
-        notes.append("has no orientation in its header; the NIfTI default is assumed, "
-                     "left and right may be swapped")
-    if contrast in ("ct", "cta"):
-        if is_stripped(array):
-            notes.append("holds neither bone nor air; the skull was removed, it seems, and "
-                         f"{BRAIN_WINDOW.background:g} to {BRAIN_WINDOW.high:g} HU become 0 to 1")
-        elif array.min() > CT_BODY:
-            notes.append(f"holds no air, its lowest value is {array.min():g}; is it in HU?")
+    if contrast in IN_HU:
+        try:
+            array, note = to_hounsfield(array)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        notes += [note] if note else []
     elif contrast == "pet":
         if array.min() < 0:
             notes.append("has negative voxels; they become 0")
@@ -115,6 +118,10 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=No
         notes.append("has negative voxels; they are kept, the scale starts at the background")
     orientation = io_orientation(affine)
     turned = np.ascontiguousarray(apply_orientation(array, orientation))
+    side = max(turned.shape[:2])
+    if side**2 * turned.shape[2] > 4 * MAX_VOXELS:
+        raise DataError(f"{path}: has {turned.shape[0]} x {turned.shape[1]} pixels in a slice, too "
+                        "long to be made square; crop or resample it")
     turned_affine = affine @ inv_ornt_aff(orientation, array.shape)
     return Volume(turned, turned_affine, path, header, orientation, notes)
 
@@ -134,15 +141,16 @@ def read_geometry(path, series=False):
     DataError as read_volume, as far as the header shows it.
     """
     path = Path(path)
-    if is_metaimage(path):
-        shape, affine = read_metaimage_grid(path, MAX_VOXELS)
-        header = _new_header(shape, affine)
-    else:
-        header, shape = decode_header(path, MAX_VOXELS, series)
-    if volumes_of(header) > 1:
-        header.set_data_shape(shape)
-    affine = checked_affine(header, path)
-    orientation = io_orientation(affine)
+    with in_plain_words(path):
+        if is_metaimage(path):
+            shape, affine = read_metaimage_grid(path, MAX_VOXELS)
+            header = _new_header(shape, affine)
+        else:
+            header, shape = decode_header(path, MAX_VOXELS, series)
+        if volumes_of(header) > 1:
+            header.set_data_shape(shape)
+        affine = checked_affine(header, path)
+        orientation = io_orientation(affine)
     # The zeros are one number in memory, which looks like an array of this shape.
     zeros = apply_orientation(np.broadcast_to(np.float32(0), shape), orientation)
     return Volume(zeros, affine @ inv_ornt_aff(orientation, shape), path, header, orientation)
@@ -215,18 +223,31 @@ def split_echoes(array, path):
     return second, first
 
 
-def _without_bad_voxels(array, path, notes):
-    """Replace NaN and infinite voxels by the background. DataError if there are too many."""
+def _without_bad_voxels(array, path, contrast, notes):
+    """Replace NaN and infinite voxels by the background. DataError if there are too many.
+
+    Programs such as SPM write NaN where they have no data. NaN from the border inwards is therefore
+    background, however much there is. NaN inside of the body is damage.
+    """
     bad = ~np.isfinite(array)
     count = int(bad.sum())
     if count == 0:
         return array
+    if count == array.size:
+        raise DataError(f"{path}: all of its voxels are NaN or infinite; export it again")
     if count > BAD_VOXELS * array.size:
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise DataError(f"{path}: {count} of {array.size} voxels are NaN or infinite "
-                        f"(first at {first}); repair the file")
-    notes.append(f"has {count} NaN or infinite voxels; they are replaced by the background")
-    level = background_value(np.where(bad, np.median(array[~bad]), array))
+        # Every slice of a thin stack is at its top or bottom, so those sides do not count there.
+        axes = [axis for axis in range(3) if array.shape[axis] > 2]
+        holes = bad & ~reaching_border(bad, axes)
+        count = int(holes.sum())
+        if count > BAD_VOXELS * array.size:
+            first = tuple(int(i) for i in np.argwhere(holes)[0])
+            raise DataError(f"{path}: {count} of {array.size} voxels are NaN or infinite "
+                            f"(first at {first}); repair the file")
+        notes.append("has NaN or infinite voxels from its border inwards; they are background")
+    if count:
+        notes.append(f"has {count} NaN or infinite voxels; they are replaced by the background")
+    level = background_value(np.where(bad, np.float32(np.nan), array), contrast)
     return np.where(bad, level, array).astype(np.float32)
 
 
@@ -238,11 +259,9 @@ def read_slices(paths):
     """
     slices = None
     for i, path in enumerate(paths):
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: cannot be read as an array ({error}); write it again with "
-                            "numpy.save") from None
+        with in_plain_words(path):
+            # A map fails if the file is shorter than its header claims, before memory is taken.
+            array = np.lib.format.open_memmap(path, mode="r")
         if array.ndim != 2 or array.dtype.kind not in "iuf" or 0 in array.shape:
             raise DataError(f"{path}: holds {array.dtype} of shape {array.shape}; "
                             "a slice is (H, W) numbers")
@@ -257,6 +276,21 @@ def read_slices(paths):
                             "scale them to [0, 1]")
         slices[i] = array.clip(0, 1)
     return slices
+
+
+def read_stacks(subject):
+    """Yield (contrast, slices (Z, H, W)) of a subject of .npy slices.
+
+    DataError if a file cannot be used, or if its size is not that of the first contrast.
+    """
+    first = None
+    for contrast, paths in subject.files.items():
+        slices = read_slices(paths)
+        first = first or (paths[0], slices.shape[1:])
+        if slices.shape[1:] != first[1]:
+            raise DataError(f"{paths[0]}: has shape {slices.shape[1:]}, {first[0]} has {first[1]}; "
+                            "pixels of two contrasts must correspond, so crop or pad them alike")
+        yield contrast, slices
 
 
 # ---- Grids ---------------------------------------------------------------------------------------
@@ -408,8 +442,8 @@ def write_volume(path, array, like, description, overwrite=False):
     """Write a canonical array (X, Y, Z) as float32 NIfTI, on the grid that `like` has in its file.
 
     Orientation, affine, sform and qform codes, units and shape are those of the source, and
-    scl_slope is 1. Extensions of the source are not copied, because they may hold patient data. The
-    file appears complete or not at all.
+    scl_slope is 1. Nothing else of the source is copied, because its other fields and extensions
+    may hold patient data. The file appears complete or not at all.
 
     like: The Volume of the source.
     description: Unit and method, for the header field `descrip`. That field has room for 79
@@ -425,12 +459,13 @@ def write_volume(path, array, like, description, overwrite=False):
                          f"{like.array.shape}")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; move it away or choose another folder")
-    header = like.header.copy()
+    header = type(like.header)(endianness=like.header.endianness)
+    for name in GEOMETRY:
+        header[name] = like.header[name]
+    header["magic"] = header.single_magic
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
     header["vox_offset"] = header.sizeof_hdr + 4
-    header["cal_min"] = 0                       # the display window of the source is not ours
-    header["cal_max"] = 0
     text = description if "synthetic" in description else f"synthetic; {description}"
     header["descrip"] = text.encode("ascii", "replace")[:79]
     stored = apply_orientation(array, ornt_transform(CANONICAL, like.orientation))

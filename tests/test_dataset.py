@@ -173,3 +173,12 @@ def test_a_data_set_before_and_after_an_agent(tmp_path):
 def test_every_contrast_has_its_words():
     for contrast in CONTRASTS:
         assert data.caption(contrast, 0.5, 0.5) and data.prompt(contrast, {}).endswith(f"Description: {DESCRIPTIONS[contrast]}")
+
+
+def test_more_slices_than_there_are_means_all(tmp_path):
+    ds, _ = opened(make_set(tmp_path / "set"))
+    for part in ("train", "test"):
+        assert np.array_equal(ds.spread(part, 10**9), ds.rows(part)) and len(ds.rows(part))
+    first = ds.split["train"][0]
+    rows = np.flatnonzero(ds.subject == first)
+    assert np.array_equal(ds.spread("train", 2)[:2], rows[[len(rows) // 4, 3 * len(rows) // 4]])

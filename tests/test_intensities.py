@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from data import check, denormalise, load_subject, read_volume
 from data.files import DataError
@@ -133,11 +134,12 @@ def test_body_in_ct(tmp_path):
 def test_odd_values_of_ct_are_noted(tmp_path):
     path = save(tmp_path / "ct.nii", scan()[0])
     assert read_volume(path, contrast="ct").notes == [] and "negative" in read_volume(path, contrast="t1").notes[0]
-    path = save(tmp_path / "ct12.nii", scan()[0].clip(-1000) + 1000)
-    assert read_volume(path, contrast="ct").notes == ["holds no air, its lowest value is 0; is it in HU?"]
+    path = save(tmp_path / "cut.nii", scan()[0].clip(-150, 1400))
+    odd = "holds no air, its lowest value is -150; is it in HU?"
+    assert read_volume(path, contrast="ct").notes == [odd]
     lines = []
     find = Subject("p", "p", {"ct": path})
-    assert load_subject(find, ("ct",), 20).notes == [("ct12.nii", "holds no air, its lowest value is 0; is it in HU?")]
+    assert load_subject(find, ("ct",), 20).notes == [("cut.nii", odd)]
     save(tmp_path / "set" / "a" / "CT.nii.gz", scan()[0])
     save(tmp_path / "set" / "b" / "CT.nii.gz", scan(seed=1)[0] * 0 - 900)
     assert not check(tmp_path / "set", say=lines.append) and "subject b, ct" in lines[-2] and "is constant" in lines[-2]
@@ -200,8 +202,8 @@ def test_odd_values_of_pet_and_cta_are_noted(tmp_path):
     path = save(tmp_path / "a.nii", body_pet() - 0.1)
     assert read_volume(path, contrast="pet").notes == ["has negative voxels; they become 0"]
     assert read_volume(save(tmp_path / "b.nii", body_pet()), contrast="pet").notes == []
-    path = save(tmp_path / "c.nii", scan()[0].clip(-1000) + 1000)
-    assert read_volume(path, contrast="cta").notes == ["holds no air, its lowest value is 0; is it in HU?"]
+    path = save(tmp_path / "c.nii", scan()[0].clip(-90, 1400))
+    assert read_volume(path, contrast="cta").notes == ["holds no air, its lowest value is -90; is it in HU?"]
 
 
 def stripped_ct():
@@ -236,3 +238,125 @@ def test_bone_or_air_means_a_whole_ct():
     wide[:, 0] = wide[:, -1] = 40
     for array in (bone, air, fat, wide, stripped_ct() / 70):
         assert not is_stripped(array) and normalise(array, None, "ct")[1] == CT_WINDOW
+
+
+# ---- Numbers that are no HU, and volumes without background ----------------------------------------------------------
+
+def round_ct(seed=0):
+    """A round body of about 40 HU with bone, and air of about -1000 HU; the circle of the scanner is larger."""
+    shape = (40, 40, 6)
+    noise = np.random.default_rng(seed).normal(0, 8, shape)
+    hu = np.where(cylinder(shape, 0.7), 40, -1000) + noise
+    hu[18:22, 10:14] = 900
+    return hu.astype(np.float32), cylinder(shape, 0.98)
+
+
+@pytest.mark.parametrize(("store", "note"), [
+    (lambda hu, circle: hu, None),
+    (lambda hu, circle: np.where(circle, hu, -2000), None),
+    (lambda hu, circle: np.where(circle, hu, -32768), None),
+    (lambda hu, circle: hu + 1024, "HU + 1024, its darkest part is at 2"),
+    (lambda hu, circle: np.where(circle, hu + 1024, 0), "HU + 1024, its darkest part is at 2"),
+    (lambda hu, circle: np.where(circle, hu + 1024, -2000), "HU + 1024, its darkest part is at 2"),
+    (lambda hu, circle: hu + 1000, "HU + 1000, its darkest part is at"),
+    (lambda hu, circle: hu + 32768, "HU + 32768, its darkest part is at 31768"),
+    (lambda hu, circle: hu + 1500, "HU + 1500, its darkest part is at 500"),
+    (lambda hu, circle: (hu + 1024)[10:30, 10:30], "HU + 1024, its darkest part is at"),
+    (lambda hu, circle: np.where(hu < 0, hu + 65536, hu), "65536 is subtracted"),
+    (lambda hu, circle: np.where(circle, hu + 1024, np.nan), "HU + 1024, its darkest part is at 2"),
+], ids=["HU", "-2000", "-32768", "1024", "1024 in 0", "1024 in -2000", "1000", "32768", "1500", "1024 without air", "16 bits", "nan"])
+def test_numbers_become_hu(tmp_path, store, note):
+    hu, circle = round_ct()
+    volume = read_volume(save(tmp_path / "ct.nii", store(np.round(hu), circle).astype(np.float32)), contrast="ct")
+    assert (note is None and volume.notes == []) or note in volume.notes[-1]
+    bone = np.median(volume.array[volume.array > 500])
+    assert bone == pytest.approx(900, abs=45 if note and volume.array.shape[0] == 20 else 3)
+    assert np.median(volume.array[np.abs(volume.array - 40) < 300]) == pytest.approx(40, abs=45)
+
+
+@pytest.mark.parametrize("scaled", [lambda u: u, lambda u: 2 * u - 1, lambda u: np.round(255 * u), lambda u: 2.5 * u - 1],
+                         ids=["0 to 1", "-1 to 1", "0 to 255", "thousands"])
+def test_pictures_are_no_hu(tmp_path, scaled):
+    u = normalise(round_ct()[0], contrast="ct")[0]
+    with pytest.raises(DataError, match=r"ct\.nii: holds numbers from .* which are no HU"):
+        read_volume(save(tmp_path / "ct.nii", scaled(u).astype(np.float32)), contrast="ct")
+    assert read_volume(save(tmp_path / "b.nii", stripped_ct()), contrast="ct").notes[0].startswith("holds neither bone nor air")
+
+
+def tissue(seed, levels):
+    """Three tissues in smooth pieces that reach every side."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(48, 48, 16)), 3)
+    kinds = np.digitize(field, np.quantile(field, [0.3, 0.6]))
+    return (np.array(levels)[kinds] * np.random.default_rng(seed).normal(1, 0.02, kinds.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("levels", [(300, 600, 900), (900, 600, 400), (60, 500, 400)], ids=["t1", "t2", "dark"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("offset", [0, -1000])
+def test_a_volume_without_air_is_all_foreground(seed, levels, offset):
+    array = tissue(seed, levels) + offset
+    background = find_background(array)
+    assert background.reach == -np.inf and foreground(array, background).all()
+    u, scale = normalise(array)
+    assert np.mean(u == 0) < 0.01 and scale.background == pytest.approx(np.percentile(array, 0.5), abs=10)
+
+
+def test_a_smooth_volume_without_air_is_all_foreground(tmp_path):
+    field = ndimage.gaussian_filter(np.random.default_rng(2).normal(size=(48, 48, 16)), 4)
+    array = (700 - 500 * (field - field.min()) / np.ptp(field)).astype(np.float32)
+    assert foreground(array).all() and np.mean(normalise(array)[0] == 0) < 0.01
+    notes = load_subject(Subject("p", "p", {"t1": save(tmp_path / "a.nii", array)}), ("t1",), 48).notes
+    assert notes == [("a.nii", "has no air in view, it seems; all of it counts as foreground")]
+
+
+@pytest.mark.parametrize("sigma", [5, 40, 90])
+@pytest.mark.parametrize("air", ["around", "around a small body", "in a corner", "and lungs"])
+def test_noisy_air_is_still_found(sigma, air):
+    shape = (64, 64, 10)
+    x, y = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape[:2]], indexing="ij")
+    inside = {"around": x**2 + y**2 < 0.8, "around a small body": x**2 + y**2 < 0.12, "in a corner": x + y < 0.9,
+              "and lungs": (x**2 + y**2 < 0.8) & ~(((abs(x) - 0.45) / 0.25) ** 2 + (y / 0.4) ** 2 < 1)}[air]
+    if air == "in a corner" and sigma > 50:
+        pytest.skip("too little air for such noise")
+    rng = np.random.default_rng(0)
+    clean = np.where(inside[..., None], 700, 0) * np.ones(shape)
+    array = np.hypot(clean + rng.normal(0, sigma, shape), rng.normal(0, sigma, shape)).astype(np.float32)
+    found = find_background(array)
+    assert np.isfinite(found.reach) and found.level == pytest.approx(sigma, rel=0.4)
+    assert np.mean(foreground(array, found) == inside[..., None]) > 0.97
+
+
+def test_nan_from_the_border_is_background(tmp_path):
+    array = head((30, 30, 12))
+    body = array > 0
+    outside = np.where(body, array, np.nan)
+    volume = read_volume(save(tmp_path / "a.nii", outside))
+    np.testing.assert_array_equal(volume.array, array)
+    assert volume.notes == ["has NaN or infinite voxels from its border inwards; they are background"]
+    scores = read_volume(save(tmp_path / "b.nii", (outside - 150) / 30))
+    assert (foreground(scores.array) == body).mean() > 0.999
+    slab = array - 7
+    slab[:9] = -np.inf  # where one corner of the box was never scanned, the rest has its own background
+    volume = read_volume(save(tmp_path / "c.nii", slab))
+    assert (volume.array[:9] == -7).all()
+    hole = outside.copy()
+    hole[14:18, 14:18, 4:8] = np.nan
+    with pytest.raises(DataError, match=r"64 of 10800 voxels are NaN or infinite \(first at \(14, 14, 4\)\)"):
+        read_volume(save(tmp_path / "d.nii", hole))
+    few = outside.copy()
+    few[15, 15, 5] = np.nan
+    volume = read_volume(save(tmp_path / "e.nii", few))
+    assert volume.array[15, 15, 5] == 0 and volume.notes[-1].startswith("has 1 NaN or infinite voxels")
+    with pytest.raises(DataError, match="all of its voxels are NaN"):
+        read_volume(save(tmp_path / "f.nii", outside * np.nan))
+    with pytest.raises(DataError, match="32 of 1800 voxels are NaN"):
+        read_volume(save(tmp_path / "h.nii", hole[..., 5:7]))  # every slice of a thin stack is at its top or bottom
+    thin = read_volume(save(tmp_path / "g.nii", outside[..., 5]))  # a single slice
+    np.testing.assert_array_equal(thin.array[..., 0], array[..., 5])
+
+
+def test_nan_around_a_ct_is_not_water(tmp_path):
+    hu, circle = round_ct()
+    volume = read_volume(save(tmp_path / "ct.nii", np.where(circle, hu, np.nan).astype(np.float32)), contrast="ct")
+    assert (volume.array[~circle] == -3024).all() and not normalise(volume.array, contrast="ct")[0][~circle].any()
+    assert (normalise(np.where(circle, hu, -3024), contrast="ct")[0] == normalise(volume.array, contrast="ct")[0]).all()

@@ -185,7 +185,7 @@ def test_other_formats_under_a_wrong_name(tmp_path):
 
 
 def test_missing_and_constant(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such file"):
         read_picture(tmp_path / "none.png")
     with pytest.raises(DataError, match=r"is constant \(every pixel is 0.2\)"):
         read_picture(stored(tmp_path, Image.new("L", (5, 5), 51)))
@@ -353,3 +353,17 @@ def test_several_views_are_written_side_by_side(tmp_path):
     for name, value in (("p_ct.png", 0), ("p_ct_2.png", 255)):
         with Image.open(tmp_path / "out" / name) as image:
             assert image.getextrema() == (value, value)
+
+
+def test_inverted_pictures_are_noted(tmp_path):
+    dark = np.zeros((40, 40), np.uint8)
+    dark[8:32, 8:32] = 160
+    assert read_picture(stored(tmp_path, Image.fromarray(dark))).notes == []
+    picture = read_picture(stored(tmp_path, Image.fromarray(255 - np.where(dark > 0, 200, 0).astype(np.uint8))))
+    assert picture.array[20, 20] < 0.3
+    assert picture.notes == []  # most of the picture is bright
+    bright = np.full((40, 40), 255, np.uint8)
+    bright[4:36, 4:36] = 60
+    picture = read_picture(stored(tmp_path, Image.fromarray(bright)))
+    assert picture.notes == ["is bright around the body, so it may be inverted (MONOCHROME1); it is used as it is"]
+    assert picture.array[0, 0] == 1 and picture.array[20, 20] < 0.3

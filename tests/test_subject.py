@@ -9,7 +9,7 @@ from data import load_subject
 from data.files import DataError
 from data.intensities import normalise
 from data.layouts import Subject, find_layout
-from data.subject import picture_of
+from data.placing import picture_of
 from data.volumes import fit, read_volume
 from scans import (
     AFFINE,
@@ -162,8 +162,8 @@ def test_scans_from_any_files(tmp_path):
 
 
 @pytest.mark.parametrize(("files", "contrasts", "sentence"), [
-    ({"t1": "t1.nii", "adc": "t1.nii"}, ("t1",), "adc is no contrast; the contrasts are flair"),
-    ({"t1": "t1.nii"}, ("t1", "dwi"), "dwi is no contrast"),
+    ({"t1": "t1.nii", "bold": "t1.nii"}, ("t1",), "bold is no contrast; the contrasts are "),
+    ({"t1": "t1.nii"}, ("t1", "bold"), "bold is no contrast"),
     ({"t1": "t1.nii", "T1w": "t1.nii"}, ("t1",), "t1 is named twice in t1, T1w"),
     ({"t1": "t1.nii"}, ("t1", "t1n"), "t1 is named twice"),
     ({"t1": "t1.nii"}, ("t2",), "is t1, which is not one of the contrasts t2"),
@@ -281,8 +281,8 @@ def test_ct_is_averaged_onto_the_grid_of_the_pet(tmp_path, contrasts):
 
     slices = load_subject(of_layout(folder, contrasts), contrasts, 12)
     assert slices.reference.path.name == "PET.nii.gz" and slices.images.shape == (6, 2, 12, 12)
-    other = load_subject(Subject("p", "p", {"t2": folder / "p0" / "PET.nii.gz", "ct": folder / "p0" / "CT.nii.gz"}),
-                         ("t2", "ct"), 12)  # MR and CT are resampled as before, without averaging
+    other = load_subject(Subject("p", "p", {"t2": folder / "p0" / "PET.nii.gz", "ct": folder / "p0" / "CT.nii.gz"},
+                                 grid=("t2",)), ("t2", "ct"), 12)  # MR and CT are resampled as before, without averaging
     assert error(slices, contrasts.index("ct")) < 0.03 < 0.1 < error(other, 1)
 
 

@@ -51,6 +51,7 @@ another version of numpy or zlib may differ in a last bit.
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def make(name, folder, subjects=None, size=64, slices=None, seed=0):
         raise DataError(f"{folder}: exists already, and phantoms never overwrite; "
                         "give another name or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    growing = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    growing = folder.with_name(f".{folder.name}.unfinished-{secrets.token_hex(4)}")
     growing.mkdir()
     try:
         truth = SETS[name](growing, subjects, size, slices, seed)

@@ -6,13 +6,12 @@ to know of one scan, in the units of a scanner's console: TR, TE and TI (ms), FA
 subject would show. A record can also be one that nobody has scanned.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.files import DataError
+from data.files import DataError, read_json
 from data.phantom.files import write_json, write_nifti, write_sheet
 from data.phantom.geometry import rng_for, smooth_field
 from data.phantom.head import head_anatomy, head_grid
@@ -314,10 +313,10 @@ def neuro_truth(folder, name):
     """
     path = Path(folder) / "phantom.json"
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        note = read_json(path, {"truth": dict, "size": int, "slices": int, "seed": int})
+    except DataError as error:
         raise DataError(f"{folder}: is no phantom ({error})") from error
-    if not isinstance(note, dict) or note.get("name") != "neuro":
+    if note.get("name") != "neuro":
         raise DataError(f"{path}: is not of the phantom neuro")
     stored = note["truth"].get(name)
     if stored is None:
