@@ -62,7 +62,7 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
-  encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
+  encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py schedules.py
   score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import functools
@@ -79,8 +79,9 @@ import data
 from common import clip, metrics, pictures, script
 from common.cli import load_presets
 from common.device import seed_of
-from common.encoder import encode, encode_slices, load_encoder, train_encoder
+from common.encoder import encode, encode_slices, encoder_at_work, load_encoder, train_encoder
 from common.loop import EMA, Best
+from common.outline import Outline
 from common.schedules import cosine_alpha_bar, linear_alpha_bar, q_sample, x0_from_eps
 from common.tasks import missing_patterns
 from common.unet import SpatialTransformer, UNet, attention_at, check_sizes
@@ -535,7 +536,6 @@ def train(cfg, run, ds):
     extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
     so captions alone would let the encoder forget it.
     """
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                             cfg.encoder_batch, cfg.encoder_lr)
@@ -728,11 +728,11 @@ def outline(cfg, ds):
     """For a dry run: the networks, and one slice through the U-Net."""
     dim = clip.SIZES[cfg.encoder]["embed"]
     x_t = torch.zeros(1, len(ds.contrasts), cfg.size, cfg.size)
-    z = torch.zeros(1, 1, dim)
     unet = make_unet(cfg, len(ds.contrasts), dim)
-    lines = [f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(x_t.shape)}"]
-    return script.Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
-                          lambda: unet(x_t, torch.zeros(1), z), cfg.batch * cfg.steps, lines)
+    lines = [f"x_t {tuple(x_t.shape)}, t (1,), z (1, 1, {dim}) -> eps {tuple(x_t.shape)}"]
+    return Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
+                   lambda: unet(x_t, torch.zeros(1), torch.zeros(1, 1, dim)),
+                   cfg.batch * cfg.steps, lines, encoder_at_work(cfg), guided=True)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

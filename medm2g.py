@@ -65,8 +65,8 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 NEEDS  data/ and these files of common/:
   augment.py autoencoder.py benchmark.py cli.py clip.py codebook.py codecs.py cohort.py
   contrastive.py device.py downstream.py embeddings.py evaluation.py files.py kspace.py loop.py
-  metrics.py multimodal.py pictures.py places.py realism.py report_scores.py rounds.py run.py
-  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py textvae.py
+  metrics.py multimodal.py outline.py pictures.py places.py realism.py report_scores.py rounds.py
+  run.py schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py textvae.py
   tokenizer.py unet.py vqae.py
 """
 import math
@@ -95,6 +95,7 @@ from common.codecs import (
 from common.contrastive import contrastive_loss, cosines, groups_of
 from common.device import seed_of
 from common.kspace import central_kspace
+from common.outline import Outline
 from common.places import sine_positions, squared_distances
 from common.rounds import (
     MODALITIES,
@@ -182,6 +183,13 @@ class Config(CodecConfig):
     sample_batch: int = 32                      # samples at once; changes rounding only
 
     def __post_init__(self):
+        factor = 2 ** (len(self.ae_mult) + len(self.mult) - 2)
+        if self.size % factor:
+            raise ValueError(f"--size {self.size}: must be a multiple of {factor}, for "
+                             f"{len(self.ae_mult)} --ae-mult and {len(self.mult)} --mult")
+        if self.text_width % self.text_heads:
+            raise ValueError(f"--text-width {self.text_width} must be divisible by --text-heads "
+                             f"{self.text_heads}")
         for name in self.rounds:
             pair = name.split("-")
             if len(pair) != 2 or not set(pair) <= set(MODALITIES) or name == "text-text":
@@ -193,7 +201,8 @@ class Config(CodecConfig):
 SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_slices")
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
-              rounds=(0, 0), test_subjects=(0.01, 10 ** 6))
+              rounds=(0, 0), test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536),
+              batch_text=(1, 65536), align_batch=(2, 65536))
 # A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
 STAGES = {
     "autoencoder": (),
@@ -789,7 +798,6 @@ class Model:
 
 def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again."""
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     rounds = checked_rounds(cfg.rounds, ds.contrasts, ds.present[ds.rows("train")])
     codecs = train_codecs(cfg, run, ds)
     samples = Samples(run, ds, "train", codecs, disturbed(cfg, ds.contrasts),
@@ -1066,15 +1074,17 @@ def outline(cfg, ds):
     z = torch.zeros(1, *shape)
     t = torch.zeros(1, dtype=torch.long)
     yes = torch.ones(1, dtype=torch.bool)
-    named = {"image autoencoder": make_autoencoder(cfg)}
+    ae = make_autoencoder(cfg)
+    image = torch.zeros(1, 1, cfg.size, cfg.size)
+    named = {"image autoencoder": ae}
     named.update({f"diffuser of {m}": network for m, network in flows.diffusers.items()})
     named.update({f"V and f of {m}": nn.ModuleList([flows.contexts[m], *(
         [flows.guides[m]] if m in flows.guides else [])]) for m in flows.contexts})
     lines = [f"{stream} (1, 1, {cfg.size}, {cfg.size}) -> latent {tuple(z.shape)}",
              f"rounds: {', '.join(cfg.rounds)}"]
     count = cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds)
-    return script.Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes),
-                          count, lines)
+    return Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes), count,
+                   lines, {"ae_batch": (False, lambda: ae(image))})
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
-  embeddings.py encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py schedules.py
-  score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
+  embeddings.py encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py
+  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
 """
 import math
 from dataclasses import dataclass
@@ -81,8 +81,9 @@ from common import clip, downstream, script
 from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.discriminator import PairDiscriminator, r1_penalty
-from common.encoder import Prompts, Text, load_encoder, train_encoder
+from common.encoder import Prompts, Text, encoder_at_work, load_encoder, train_encoder
 from common.loop import Best, cosine_rate
+from common.outline import Outline
 from common.schedules import ddbm_bridge, syndiff_schedule
 from common.tasks import all_directions, chosen_direction
 from common.unet import (
@@ -152,8 +153,7 @@ class Config:
         check_sizes(self.size, self.base, self.mult, self.groups, self.head_dim)
         if self.size % 8:
             raise ValueError(f"--size {self.size}: must be a multiple of 8, for the discriminator")
-        unknown = set(self.fields) - set(PROMPT_FIELDS)
-        if unknown:
+        if set(self.fields) - set(PROMPT_FIELDS):
             raise ValueError(f"--fields {','.join(self.fields)}: there are "
                              f"{', '.join(PROMPT_FIELDS)}")
         if self.conditioning != "ta" and (self.share or self.prompts != "both"):
@@ -546,7 +546,6 @@ def train(cfg, run, ds):
     of Table 5 leave fields out later.  Fields are masked now and then, so that it learns what
     [MASK] and None mean.
     """
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     meta = {subject.name: subject.meta for subject in ds.subjects}
 
     def texts(rows):
@@ -721,6 +720,8 @@ def segmenters(cfg, run, ds, targets):
 
 def outline(cfg, ds):
     """For a dry run: the networks, a slice through the generator, the prompts of a subject."""
+    if cfg.text_file:                           # a file that does not fit is refused now
+        make_prompts(cfg, None, ds.complete, list(ds.contrasts), "cpu")
     dim = clip.SIZES[cfg.encoder]["embed"]
     K = clip.SIZES[cfg.encoder]["text"]["width"]
     G = Generator(cfg, dim, K)
@@ -729,11 +730,10 @@ def outline(cfg, ds):
     image = torch.zeros(1, 1, cfg.size, cfg.size)
     e = torch.zeros(1, dim)
     text = Text(e, e, e, torch.zeros(1, 8, K), torch.ones(1, 8, dtype=torch.bool))
-    shape = tuple(image.shape)
-    lines = [f"x_t, y {shape}, t (1,), E_src, E_tgt (1, {dim}) -> x0_hat {shape}"]
+    lines = [f"x_t, y, x0_hat {tuple(image.shape)}, t (1,), E_src, E_tgt (1, {dim})"]
     lines += [f"prompt: {prompt(c, ds.subjects[0].meta, cfg.fields)}" for c in ds.contrasts]
-    return script.Outline(networks, lambda: G(image, torch.ones(1), image, text),
-                          cfg.epochs * len(ds.part("train")), lines)
+    return Outline(networks, lambda: G(image, torch.ones(1), image, text),
+                   cfg.epochs * len(ds.part("train")), lines, encoder_at_work(cfg))
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

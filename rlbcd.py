@@ -66,7 +66,7 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  data/ and these files of common/:
   autoencoder.py benchmark.py classify.py cli.py codebook.py cohort.py confidence.py device.py
-  downstream.py evaluation.py features.py files.py loop.py metrics.py pictures.py run.py
+  downstream.py evaluation.py features.py files.py loop.py metrics.py outline.py pictures.py run.py
   schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py unet.py value.py vqae.py
 """
 from dataclasses import dataclass, replace
@@ -85,6 +85,7 @@ from common.device import full_precision, seed_of
 from common.evaluation import notes_of
 from common.files import RunError
 from common.loop import EMA, Best
+from common.outline import Outline
 from common.schedules import falling_times
 from common.tasks import one_task, pair_in, typed_pair
 from common.unet import SelfAttention, UNet, attention_at, check_sizes, zeroed
@@ -529,7 +530,6 @@ class Model:
 
 def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again."""
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     slices = ds.part("train")
     picture = make_picture(cfg, run, slices, ds.contrasts)
     unseen = ds.part("val")
@@ -729,8 +729,8 @@ def outline(cfg, ds):
              f"{tuple(x.shape)}, t (1,) -> gradients {tuple(x.shape)}"]
     named = {"autoencoder": ae, "both U-Nets": networks, "H_E": Evaluator(ae.z)}
     states = {"residual": x, "enhanced": x}
-    return script.Outline(named, lambda: networks(states, torch.zeros(1)), cfg.batch * cfg.steps,
-                          lines)
+    return Outline(named, lambda: networks(states, torch.zeros(1)), cfg.batch * cfg.steps, lines,
+                   {"ae_batch": (False, lambda: ae(torch.zeros(1, 1, cfg.size, cfg.size)))})
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
-  encoder.py evaluation.py files.py loop.py metrics.py pictures.py run.py score_volumes.py
-  script.py sentences.py slabs.py studies.py table_pages.py tables.py tasks.py tiles.py
-  tokenizer.py unet.py
+  encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py
+  score_volumes.py script.py sentences.py slabs.py studies.py table_pages.py tables.py tasks.py
+  tiles.py tokenizer.py unet.py
 """
 import math
 from dataclasses import dataclass
@@ -76,9 +76,10 @@ from common import clip, script, sentences, studies
 from common.cli import load_presets
 from common.device import full_precision, seed_of
 from common.embeddings import Features
-from common.encoder import load_encoder, train_encoder
+from common.encoder import encoder_at_work, load_encoder, train_encoder
 from common.files import RunError
 from common.loop import Best
+from common.outline import Outline
 from common.slabs import Pairs
 from common.tasks import named_pairs
 from common.tiles import tile_volume
@@ -473,7 +474,6 @@ def train(cfg, run, ds):
 
     ds.complete are the subjects that are used: those with at least two contrasts.
     """
-    run.shard(cfg.batch)                        # refuses an impossible batch before the first stage
     training = [subject for subject in ds.complete if subject.name in ds.split["train"]]
     run.about["typical"] = sentences.typical_records(training, ds.contrasts)
     neuroclip = train_neuroclip(cfg, run, ds)
@@ -678,7 +678,8 @@ def outline(cfg, ds):
     if network.attention is not None:
         named["attention"] = network.attention
     slabs = 2 * 4 * cfg.epochs * len(ds.split["train"])                     # two of each pair
-    return script.Outline(named, lambda: network(x, text, text), slabs, lines)
+    return Outline(named, lambda: network(x, text, text), slabs, lines, encoder_at_work(cfg),
+                   depth=cfg.slices)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ an image or map, z h w channels, height and width of a latent, N = H*W positions
 """
 import hashlib
 import math
+import os
+import zlib
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from common.codebook import CodeUse, first_codes, restart, sites_of
 from common.device import seed_of
 from common.files import RunError
 from common.loop import EMA, Best, cosine_rate
-from data.files import write_atomically
+from data.files import remove_unfinished, write_atomically
 
 STAGE = "autoencoder"
 KL_WEIGHT = 1e-6            # of the KL term, which is a sum over a latent, beside mean pixel errors
@@ -44,6 +46,7 @@ MAX_ADAPTIVE = 1e4          # limit of the adaptive weight
 WINDOW = 100                # steps over which the use of codes is counted
 VALIDATION = 64             # most validation pictures that are looked at
 ENCODE_BATCH = 8            # pictures that are encoded at once after training
+CRC_LENGTH = 8              # bytes at the end of a file of latents, with the CRC-32 of the others
 
 
 class PatchDiscriminator(nn.Module):
@@ -408,9 +411,18 @@ def open_latents(path, shape):
     """Return the array of a file, memory-mapped, or None if it is missing, damaged or different."""
     try:
         found = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(-CRC_LENGTH, os.SEEK_END)
+            stored = file.read()
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == shape and found.dtype == np.float16 else None
+    same = found.shape == shape and found.dtype == np.float16
+    return found if same and stored == crc_text(zlib.crc32(found)) else None
+
+
+def crc_text(crc):
+    """Return a CRC-32 as the bytes that end a file of latents."""
+    return f"{crc:0{CRC_LENGTH}x}".encode()
 
 
 @torch.no_grad()
@@ -418,11 +430,16 @@ def write_latents(run, ae, picture, shape, path):
     """Encode all samples into a file, see cached_latents.  shape: (count, z, h, w)."""
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     try:
+        remove_unfinished(path.parent)
+        crc = 0
         with write_atomically(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for numbers in run.batches("latents", np.arange(shape[0]), ENCODE_BATCH):
                 L = ae.to_latent(picture(numbers)).half()               # (B, z, h, w)
-                file.write(L.cpu().numpy().tobytes())
+                content = L.cpu().numpy().tobytes()
+                file.write(content)
+                crc = zlib.crc32(content, crc)
+            file.write(crc_text(crc))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; make room, or choose "
                        "another folder for the cache") from error

@@ -8,19 +8,27 @@ import argparse
 import dataclasses
 import inspect
 import json
-import math
 import os
 import re
 import sys
 import typing
 from pathlib import Path
 
-from common.files import RunError
-from data.files import DataError
+from common.files import tell
 
 # Fields that several scripts have: (lowest, highest).
 LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
-              encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536))
+              encoder_steps=(0, 10 ** 9), encoder_batch=(2, 65536), blocks=(1, 100),
+              ae_blocks=(1, 100), text_depth=(1, 100))
+# Run flags with a number. torch takes seeds of 63 bits.
+RUN_LIMITS = dict(workers=(0, 256), seed=(0, 2 ** 63 - 1), seeds=(1, 1000),
+                  micro_batch=(1, 10 ** 9))
+MOST_NUMBERS = 20           # in one flag. Each of --mult makes a level of the network
+# Run flags that stop after their work -> others that would then be ignored.
+ALONE = {"check": ("train", "evaluate", "synthesize", "export", "reproduce", "benchmark"),
+         "reproduce": ("synthesize", "export", "benchmark")}
+# Run flags that mean nothing without one of the others.
+NEEDS = {"external": ("evaluate", "reproduce"), "seeds": ("reproduce",)}
 
 
 def load_presets(script):
@@ -75,10 +83,7 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
     # The cache holds decoded slices. All runs beside this one share it.
     args.cache = args.cache or args.out.parent / "cache"
-    for name, least in (("workers", 0), ("seed", 0), ("seeds", 1), ("micro_batch", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: "
-                         f"allowed are {least} and more")
+    check_run_flags(parser, args)
     defaults = {field.name: field.default for field in fields}
     chosen = {**defaults, **presets[args.preset], **args.typed}
     # Limits are checked before the Config is made, because it computes with the values.
@@ -86,6 +91,9 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     for name, value in chosen.items():
         low, high = limits.get(name, default_limits(value))
         empty = name in limits and value == ()
+        if len(numbers_in(value)) > MOST_NUMBERS:
+            parser.error(f"--{name.replace('_', '-')} has {len(value)} numbers; "
+                         f"allowed are {MOST_NUMBERS} at most")
         if empty or not within(value, low, high):
             parser.error(f"--{name.replace('_', '-')} {show(value)}: allowed are {low} to {high}")
     if preset_typed:
@@ -110,7 +118,39 @@ def default_limits(value):
 
 def within(value, low, high):
     """True if all numbers in a value are finite and lie from low to high."""
-    return all(math.isfinite(n) and low <= n <= high for n in numbers_in(value))
+    return all(low <= n <= high for n in numbers_in(value))
+
+
+def check_run_flags(parser, args):
+    """SystemExit with status 2 if run flags are out of range or do not go together."""
+    for name, (low, high) in RUN_LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: allowed are {low} to {high}")
+    typed = {name for name, value in vars(args).items()
+             if value and value != parser.get_default(name)}
+    for name, others in ALONE.items():
+        for other in others:
+            if name in typed and other in typed:
+                parser.error(f"--{name} does not go with --{other}; give one of them")
+    for name, others in NEEDS.items():
+        if name in typed and not typed.intersection(others):
+            parser.error(f"--{name} needs {' or '.join('--' + other for other in others)}")
+    # Volumes that are written into the data folder would be taken for scans the next time.
+    home = args.data.resolve()
+    writes = typed.intersection(("train", "evaluate", "synthesize", "export", "reproduce"))
+    for name in ("out", "cache", "export") if writes and home.is_dir() else ():
+        path = getattr(args, name)
+        if path and path.resolve().is_relative_to(home):
+            parser.error(f"--{name} {path} lies in the data folder {args.data}; "
+                         "choose a folder outside of it")
+
+
+def folder(text):
+    """A path for argparse. An empty text would be the folder where the program was started."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; name a folder or file")
+    return Path(text)
 
 
 def add_run_flags(parser, script, presets, tables):
@@ -118,10 +158,10 @@ def add_run_flags(parser, script, presets, tables):
     run = parser.add_argument_group(
         "run (the same for every script; --train, --evaluate, --synthesize run in that order, "
         "none of them is a dry run)")
-    run.add_argument("--data", type=Path,
+    run.add_argument("--data", type=folder,
                      help="data folder; data/<phantom name> is made on first use")
-    run.add_argument("--out", type=Path, help=f"run folder [runs/{script}-<data>]")
-    run.add_argument("--cache", type=Path,
+    run.add_argument("--out", type=folder, help=f"run folder [runs/{script}-<data>]")
+    run.add_argument("--cache", type=folder,
                      help="folder for decoded slices [cache beside the run folder]")
     run.add_argument("--check", action="store_true",
                      help="open every file of the data folder, say what is there and what is "
@@ -132,7 +172,7 @@ def add_run_flags(parser, script, presets, tables):
                      help="score the test subjects once: results.json, a table, pictures")
     run.add_argument("--synthesize", action="store_true",
                      help="write missing contrasts as NIfTI volumes on the source's own grid")
-    run.add_argument("--export", type=Path, metavar="FOLDER",
+    run.add_argument("--export", type=folder, metavar="FOLDER",
                      help="write what sampling needs of a trained model, and no more, to a new "
                           "folder")
     run.add_argument("--micro-batch", type=int, metavar="INT",
@@ -142,12 +182,12 @@ def add_run_flags(parser, script, presets, tables):
                           f"{', '.join(tables)}; list")
     run.add_argument("--seeds", type=int, default=1,
                      help="for --reproduce: trainings, with --seed, --seed + 1, ... [1]")
-    run.add_argument("--external", type=Path, metavar="FOLDER",
+    run.add_argument("--external", type=folder, metavar="FOLDER",
                      help="another cohort: score all its subjects in place of the test subjects")
     run.add_argument("--benchmark", action="store_true",
                      help="time a training step and the sampler, stop")
     run.add_argument("--preset", choices=list(presets), help="[demo for phantoms, else paper]")
-    run.add_argument("--split", type=Path,
+    run.add_argument("--split", type=folder,
                      help='your own split, a JSON file {"train": [names], "val": [], "test": []}')
     run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                      help="[auto: the best there is]")
@@ -215,22 +255,25 @@ def show(value):
 
 
 def as_command(main):
-    """Run main() of a small command. What the user can mend becomes one line and its exit status.
+    """Run main() of a small command. An error becomes one line and its exit status.
 
-    The status is that of the error, 1 for a file that cannot be written, and 130 after Ctrl-C.
+    The status is that of the error, and 130 after Ctrl-C. --debug shows the traceback.
     The scripts of the papers use common.script.guarded, which also knows several processes.
     """
     if hasattr(sys.stdout, "reconfigure"):
         # An odd letter in a name must not end the command on an old console.
         sys.stdout.reconfigure(errors="replace")
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:                     # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (RunError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(getattr(error, "status", 1)) from None
+    except Exception as error:
+        if debug:
+            raise
+        raise SystemExit(tell(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

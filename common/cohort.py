@@ -13,8 +13,9 @@ import dataclasses
 import numpy as np
 
 from common import metrics
-from common.files import replace
+from common.files import RunError, read_arrays, replace
 from data import TEXT
+from data.layouts.words import few
 
 FILE = "baselines.npz"
 MOST = 2000             # training slices from which baselines are learned
@@ -77,37 +78,75 @@ def stored_baselines(home, task, sources):
     path = home / FILE
     if not path.exists():
         return {}
-    with np.load(path) as content:
-        if f"{task}|mean" not in content:
-            return {}
-        learned = metrics.Baselines(None, content[f"{task}|mean"], None)
-        if f"{task}|copied" in content:
-            learned.copied = str(content[f"{task}|copied"])
-            names = [name for name in sources if name != TEXT]
-            learned.lookup = metrics.IntensityLookup.of_table(names, content[f"{task}|table"])
+    content = read_arrays(path)
+    if f"{task}|mean" not in content:
+        return {}
+    learned = metrics.Baselines(None, content[f"{task}|mean"], None)
+    if f"{task}|copied" in content:
+        learned.copied = str(content[f"{task}|copied"])
+        names = [name for name in sources if name != TEXT]
+        learned.lookup = metrics.IntensityLookup.of_table(names, content[f"{task}|table"])
     return learned.predict(sources, len(next(iter(sources.values()))))
+
+
+def served(run, subjects, files, parts=("train", "val")):
+    """The names of those subjects that served the training of this run, as a set.
+
+    A subject is recognised by its files, not by its name: in two hospitals, two people may both be
+    patient 001. All visits of a person count, if one of them is recognised. Subjects that only have
+    a name of the training are new, and the user is told.
+
+    subjects: a list of data.Subject. files: {name: digests of its files}, see Dataset.files.
+    parts: of the split. Subjects of "train" were trained on, and those of "val" chose the weights.
+    """
+    known = set()
+    names = set()
+    for part in parts:
+        names.update(run.about[part])
+        for digests in run.about[f"files of {part}"]:
+            known.update(digests)
+    people = {subject.person for subject in subjects if known & set(files[subject.name])}
+    found = {subject.name for subject in subjects if subject.person in people}
+    alike = sorted(subject.name for subject in subjects
+                   if subject.name in names and subject.name not in found)
+    if alike:
+        run.say(f"{len(alike)} subjects have the name of a training subject, but other images "
+                f"({few(alike)}); they count as new people")
+    return found
 
 
 def other_cohort(run, ds, split_typed):
     """The data set as it shall be scored. It is another one than the run's, if it is not its own.
 
-    Data are another cohort if their content differs and if no subject has a name of the training.
-    All its subjects are then scored, unless the user typed a --split. The run then writes into
-    RUN/on-NAME.
+    Data are another cohort if their content differs. All subjects that did not serve the training
+    are then scored, unless the user typed a --split. The run then writes into RUN/on-NAME.
 
-    Returns (ds, home), with home the folder of the run if this is another cohort, else None.
+    Returns (ds, home). home is the folder of the run if its stored baselines count, because this is
+    another cohort, or because there is no training part. Otherwise it is None.
+
+    Raises RunError if a test subject served the training, or if there is no other subject.
     """
-    if not run.about or ds.fingerprint == run.about["data"]:
+    if not run.about:
         return ds, None
-    used = {*run.about["train"], *run.about["val"]}
-    names = sorted(subject.name for subject in ds.complete)
-    if used & set(names):
-        return ds, None
-    if not split_typed:
-        ds = dataclasses.replace(ds, split={"train": [], "val": [], "test": names})
     home = run.out
-    run.out = home / f"on-{ds.folder.resolve().name}"
-    run.out.mkdir(parents=True, exist_ok=True)
-    run.say(f"{ds.folder} is another cohort: {len(ds.split['test'])} subjects are scored; "
-            f"results go to {run.out}")
-    return ds, home
+    seen = served(run, ds.complete, ds.files)
+    other = ds.fingerprint != run.about["data"]
+    if other and not split_typed:
+        names = sorted(subject.name for subject in ds.complete if subject.name not in seen)
+        if not names:
+            raise RunError(f"{ds.folder}: every subject served the training of {home}; "
+                           "choose other data")
+        if seen:
+            run.say(f"{len(seen)} subjects of {ds.folder} served the training and are left out: "
+                    f"{few(sorted(seen))}")
+        ds = dataclasses.replace(ds, split={"train": [], "val": [], "test": names})
+    wrong = sorted(seen & set(ds.split["test"]))
+    if wrong:
+        raise RunError(f"{len(wrong)} test subjects served the training ({few(wrong)}); "
+                       "give the same --split as in the training")
+    if other:
+        run.out = home / f"on-{ds.folder.resolve().name}"
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.say(f"{ds.folder} is another cohort: {len(ds.split['test'])} subjects are scored; "
+                f"results go to {run.out}")
+    return ds, home if other or not ds.split["train"] else None

@@ -1,4 +1,4 @@
-"""The machine of a run: its device, precision, processes and random numbers.
+"""The machine of a run: its device, precision, processes, random numbers and versions.
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
@@ -8,10 +8,15 @@ undisturbed run.
 """
 import contextlib
 import datetime
+import functools
 import hashlib
 import os
+import platform
+import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -212,6 +217,27 @@ def full_precision(device):
     return torch.autocast(device.type, enabled=False)
 
 
+def memory_bytes(device):
+    """Return how much memory a device has, in bytes, or None if the system does not say it.
+
+    For a CPU it is that of the machine, or less if a container or `ulimit -v` allows less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):      # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):         # of a container
+        with contextlib.suppress(OSError, ValueError):                  # "max" is no number
+            found.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")))
+    with contextlib.suppress(ImportError):                              # Windows does not have it
+        import resource
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if allowed != resource.RLIM_INFINITY:
+            found.append(allowed)
+    return min(found, default=None)
+
+
 def peak_gigabytes(device):
     """Return the most memory that was used so far, in GB.
 
@@ -225,3 +251,37 @@ def peak_gigabytes(device):
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+@functools.cache
+def versions():
+    """Return the versions of Python, of the packages, and of this project.
+
+    The project's version is its git commit, where there is one.
+    """
+    packages = ("torch", "numpy", "scipy", "nibabel", "pillow")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            # A copied part of the project may do without this package.
+            found[name] = None
+    found["project"] = project_version()
+    return found
+
+
+def project_version():
+    """Return the git commit of the project's own folder, with "+" if files were changed.
+
+    Returns None without git.
+    """
+    home = Path(__file__).resolve().parent.parent
+    if not (home / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(home), "describe", "--always", "--dirty=+", "--tags"]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None

@@ -11,7 +11,6 @@ A network that is conditioned on prompts looks them up in a table {prompt: [toke
 
 Letters in shape comments: B or n prompts, L tokens, W width of a token, D width of a prompt.
 """
-import zipfile
 from collections import namedtuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.contrastive import cosines
+from common.files import RunError, read_arrays
 
 Features = namedtuple("Features", "tokens mask pooled")
 # tokens: (B, L, W).  mask: (B, L) bool, True at a token, False at padding; None without padding.
@@ -96,9 +96,8 @@ def load_embeddings(path):
     Raises ValueError if the file cannot be read, or if its arrays are not like that.
     """
     try:
-        with open(path, "rb") as file:
-            found = dict(np.load(file))
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        found = read_arrays(path)
+    except RunError as error:
         raise ValueError(f"embeddings {path}: not readable as .npz ({error}); write the file with "
                          f"numpy.savez(path, prompts=numpy.array(list_of_str), "
                          f"pooled=array)") from error
@@ -129,7 +128,7 @@ def fault_of(found):
         return "prompts are not a list of strings"
     if len(set(prompts.tolist())) < len(prompts):
         return "a prompt is there twice"
-    if pooled.ndim != 2 or len(pooled) != len(prompts) or not finite(pooled):
+    if pooled.ndim != 2 or len(pooled) != len(prompts) or not pooled.size or not finite(pooled):
         return "pooled is not one row of finite numbers per prompt"
     if "tokens" in found:
         tokens = found["tokens"]
@@ -143,5 +142,8 @@ def fault_of(found):
 
 
 def finite(array):
-    """True if the array holds numbers and all of them are finite."""
-    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    """True if the array holds numbers and all of them are finite, also in float32."""
+    if array.dtype.kind not in "fiu":
+        return False
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32)).all())

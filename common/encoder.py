@@ -55,6 +55,14 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
     return encoder
 
 
+def encoder_at_work(cfg):
+    """For Outline.before: a function that encodes one slice."""
+    size = clip.SIZES[cfg.encoder]
+    tower = clip.ImageEncoder(2, 1, cfg.size, embed=size["embed"], **size["image"])
+    image = torch.zeros(1, 1, cfg.size, cfg.size)
+    return {"encoder_batch": (True, lambda: tower(image))}
+
+
 def load_encoder(run):
     """Return the frozen CLIP of a run's checkpoint, on the run's device."""
     weights = run.stages["encoder"]["parts"]["clip"]

@@ -301,9 +301,9 @@ def evaluate(method, cfg, run, ds, model, home=None):
             simple.append(metrics.baselines(both, task.sources, task.target) if some else {})
     else:
         simple = [stored_baselines(home, task.name, task.sources) for task in tasks]
+    draw_steps(run, ds, model, patterns[:2], [rows[len(rows) // 2] for rows in rows_of])
     report(run, tasks, simple, f"slices per subject: {cfg.test_slices}; whole slice, range [0,1]; "
                                "unit: subject, the mean of its slices", further)
-    draw_steps(run, ds, model, patterns[:2], [rows[len(rows) // 2] for rows in rows_of])
 
 
 def in_parts(model, items, size, subject_of):
@@ -417,7 +417,6 @@ def report(run, tasks, simple, protocol, further=()):
     for region in tasks[0].regions if tasks else ():
         own = [row for row in rows if row.get("variant") == region]
         run.say(table(own, f"{region} only") + "\n")
-    run.results(rows, kept, protocol)
     sheet = scores_csv(rows)
     replace(run.out / "scores.csv",
             lambda tmp: tmp.write_text(sheet, encoding="utf-8", newline=""))
@@ -426,6 +425,8 @@ def report(run, tasks, simple, protocol, further=()):
     if drawn:
         pictures.grid(run.out / "segmentation.png", [list(shown.values()) for _, shown in drawn],
                       list(drawn[0][1]), [label for label, _ in drawn])
+    # The results come last.  Where they are, everything else is there.
+    run.results(rows, kept, protocol)
     run.say(f"written: {run.out / 'results.json'}, {run.out / 'scores.csv'}, "
             f"{run.out / 'samples.png'}")
 
@@ -527,7 +528,7 @@ def draw_steps(run, ds, model, patterns, chosen):
 # ---- volumes -------------------------------------------------------------------------------------
 
 
-def synthesize(method, cfg, run, model, subjects, asked):
+def synthesize(method, cfg, run, model, subjects, asked, files=None):
     """Write missing contrasts as NIfTI volumes: all slices, on the source's own grid.
 
     CT and CTA are written in HU, PET in SUV, post in the units of pre, others in normalised units.
@@ -535,6 +536,7 @@ def synthesize(method, cfg, run, model, subjects, asked):
     for a volume, is made from the middle one of the slices that show something.
 
     subjects: a list of data.Subject. asked: contrasts to make although a subject has them.
+    files: {subject: digests of its files}, see data.Dataset.files.
     data.DataError if a source cannot be read, or a volume cannot be written.
     """
     contrasts = list(model.contrasts)
@@ -544,7 +546,7 @@ def synthesize(method, cfg, run, model, subjects, asked):
     pixels = run.about.get("picture")
     pixels = pixels and data.Picture(*map(tuple, pixels))
     tags = getattr(model, "tags", {})
-    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels, tags)
+    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels, tags, files)
     for subject, sources, absent, volume, paths in todo:
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
         out = volume.images.copy()                                          # (Z, C, H, W)

@@ -9,10 +9,20 @@ import errno
 import os
 import shutil
 import socket
+import sys
+import zipfile
+import zlib
+from pathlib import Path
 
+import numpy as np
 import torch
 
+from data.files import DataError, write_atomically
+
 FORMAT = 1                  # of a checkpoint; a reader refuses a format that it does not know
+# What a checkpoint and each of its stages must hold.
+CHECKPOINT = {"script": str, "config": dict, "seed": int, "about": dict, "stages": dict}
+STAGE = {"step": int, "total": int, "finished": bool, "parts": dict}
 
 
 class RunError(Exception):
@@ -27,6 +37,34 @@ class RunError(Exception):
         self.status = status
 
 
+def sentence_of(error):
+    """Return an error as one line for the user, or None if it is a fault of this program."""
+    if isinstance(error, (RunError, DataError)):
+        return str(error)
+    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in str(error)):
+        return ("out of memory; in this order: --micro-batch or a smaller --sample-batch, "
+                "--precision bf16, a smaller --size or network")
+    if isinstance(error, OSError):
+        # Such errors are a log line on a full disk, or a picture in a read-only folder.
+        return (f"{error}; mend it and run the same command again "
+                "(--debug shows where it happened)")
+    return None
+
+
+def tell(error):
+    """Print an error as one line.  Returns the exit status of the program."""
+    text = sentence_of(error)
+    if text is None:
+        first = (str(error).splitlines() or [""])[0]
+        place = getattr(error, "written", None)
+        seen = f"{place} holds the traceback" if place else "--debug shows the traceback"
+        text = (f"this is a fault of the program ({type(error).__name__}: {first}); {seen}, "
+                "please report it with the command")
+    print(f"error: {text}", file=sys.stderr)
+    return getattr(error, "status", 1)
+
+
 def replace(path, write, keep=None):
     """Write a file so that it is never half there.
 
@@ -37,24 +75,28 @@ def replace(path, write, keep=None):
 
     Raises RunError if there is no room or no permission.  The old file is then untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        with write_atomically(path, keep) as file:
+            write(Path(file.name))
     except (OSError, RuntimeError) as error:        # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or "the disk may be full"
         free = shutil.disk_usage(path.parent).free / 2 ** 20
-        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]} ({free:.0f} MB free); "
-                       "the previous file is untouched; make room and run the same command "
-                       "again") from error
+        raise RunError(f"cannot write {path}: {why} ({free:.0f} MB free); the previous file is "
+                       "untouched; make room and run the same command again") from error
 
 
-def lock(folder):
-    """Make the folder and hold an operating-system lock on folder/lock.
+def append(path, text):
+    """Write text at the end of a file.  Raises RunError if there is no room or no permission."""
+    try:
+        with open(path, "a", encoding="utf-8", errors="replace") as f:
+            f.write(text)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; make room and run the same "
+                       "command again") from error
+
+
+def lock(folder, name="lock"):
+    """Make the folder and hold an operating-system lock on the file `name` in it.
 
     The lock vanishes with the process, however that ends.  Some file systems of clusters have no
     locks.  There it is silently absent.
@@ -64,7 +106,7 @@ def lock(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "lock", "a+", encoding="utf-8")
+        handle = open(folder / name, "a+", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write into the run folder {folder}: {error.strerror}; "
                        "choose another --out") from error
@@ -91,13 +133,50 @@ def lock(folder):
     return handle
 
 
+def crc_of(path):
+    """Return the CRC-32 of a file as text.  Raises RunError if it cannot be read."""
+    try:
+        return f"{zlib.crc32(Path(path).read_bytes()):08x}"
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); name another file") from error
+
+
+def checkpoints(folder):
+    """Return the checkpoints that a run folder holds, as paths, the newest first."""
+    return [folder / name for name in ("last.pt", "last_prev.pt") if (folder / name).exists()]
+
+
+def verify(path):
+    """Raises an error of any kind if a zip file does not hold what its checksums say.
+
+    torch.save and numpy.savez write zip files.  Their own readers do not compare the checksums.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} differs")
+
+
+def read_arrays(path):
+    """Return {name: array} of an .npz file.  Raises RunError if it is damaged or missing."""
+    try:
+        verify(path)
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except Exception as error:
+        # zipfile and numpy raise many kinds of errors.  Each means that the file is damaged.
+        raise RunError(f"{path} is damaged or no .npz file ({type(error).__name__}: {error}); "
+                       "delete it and make it again") from error
+
+
 def read_checkpoint(path):
     """Return the content of a checkpoint, on the CPU.
 
     Loading cannot run code (weights_only).  Raises RunError if the file is damaged, is not a
-    checkpoint of this project, or has another format.
+    checkpoint of this project, has another format, or holds values that are not finite.
     """
     try:
+        verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises many kinds of errors.  Each means that the file is not ours, or damaged.
@@ -109,7 +188,45 @@ def read_checkpoint(path):
     if content.get("format") != FORMAT:
         raise RunError(f"{path} has checkpoint format {content.get('format')}, "
                        f"this version reads {FORMAT}; train again or use the version that wrote it")
+    if not fits(content, CHECKPOINT) or not all(fits(stage, STAGE)
+                                                for stage in content["stages"].values()):
+        raise RunError(f"{path} is not a checkpoint of this project (entries are missing or of "
+                       "another type); restore or delete it")
+    for stage, saved in content["stages"].items():
+        for name, state in saved["parts"].items():
+            if not all_finite(state):
+                raise RunError(f"{stage}/{name} in {path} holds values that are not finite; "
+                               "use last_prev.pt or train again")
     return content
+
+
+def read_newest(folder):
+    """Read last.pt of a run folder, or last_prev.pt if that is damaged or missing.
+
+    Returns (content, None or the RunError of last.pt).  Raises RunError if none can be read.
+    """
+    fault = None
+    for path in checkpoints(folder):
+        try:
+            return read_checkpoint(path), fault
+        except RunError as error:
+            fault = fault or error
+    raise fault
+
+
+def fits(content, kinds):
+    """Return True if content is a dict with entries of these kinds, {key: type}."""
+    return isinstance(content, dict) and all(isinstance(content.get(key), kind)
+                                             for key, kind in kinds.items())
+
+
+def all_finite(state):
+    """Return True if all tensors in nested dicts and lists are finite."""
+    if torch.is_tensor(state):
+        return bool(torch.isfinite(state).all())
+    if isinstance(state, dict):
+        state = list(state.values())
+    return not isinstance(state, (list, tuple)) or all(all_finite(part) for part in state)
 
 
 def restore(part, state, where):
@@ -117,16 +234,12 @@ def restore(part, state, where):
 
     where: what is loaded from which file, for the message.
 
-    Raises RunError if the state does not fit or holds values that are not finite.  The message is
-    one line, where torch would print a page.
+    Raises RunError if the state does not fit.  The message is one line, where torch would print a
+    page.
     """
-    for value in state.values():
-        if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
-            raise RunError(f"{where} holds values that are not finite; "
-                           "use last_prev.pt or train again")
     try:
         part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = " ".join(str(error).split())[:160]
         raise RunError(f"{where} does not fit this configuration ({first}); "
                        "use the flags it was trained with") from error

@@ -16,6 +16,7 @@ import copy
 import datetime
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -27,9 +28,12 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.device import Machine, peak_gigabytes, seed_of
-from common.files import RunError, restore
+from common.files import RunError, append, restore
 
 MAX_BAD_STEPS = 5           # a run ends after so many non-finite losses in a row
+# SIGTERM is sent by schedulers and by `kill`, SIGHUP by a terminal that is closed.  Windows lacks
+# the latter.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class EMA:
@@ -149,6 +153,7 @@ class Loop(Machine):
                 self.say(f"{stage}: finished ({start} steps), loaded from {self.out / 'last.pt'}")
                 return
             self.say(f"{stage}: continues at step {start} of {total}")
+        self.bad_steps.clear()
         meter = Meter(self, stage, start, total, batch)
         last_save = time.monotonic()
         save_cost = 0.0
@@ -164,14 +169,16 @@ class Loop(Machine):
                 meter.tick(step)
                 done = step + 1
                 stop = self.agree(self.stop)
+                if done == total and any(self.bad_steps.values()):
+                    self.diverged(f"{stage}: the last steps had no finite loss")
                 # A save may take 5 % of the time, and comes every minute at most.
                 due = time.monotonic() - last_save > max(60, 20 * save_cost)
                 quarters = (total // 4, total // 2, 3 * total // 4)
                 look = self.shows_previews(stage) and done in quarters
                 if stop or done == total or due or look:
                     before = time.monotonic()
+                    self.draw_training(stage)               # first: a kill in between loses nothing
                     self.keep(stage, done, total, parts)
-                    self.draw_training(stage)
                     if look:
                         self.preview()
                     last_save = time.monotonic()
@@ -224,7 +231,7 @@ class Loop(Machine):
     def leave(self, number, text):
         """End the program after a signal.  Raises SystemExit with the status that a shell expects.
 
-        This is 130 for Ctrl-C and 143 for SIGTERM.
+        This is 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP.
         """
         self.say(text)
         raise SystemExit(128 + number)
@@ -265,12 +272,15 @@ class Loop(Machine):
         bad = self.bad_steps[id(optimiser)]
         self.say(f"warning: loss or gradient is not finite, step skipped ({bad} in a row)")
         if bad >= MAX_BAD_STEPS:
-            last = self.out / "last.pt"
-            good = f"{last} holds the last good state; " if last.exists() else ""
-            raise RunError(f"training diverged: {MAX_BAD_STEPS} steps in a row had no finite loss; "
-                           f"{good}try a lower learning rate or --precision fp32, "
-                           "in a new --out folder")
+            self.diverged(f"{MAX_BAD_STEPS} steps in a row had no finite loss")
         return loss
+
+    def diverged(self, why):
+        """Raises RunError, which says why and what to do.  Nothing is saved."""
+        last = self.out / "last.pt"
+        good = f"{last} holds the last good state; " if last.exists() else ""
+        raise RunError(f"training diverged: {why}; {good}try a lower learning rate or "
+                       "--precision fp32, in a new --out folder")
 
     def backward_in_parts(self, loss_of, samples):
         """Add up the gradients of all parts of a batch.  Returns the mean loss; see update."""
@@ -354,16 +364,15 @@ class Meter:
         # JSON has no NaN.
         numbers = {name: value if math.isfinite(value) else None for name, value in facts.items()}
         line = {"stage": self.stage, "step": done, "time": time_stamp(), **numbers}
-        with open(run.out / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+        append(run.out / "log.jsonl", json.dumps(line) + "\n")
         if self.live:
             cells = int(20 * done / self.total)
             width = shutil.get_terminal_size().columns - 1
             bar = f"[{'#' * cells}{'.' * (20 - cells)}] {text}"
-            print("\r" + bar[:width].ljust(width), end="", flush=True)
+            show("\r" + bar[:width].ljust(width), end="")
             run.open_line = done < self.total
             if done == self.total:
-                print(flush=True)
+                show("")
         else:
             run.say(text)
         self.shown = now
@@ -382,9 +391,37 @@ def time_stamp():
     return datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
 
 
+def show(text, end="\n"):
+    """Print.  If the output is closed or full, nothing is shown from then on, and the run goes on.
+
+    This happens if a terminal is closed, or after `| head`.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def handled(note, numbers):
+    """Let note(number, frame) receive these signals.  A signal that is ignored stays so (nohup)."""
+    old = {}
+    try:
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                old[number] = signal.signal(number, note)
+    except ValueError:
+        pass            # this is not the main thread, so signals are somebody else's business
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def signals(run):
-    """Let Ctrl-C and SIGTERM set run.stop, so that the loop ends after its step.
+    """Let Ctrl-C, SIGTERM and SIGHUP set run.stop, so that the loop ends after its step.
 
     A second Ctrl-C ends the program at once: KeyboardInterrupt is raised.
     """
@@ -393,14 +430,5 @@ def signals(run):
         if run.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop = run.stop or number
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        # This is not the main thread, so signals are somebody else's business.
+    with handled(note, (signal.SIGINT, *ENDINGS)):
         yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -9,12 +9,13 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
 A file is written in one move: whoever opens it sees the old picture or the new one, never a half.
 """
 import math
-import os
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from common.files import replace
 
 CELL = 128              # pixels; smaller images are enlarged until their shorter side is as long
 GAP = 4                 # pixels between cells
@@ -366,12 +367,5 @@ def _write(draw, x, y, lines, font):
 
 
 def _save(page, path):
-    """Save to another name first, then move it to `path`; the folder is made if needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        page.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Save whole or not at all; the folder is made if needed.  RunError if it cannot be written."""
+    replace(Path(path), lambda temporary: page.save(temporary, format="PNG", optimize=True))

@@ -6,24 +6,36 @@ A run is what it contains: its configuration, its seed, and the identity of its 
 command in the same folder continues it exactly.  Another configuration is refused with the names of
 what differs.
 """
+import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
-from importlib import metadata
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import pictures
-from common.files import FORMAT, RunError, lock, read_checkpoint, replace, restore
-from common.loop import Loop, time_stamp
+from common.device import versions
+from common.files import (
+    FORMAT,
+    RunError,
+    all_finite,
+    append,
+    checkpoints,
+    crc_of,
+    lock,
+    read_newest,
+    replace,
+    restore,
+    sentence_of,
+)
+from common.loop import Loop, show, time_stamp
+from data.files import DataError, json_text, read_json, remove_unfinished
 
 
 class Run(Loop):
@@ -58,9 +70,9 @@ class Run(Loop):
         writes = any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize"))
         if self.rank == 0 and writes:
             self.lock = lock(self.out)
-            for name in ("last.pt", "config.json", "results.json", "results.npz", "split.json"):
-                # A save that was killed leaves such a file behind.
-                (self.out / f"{name}.tmp").unlink(missing_ok=True)
+            remove_unfinished(self.out, locked=True)
+            for folder in (*self.out.glob("*/"), *self.out.glob("synthetic/**/")):
+                remove_unfinished(folder)
         # From here on, what process 0 prepared in the folder is there for all.
         self.join()
         if not getattr(args, "quiet", False):
@@ -73,19 +85,20 @@ class Run(Loop):
         if self.rank > 0:
             return
         # The text goes below a progress bar, not behind it.
-        print("\n" + text if self.open_line else text, flush=True)
+        show("\n" + text if self.open_line else text)
         self.open_line = False
         if self.lock:
-            with open(self.out / "log.txt", "a", encoding="utf-8", errors="replace") as f:
-                f.write(f"{time_stamp()}  {text}\n")
+            append(self.out / "log.txt", f"{time_stamp()}  {text}\n")
 
-    def write_json(self, name, content):
+    def write_json(self, name, content, checked=False):
         """Write a file of the folder, whole or not at all.  Only the first process does so.
+
+        checked: True adds a checksum, for files that are read again; see data.files.read_json.
 
         Raises RunError if it cannot be written.
         """
         if self.rank == 0:
-            text = json.dumps(content, indent=1)
+            text = json_text(content) if checked else json.dumps(content, indent=1)
             replace(self.out / name, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
     # -- configuration -----------------------------------------------------------------------------
@@ -116,10 +129,9 @@ class Run(Loop):
         Raises RunError, which names what differs.
         """
         mine = {**{f: self.config_dict()[f] for f in fields}, "seed": self.seed, **about}
-        path = self.out / "config.json"
+        stored = trained_with(self.out) if self.stages else None
         self.about = {**self.about, **about}
-        if path.exists() and self.stages:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored:
             theirs = stored["identity"]
             raised = {f: mine[f] for f in extensible
                       if theirs.get(f) is not None and mine[f] > theirs[f]}
@@ -132,13 +144,16 @@ class Run(Loop):
                 changes = [f"{k} {theirs[k]} -> {v}" for k, v in raised.items()]
                 self.say("this run is trained further: " + ", ".join(changes))
                 self.stages[list(self.stages)[-1]]["finished"] = False
-                self.write_json("config.json", {**stored, "identity": {**theirs, **raised},
-                                                "config": {**stored["config"], **raised}})
+            if raised or "command" not in stored:           # config.json was lost
+                self.write_json("config.json", {"command": None, **stored,
+                                                "identity": {**theirs, **raised},
+                                                "config": {**stored["config"], **raised}},
+                                checked=True)
             return
         self.barrier()                                      # others may still read it
         self.write_json("config.json", {"script": self.script, "command": " ".join(sys.argv),
                                         "identity": mine, "config": self.config_dict(),
-                                        "versions": versions()})
+                                        "versions": versions()}, checked=True)
 
     def works_on(self, ds):
         """Note that the results belong to this data.Dataset and its test subjects."""
@@ -155,31 +170,29 @@ class Run(Loop):
         Raises RunError if another field differs.
         """
         fields = [field for field in vars(self.config) if field not in free]
-        self.claim(fields, about_of(ds), extensible)
+        self.claim(fields, {**about_of(ds), **named_files(self.config)}, extensible)
         # A CT without a PET is synthesised on the pixels that the training had.
         picture = ds.picture
         self.about["picture"] = picture and [list(part) for part in picture]
         self.about["windows"] = {name: list(scale) for name, scale in ds.windows.items()}
+        # Whoever was trained on is recognised by these; see common/cohort.py.
+        for part in ("train", "val"):
+            self.about[f"files of {part}"] = [ds.files[name] for name in sorted(ds.split[part])]
+        # It has no checksum, because users edit copies of it for --split.
         self.write_json("split.json", ds.split)
-
-    def refuse_seen(self, ds):
-        """Raises RunError if a test subject of this data.Dataset served the training.
-
-        Such a subject was trained on, or it chose the weights.
-        """
-        seen = sorted({*self.about["train"], *self.about["val"]} & set(ds.split["test"]))
-        if seen:
-            raise RunError(f"{len(seen)} test subjects served the training "
-                           f"({', '.join(seen[:3])}, ...); give the same --split")
 
     # -- checkpoint --------------------------------------------------------------------------------
 
     def keep(self, stage, step, total, parts):
         """Write the checkpoint, with every stage so far and this one at `step`.
 
-        The previous file stays as last_prev.pt.  Raises RunError if the file cannot be written.
+        The previous file stays as last_prev.pt.  Raises RunError if the file cannot be written, or
+        if a part holds values that are not finite.
         """
         states = {name: part.state_dict() for name, part in parts.items()}
+        wrong = [name for name, state in states.items() if not all_finite(state)]
+        if wrong:
+            self.diverged(f"{stage}: {', '.join(wrong)} holds values that are not finite")
         self.stages[stage] = {"step": step,
                               "total": total,
                               "finished": step == total,
@@ -212,19 +225,12 @@ class Run(Loop):
         If last.pt is damaged, last_prev.pt is read.  Raises RunError if that is damaged too, or if
         the file belongs to another script.
         """
-        paths = [self.out / name for name in ("last.pt", "last_prev.pt")]
-        paths = [path for path in paths if path.exists()]
-        for path in paths:
-            try:
-                content = read_checkpoint(path)
-                break
-            except RunError as error:
-                if path == paths[-1]:
-                    raise
-                self.say(f"warning: {error}; using last_prev.pt")
-                self.fell_back = True
-        else:
+        if not checkpoints(self.out):
             return False
+        content, fault = read_newest(self.out)
+        if fault:
+            self.say(f"warning: {fault}; using last_prev.pt")
+            self.fell_back = True
         if content["script"] != self.script:
             raise RunError(f"{self.out / 'last.pt'} belongs to {content['script']}.py, "
                            f"not to {self.script}.py; choose another --out")
@@ -272,7 +278,7 @@ class Run(Loop):
         content = self.content(stages)
         folder.mkdir(parents=True)
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
-        config = (self.out / "config.json").read_text(encoding="utf-8")
+        config = json_text(trained_with(self.out))
         replace(folder / "config.json", lambda tmp: tmp.write_text(config, encoding="utf-8"))
         size = (folder / "last.pt").stat().st_size / 2 ** 20
         self.say(f"exported: {folder}, {size:.1f} MB; it can be loaded, evaluated and "
@@ -284,9 +290,12 @@ class Run(Loop):
             return
         series = {}
         for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["stage"] != stage:
-                continue
+            try:
+                entry = json.loads(line)
+                if entry["stage"] != stage:
+                    continue
+            except (ValueError, TypeError, KeyError):
+                continue                                    # a process was killed in this line
             for name in ("loss", "validation", "rec", "adv", "disc", "sem"):
                 if entry.get(name) is not None:
                     steps, values = series.setdefault(name, ([], []))
@@ -336,7 +345,7 @@ class Run(Loop):
                                          **identity,
                                          "versions": versions(),
                                          "protocol": protocol,
-                                         "rows": rows})
+                                         "rows": rows}, checked=True)
 
     def find_results(self):
         """Return the newest results.json here that has this configuration, seed and facts.
@@ -350,6 +359,13 @@ class Run(Loop):
             if same_results(path, identity) and path.with_suffix(".npz").exists():
                 return path
         return None
+
+    def say_found(self, path):
+        """Tell the user that results are used again, and if another version made them."""
+        by = read_json(path, {}).get("versions", {}).get("project")
+        other = by != versions()["project"]
+        self.say(f"found: {path}" + (f" (notice: version {by} of this project made it; delete it "
+                                     "to evaluate again)" if other else ""))
 
     def close(self):
         """Unlock the folder when all processes are done with it."""
@@ -365,11 +381,19 @@ class Run(Loop):
         return self
 
     def __exit__(self, kind, error, trace):
-        """End the work on the folder.  After an error no process may wait for the others."""
+        """End the work on the folder.  After an error no process may wait for the others.
+
+        The traceback of an error that is nobody's fault but ours goes into error.txt.
+        """
         if error is None:
             self.close()
-        else:
-            self.unlock()
+            return
+        if self.lock and isinstance(error, Exception) and sentence_of(error) is None:
+            text = "".join(traceback.format_exception(error))
+            with contextlib.suppress(RunError):             # the disk may be full
+                append(self.out / "error.txt", f"{time_stamp()}  {' '.join(sys.argv)}\n{text}\n")
+                error.written = self.out / "error.txt"
+        self.unlock()
 
 
 def about_of(ds):
@@ -386,11 +410,9 @@ def stored_config(folder, config, args, free):
     Returns (config, seed).  Raises RunError if another field differs, or if the values do not go
     together.
     """
-    path = folder / "config.json"
-    trained = any((folder / name).exists() for name in ("last.pt", "last_prev.pt"))
-    if not path.exists() or not trained:
+    stored = trained_with(folder) if checkpoints(folder) else None
+    if not stored:
         return config, args.seed or 0
-    stored = json.loads(path.read_text(encoding="utf-8"))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
     known = {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
     differ = [f"{k} was {known.get(k)}, now {v}"
@@ -400,50 +422,54 @@ def stored_config(folder, config, args, free):
                        "or train in another --out", status=2)
     try:
         config = dataclasses.replace(config, **{**known, **args.typed})
-    except ValueError as error:         # what was typed does not go with what was trained
-        raise RunError(f"{error} (the other values come from {path})", status=2) from error
+    except (ValueError, TypeError) as error:    # what was typed does not go with what was trained
+        raise RunError(f"{error} (the other values come from {folder / 'config.json'})",
+                       status=2) from error
+    for what, digest in named_files(config).items():
+        if stored["identity"].get(what, digest) != digest:
+            raise RunError(f"the {what} has changed since {folder} was trained; "
+                           "give the file back its old content, or train in another --out")
     return config, stored["identity"]["seed"] if args.seed is None else args.seed
+
+
+def named_files(config):
+    """Return {"content of FIELD": CRC-32} of the files that a config names, by fields *_file.
+
+    Their content belongs to a run as the flags do.  Raises RunError if a file cannot be read.
+    """
+    found = {}
+    for name, value in vars(config).items():
+        if name.endswith("_file") and value:
+            found[f"content of {name}"] = crc_of(value)
+    return found
+
+
+def trained_with(folder):
+    """Return what config.json says of the training in a folder, or None if nobody knows.
+
+    If config.json is missing or damaged, the checkpoint knows it, too.
+
+    Raises RunError if both are damaged.
+    """
+    try:
+        return read_json(folder / "config.json", {"config": dict, "identity": dict})
+    except DataError:
+        if not checkpoints(folder):
+            return None
+    content, _ = read_newest(folder)
+    # A checkpoint that only holds stages of another run has no config; see common/tables.py.
+    if not content["config"]:
+        return None
+    identity = {**content["config"], "seed": content["seed"], **content["about"]}
+    return {"script": content["script"], "identity": identity, "config": content["config"],
+            "versions": content.get("versions")}
 
 
 def same_results(path, identity):
     """Return True if a results.json was made with this configuration, seed and facts."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return all(content[key] == value for key, value in identity.items())
-    except (ValueError, KeyError, TypeError):
+        content = read_json(path, {})
+    except DataError:
         # The file is somebody else's, or it was edited by hand.
         return False
-
-
-@functools.cache
-def versions():
-    """Return the versions of Python, of the packages, and of this project.
-
-    The project's version is its git commit, where there is one.
-    """
-    packages = ("torch", "numpy", "scipy", "nibabel", "pillow")
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            # A copied part of the project may do without this package.
-            found[name] = None
-    found["project"] = project_version()
-    return found
-
-
-def project_version():
-    """Return the git commit of the project's own folder, with "+" if files were changed.
-
-    Returns None without git.
-    """
-    home = Path(__file__).resolve().parent.parent
-    if not (home / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(home), "describe", "--always", "--dirty=+", "--tags"]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None
+    return all(content.get(key) == value for key, value in identity.items())

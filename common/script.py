@@ -6,6 +6,7 @@ A script describes its paper's method by a Method and ends in one call:  script.
 Nothing here knows which paper calls it.
 """
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,34 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import pictures
 from common.benchmark import benchmark
 from common.cli import parse
-from common.cohort import keep_baselines, other_cohort
+from common.cohort import keep_baselines, other_cohort, served
 from common.evaluation import Trained, evaluate, fill, synthesize
-from common.files import RunError
+from common.files import RunError, lock, tell
+from common.loop import ENDINGS, handled
+from common.outline import draw, dry_run, require_memory
 from common.run import Run, stored_config
 from common.tables import list_tables, load_tables, reproduce
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What a dry run shows of a method.
-
-    It is built on torch's meta device, where nothing is computed.
-
-    networks   {name: module}
-    forward    runs the trained network on one slice and returns its output
-    slices     how many slices the training will see, repeats included
-    lines      more lines for the user: shapes, prompts, and so on
-    """
-    networks: dict
-    forward: Callable
-    slices: int
-    lines: list = field(default_factory=list)
+from data.files import read_json
+from data.layouts.words import few
 
 
 @dataclass(frozen=True)
@@ -140,8 +127,10 @@ def main(method, doc, argv=None):
     if args.reproduce == "list":
         print(list_tables(tables, method.figures))
     elif args.check:
-        if not data.check(args.data, method.contrasts(cfg), gaps=method.gaps,
-                          texts=method.texts):
+        if not data.check(args.data, method.contrasts(cfg), gaps=method.gaps, texts=method.texts,
+                          size=cfg.size, split_file=args.split, train_fraction=cfg.train_fraction,
+                          test_subjects=cfg.test_subjects,
+                          agree=lambda ds: agree(method, cfg, args, ds)):
             raise SystemExit(1)
     elif args.reproduce:
         # The flags of a run that is there already count, as for --evaluate.
@@ -153,8 +142,11 @@ def main(method, doc, argv=None):
         if args.reproduce in method.figures:
             work(method, cfg, args, figure=method.figures[args.reproduce][1])
         else:
-            reproduce(method, args.reproduce, tables[args.reproduce], cfg, args,
-                      lambda wanted, here: work(method, wanted, here))
+            # The folder is free between two rows.  A second --reproduce must not take it then.
+            first = int(os.environ.get("RANK", 0)) == 0
+            with lock(args.out, "lock-tables") if first else contextlib.nullcontext():
+                reproduce(method, args.reproduce, tables[args.reproduce], cfg, args,
+                          lambda wanted, here: work(method, wanted, here))
     else:
         work(method, cfg, args)
 
@@ -215,6 +207,8 @@ def work(method, cfg, args, figure=None):
 def work_in(run, method, cfg, args, figure):
     """Do all that was asked for, in the folder of this run; see work."""
     cfg = run.settle(method.sampling)
+    if args.export and args.export.exists():
+        raise RunError(f"--export {args.export}: exists; name a new folder")
     if run.load():
         run.say(f"found a run in {run.out}")
     elif (args.evaluate or args.synthesize or args.export) and not args.train:
@@ -222,15 +216,22 @@ def work_in(run, method, cfg, args, figure):
                        "or name the folder of a run with --out")
     ds = None
     if args.train or args.evaluate or args.benchmark or not (args.synthesize or args.export):
-        ds = open_data(method, cfg, args, run)
-        # This call tells a wrong flag now, not after the training.
-        method.patterns(cfg, list(ds.contrasts))
+        plans = args.train or args.evaluate or args.benchmark
+        drawn = []
+
+        def agreed(ds):
+            agree(method, cfg, args, ds)
+            if plans:
+                run.shard(cfg.batch)
+                drawn.append(draw(method, cfg, ds))
+                require_memory(method, cfg, run, ds, drawn[0])
+        ds = open_data(method, cfg, args, run, agreed)
+        if plans:
+            # The number of slices is known now.
+            require_memory(method, cfg, run, ds, drawn[0])
         run.works_on(ds)
-    if args.synthesize:
-        asked(method, cfg, list(ds.contrasts) if ds else run.about["contrasts"])
-    if args.micro_batch and not method.micro_batches:
-        raise RunError("--micro-batch: a step of this method trains several networks and cannot "
-                       "be divided; use a smaller --batch", status=2)
+    elif args.synthesize:
+        asked(method, cfg, run.about["contrasts"])
     if args.train:
         run.claim_for(ds, method.sampling, method.extensible)
         run.preview = lambda: preview(method, cfg, run, ds)
@@ -251,10 +252,12 @@ def work_in(run, method, cfg, args, figure):
         say_how_far(method, run)
         contrasts = run.about["contrasts"]
         subjects = data.find_layout(args.data, contrasts, texts=method.texts).subjects
-        # The model never synthesises for subjects that it was trained on.
-        unseen = [s for s in subjects if s.name not in run.about["train"]]
+        files = run.first(lambda: data.subject_files(subjects, args.cache, args.workers, run.say))
+        unseen = left_to_synthesize(run, subjects, files)
         model = method.load(cfg, run, unseen)
-        synthesize(method, cfg, run, model, unseen, asked(method, cfg, contrasts))
+        notice_settings(run)
+        wanted = asked(method, cfg, contrasts)
+        synthesize(method, cfg, run, model, unseen, wanted, files)
     if args.benchmark:
         benchmark(method, cfg, run, ds)
     elif not (args.train or args.evaluate or args.synthesize or args.export):
@@ -276,18 +279,48 @@ def score(method, cfg, run, ds, figure):
     own = run.out
     ds, home = other_cohort(run, ds, args.split)
     run.works_on(ds)
-    run.refuse_seen(ds)
     say_how_far(method, run)
     if figure:
         if run.rank == 0:
             figure(cfg, run, ds, method.load(cfg, run, ds.subjects))
     elif args.reproduce and run.find_results():
-        run.say(f"found: {run.find_results()}")
+        run.say_found(run.find_results())
     else:
         evaluate(method, cfg, run, ds, method.load(cfg, run, ds.subjects), home)
     results = run.find_results() if run.rank == 0 and not figure else None
     run.out = own
     return results
+
+
+def left_to_synthesize(run, subjects, files):
+    """Return the subjects that the model was not trained on.  The others are named to the user.
+
+    files: {subject: digests of its files}, see data.Dataset.files.
+    """
+    seen = served(run, subjects, files, ("train",))
+    if seen:
+        run.say(f"{len(seen)} subjects were trained on and are left out: {few(sorted(seen))}")
+    return [subject for subject in subjects if subject.name not in seen]
+
+
+def notice_settings(run):
+    """Tell the user if the volumes that are there were made with other settings.
+
+    The settings are noted beside the first volumes.
+    """
+    home = run.out / "synthetic"
+    settings = {**run.config_dict(), "seed": run.seed}
+    for stage, saved in run.stages.items():
+        settings[f"steps of {stage}"] = saved["step"]
+    if not (home / "settings.json").exists():
+        run.write_json("synthetic/settings.json", settings, checked=True)
+        return
+    before = read_json(home / "settings.json", {})
+    differ = [f"{name} was {before.get(name)}, now {value}" for name, value in settings.items()
+              if before.get(name) != value]
+    if differ:
+        run.say(f"notice: what {home} holds already was made with other settings "
+                f"({'; '.join(differ)}) and stays; delete the folder to make it again")
 
 
 def asked(method, cfg, contrasts):
@@ -309,10 +342,38 @@ def asked(method, cfg, contrasts):
     return ()
 
 
-def open_data(method, cfg, args, run):
+def agree(method, cfg, args, ds):
+    """Tell a wrong flag before anything is decoded or trained.
+
+    ds: a data.Dataset, which need not be decoded.
+
+    Raises RunError, or data.DataError if --external holds no such data.
+    """
+    contrasts = list(ds.contrasts)
+    method.patterns(cfg, contrasts)
+    if args.synthesize:
+        asked(method, cfg, contrasts)
+    if args.micro_batch and not method.micro_batches:
+        raise RunError("--micro-batch: a step of this method trains several networks and cannot "
+                       "be divided; use a smaller --batch", status=2)
+    if args.train and not ds.split["train"]:
+        raise RunError("--split names no training subjects; it can only be used with --evaluate",
+                       status=2)
+    if getattr(cfg, "segment", False) and not all(s.segmentation for s in ds.complete):
+        raise RunError(f"--segment: not every subject in {ds.folder} has label maps "
+                       "(as BraTS's ..._seg.nii.gz); leave it out")
+    if args.external:
+        data.find_layout(args.external, contrasts, method.gaps, method.texts)
+    if args.check:
+        draw(method, cfg, ds)
+
+
+def open_data(method, cfg, args, run, agreed=lambda ds: None):
     """Open the data set as slices.
 
     A trained model's own contrasts, in its order, count more than those of the config.
+
+    agreed: a function that gets the data set before it is decoded, and may refuse it.
 
     Raises data.DataError if the data cannot be used.
     """
@@ -320,7 +381,7 @@ def open_data(method, cfg, args, run):
     return run.first(lambda: data.open_dataset(
         args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
         test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say,
-        gaps=method.gaps, texts=method.texts))
+        gaps=method.gaps, texts=method.texts, agree=agreed))
 
 
 def say_how_far(method, run):
@@ -385,71 +446,23 @@ def preview(method, cfg, run, ds):
                   note=f"two slices of {'validation' if part == 'val' else 'training'} subjects")
 
 
-# ---- dry run -------------------------------------------------------------------------------------
-
-
-def dry_run(method, cfg, run, ds):
-    """Say what would be trained, how large it is, and about how long it takes.
-
-    Networks are built on torch's meta device.  Shapes, operations and memory are counted there, but
-    nothing is computed.
-    """
-    run.say("\n".join(f"  {name} = {value}" for name, value in run.config_dict().items()))
-    with torch.device("meta"):
-        outline = method.outline(cfg, ds)
-        with FlopCounterMode(display=False) as counter:
-            outline.forward()
-        saved = saved_bytes(outline.forward)
-    for line in outline.lines:
-        run.say(line)
-    parameters = 0
-    for name, network in outline.networks.items():
-        count = sum(p.numel() for p in network.parameters())
-        parameters += count
-        run.say(f"{name}: {count:,} parameters")
-    # The weight, its gradient and Adam's two moments take 4 bytes each.
-    fixed = 16 * parameters / 2 ** 30
-    each = saved / 2 ** 30
-    run.say(f"memory of training: about {fixed:.2g} GB for weights and optimiser, and {each:.2g} "
-            "GB of activations per slice in fp32 "
-            f"(about {fixed + cfg.batch * each:.2g} GB for --batch {cfg.batch}; bf16: up to half)")
-    # The backward pass costs twice the forward pass.
-    flops = 3 * counter.get_total_flops() * outline.slices
-    run.say(f"last stage of training: {flops:.2g} FLOP, about {flops / 1e11 / 3600:.2g} h at 100 "
-            f"GFLOP/s (a laptop), {flops / 1e14 / 3600:.2g} h at 100 TFLOP/s (a large GPU, bf16)")
-    run.say("this was a dry run: add --train, --evaluate, --synthesize, --check or --benchmark")
-
-
-def saved_bytes(forward):
-    """Return how many bytes autograd keeps between forward() and its backward pass.
-
-    A tensor that is kept twice counts once.
-    """
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    total = sum(kept.values())
-    del output
-    return total
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 
 def guarded(main):
-    """Run main().  What the user can mend becomes one line and an exit status, 1 or 2.
+    """Run main().  An error becomes one line and an exit status, 1 or 2.
 
-    Raises SystemExit then.  With --debug the error itself is raised, with its traceback.
+    Raises SystemExit then.  With --debug the error itself is raised, with its traceback.  SIGTERM
+    and SIGHUP end the program as Ctrl-C does, with 143 and 129; while it trains, see loop.signals.
     """
+    def end(number, frame):
+        raise SystemExit(128 + number)
     if hasattr(sys.stdout, "reconfigure"):
         # A subject's name must not end a run on an old console.
         sys.stdout.reconfigure(errors="replace")
     try:
-        main()
+        with handled(end, ENDINGS):
+            main()
         if dist.is_available() and dist.is_initialized():
             # Nobody leaves while another process still talks.
             dist.barrier()
@@ -462,18 +475,9 @@ def guarded(main):
         # The reader of our output has left, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (RunError, data.DataError, torch.OutOfMemoryError, OSError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            text = ("out of GPU memory; in this order: --micro-batch or a smaller --sample-batch, "
-                    "--precision bf16, a smaller --size")
-        elif isinstance(error, OSError):
-            # Such errors are a log line on a full disk, or a picture in a read-only folder.
-            text = (f"{text}; mend it and run the same command again "
-                    "(--debug shows where it happened)")
-        print(f"error: {text}", file=sys.stderr)
-        raise SystemExit(getattr(error, "status", 1)) from None
+        raise SystemExit(tell(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

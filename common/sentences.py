@@ -44,7 +44,7 @@ def parse_target(text):
     """ "modality=T2w TE=90" -> (contrast, {field: value}); an empty text -> (None, {}).
 
     A PET is named by its tracer: modality=PET tracer=FDG is the contrast fdg.
-    ValueError if the text is not like that, or names a contrast twice.
+    ValueError if the text is not like that, or says something twice.
     """
     if not text:
         return None, {}
@@ -53,7 +53,12 @@ def parse_target(text):
         field, equals, value = word.partition("=")
         if not equals or not value:
             raise ValueError(f'--target "{text}": write words such as modality=T2w TE=90')
-        values[field] = number_or_word(value)
+        if field in values:
+            raise ValueError(f'--target "{text}": {field} is said twice')
+        try:
+            values[field] = number_or_word(value)
+        except ValueError as error:
+            raise ValueError(f'--target "{text}": {error}') from None
     if "modality" not in values:
         raise ValueError(f'--target "{text}": say which modality=, such as T2w')
     modality = str(values.pop("modality"))
@@ -89,24 +94,28 @@ def file_tags(text):
 
 
 def parse_sweep(text):
-    """ "TE=60:140:9" -> ("TE", nine numbers from 60 to 140), at least two; else ValueError."""
+    """ "TE=60:140:9" -> ("TE", nine numbers from 60 to 140), 2 to 1000 of them; else ValueError."""
     field, _, numbers = text.partition("=")
     try:
         first, last, count = numbers.split(":")
-        if int(count) < 2:
+        ends = float(first), float(last)
+        if not field or not 2 <= int(count) <= 1000 or not np.isfinite(ends).all():
             raise ValueError
-        return field, np.linspace(float(first), float(last), int(count))
+        return field, np.linspace(*ends, int(count))
     except ValueError:
         raise ValueError(f'--sweep "{text}": write field=first:last:number, such as '
-                         "TE=60:140:9") from None
+                         "TE=60:140:9, with 2 to 1000 numbers") from None
 
 
 def number_or_word(text):
-    """The text as a number, if it is one, else the text."""
+    """The text as a number, if it is a finite one, else the text."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    if not np.isfinite(number):
+        raise ValueError(f"{text}: write a finite number")
+    return number
 
 
 class Records:

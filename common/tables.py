@@ -20,12 +20,14 @@ import torch
 
 from common import metrics
 from common.cli import as_command, flags, show
-from common.files import RunError, read_checkpoint, replace
+from common.files import RunError, checkpoints, fits, read_arrays, read_newest, replace
 from common.table_pages import as_csv, markdown, picture
+from data.files import DataError, read_json
 
 PAPER_TABLES = Path(__file__).parent.parent / "data" / "paper_tables"
-# What a results.json must say, so that a table can be made of it.
-NEEDED = ("rows", "data", "phantom", "protocol", "config", "seed")
+# What a results.json and each of its rows must say, so that a table can be made of it.
+NEEDED = {"rows": list, "data": str, "phantom": bool, "protocol": str, "config": dict, "seed": int}
+ROW = {"task": str, "method": str, "metric": str, "values": dict}
 
 
 def load_tables(script):
@@ -260,14 +262,13 @@ def read_results(path):
     RunError if one of the two files is missing, damaged, or not of this project.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not content["rows"] or not all(key in content for key in NEEDED):
-            raise ValueError("it lacks entries")
-        with np.load(path.with_suffix(".npz")) as images:
-            return content, dict(images)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise RunError(f"{path} or its .npz cannot be read ({type(error).__name__}); "
-                       "delete both and evaluate again") from error
+        content = read_json(path, NEEDED)
+        if not content["rows"] or not all(fits(row, ROW) for row in content["rows"]):
+            raise DataError(f"{path}: lacks rows or parts of rows")
+        return content, read_arrays(path.with_suffix(".npz"))
+    except (RunError, DataError) as error:
+        fault = str(error).split(";")[0]
+        raise RunError(f"{fault}; delete {path} and its .npz, and evaluate again") from error
 
 
 def write(home, name, text, lines, images, method):
@@ -324,11 +325,12 @@ def take_over(source, folder, stages):
     """
     if not stages or int(os.environ.get("RANK", 0)) > 0:
         return
-    if (folder / "last.pt").exists() or not (source / "last.pt").exists():
+    if checkpoints(folder) or not checkpoints(source):
         return
-    content = read_checkpoint(source / "last.pt")
+    content, _ = read_newest(source)
     if all(content["stages"].get(stage, {}).get("finished") for stage in stages):
         content["stages"] = {stage: content["stages"][stage] for stage in stages}
+        content["config"] = {}                  # it trained otherwise than this row will be
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "last.pt", lambda tmp: torch.save(content, tmp))
 

@@ -30,6 +30,7 @@ SPECIALS = ("[pad]", "[cls]", "[sep]", "[mask]", "[none]", "[num]", "[unk]")
 PAD, CLS, SEP, MASK, NONE, NUM, UNK = range(7)
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+LARGEST = float(np.finfo(np.float32).max)       # of a value; a longer row of digits would be inf
 MOST_WORDS = 50_000         # merges are learned on so many words, the most frequent ones
 
 # A number may be glued to one of these units.  Any other mixture of digits and letters is a word:
@@ -178,7 +179,7 @@ class Tokenizer:
         for kind, piece in split(text):
             if kind == "number":
                 ids.append(NUM)
-                vals.append(float(piece))
+                vals.append(max(-LARGEST, min(float(piece), LARGEST)))
                 continue
             if kind == "mask":
                 pieces = [MASK]
@@ -199,8 +200,10 @@ class Tokenizer:
     def __call__(self, texts):
         """Tokens of texts (list of str), padded to the longest of them.
 
-        Raises ValueError if a text has more tokens than the context.
+        Raises ValueError if there is no text, or if a text has more tokens than the context.
         """
+        if len(texts) == 0:
+            raise ValueError("tokenizer: the list of texts is empty; give one text or more")
         encoded = [self.encode(text) for text in texts]
         longest = max(len(ids) for ids, _ in encoded)
         shape = (len(encoded), longest)

@@ -98,10 +98,25 @@ def test_run_flags(monkeypatch):
     (["--share", "0"], "--share 0.0: allowed are 1e-12 to 1000000000"),
     (["--share", "nan"], "--share nan: allowed are 1e-12 to 1000000000"),
     (["--sizes", "4,0"], "--sizes 4,0: allowed are 1 to 1000000000"),
-    (["--workers", "-1"], "--workers -1: allowed are 0 and more"),
-    (["--seed", "-1"], "--seed -1: allowed are 0 and more"),
+    (["--workers", "-1"], "--workers -1: allowed are 0 to 256"),
+    (["--seed", "-1"], "--seed -1: allowed are 0 to 9223372036854775807"),
     (["--steps", "10"], "--steps 10: must be a multiple of --parts 4"),
-])
+    (["--steps", "1" + 400 * "0"], f"--steps 1{400 * '0'}: allowed are 1 to 1000"),       # no float is so large
+    (["--rate", "1e400"], "--rate inf: allowed are 0.125 to 2"),
+    (["--mult", ",".join(21 * "1")], "--mult has 21 numbers; allowed are 20 at most"),
+    (["--workers", "257"], "--workers 257: allowed are 0 to 256"),
+    (["--seed", str(2 ** 63)], "--seed 9223372036854775808: allowed are 0 to 9223372036854775807"),
+    (["--seeds", "1001", "--reproduce", "table1"], "--seeds 1001: allowed are 1 to 1000"),
+    (["--micro-batch", "0"], "--micro-batch 0: allowed are 1 to 1000000000"),
+    (["--check", "--train"], "--check does not go with --train; give one of them"),
+    (["--check", "--export", "x"], "--check does not go with --export; give one of them"),
+    (["--check", "--reproduce", "fig2"], "--check does not go with --reproduce; give one of them"),
+    (["--reproduce", "table1", "--synthesize"], "--reproduce does not go with --synthesize; give one of them"),
+    (["--external", "x", "--train"], "--external needs --evaluate or --reproduce"),
+    (["--seeds", "2", "--evaluate"], "--seeds needs --reproduce"),
+    (["--data", ""], "argument --data: the name is empty; name a folder or file"),
+    (["--split", " "], "argument --split: the name is empty; name a folder or file"),
+], ids=str)
 def test_values_outside_the_limits_are_refused_with_the_range(capsys, words, message):
     assert refused(capsys, *words) == message
 
@@ -110,6 +125,23 @@ def test_the_limits_themselves_are_allowed():
     assert read("--steps", "1000", "--rate", "2", "--mult", "1,16")[0].steps == 1000
     assert read("--rate", "0.125", "--parts", "1", "--steps", "1")[0].rate == 0.125
     assert read("--sizes", "", "--share", "1e-9")[0].sizes == ()
+    assert read("--mult", ",".join(20 * "1"))[0].mult == 20 * (1,)
+    args = read("--workers", "256", "--seed", str(2 ** 63 - 1), "--external", "x", "--evaluate")[1]
+    assert args.workers == 256 and args.seed == 2 ** 63 - 1 and args.external == Path("x")
+
+
+@pytest.mark.parametrize("flag", ["out", "cache", "export"])
+def test_nothing_is_written_into_the_data_folder(capsys, tmp_path, monkeypatch, flag):
+    """It would be taken for scans the next time. Beside it is fine, also if its name begins alike; so is a look at the folder."""
+    (tmp_path / "scans").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(tmp_path / "scans"), "--train"]
+    inside = "scans/p1/../new"
+    assert refused(capsys, *words, f"--{flag}", inside).startswith(f"--{flag} {inside} lies in the data folder")
+    assert "lies in the data folder" in refused(capsys, *words, f"--{flag}", words[1])
+    assert read(*words, f"--{flag}", str(tmp_path / "scans-runs"))[1].train
+    if flag != "export":
+        assert not read(*words[:2], f"--{flag}", inside)[1].train
 
 
 @pytest.mark.parametrize("words, message", [
@@ -134,7 +166,7 @@ def test_the_data_folder_is_required(capsys):
 def test_tables_are_asked_for_by_name_and_listed_without_data(capsys):
     assert read("--reproduce", "fig2", "--seeds", "3")[1].reproduce == "fig2" and read()[1].reproduce is None and read()[1].seeds == 1
     assert "invalid choice: 'table7'" in refused(capsys, "--reproduce", "table7")
-    assert refused(capsys, "--seeds", "0") == "--seeds 0: allowed are 1 and more"
+    assert refused(capsys, "--seeds", "0") == "--seeds 0: allowed are 1 to 1000"
     assert parse(Config, PRESETS, TABLES, LIMITS, lambda folder: "demo", "", ["--reproduce", "list"])[1].reproduce == "list"
 
 

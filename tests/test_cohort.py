@@ -1,4 +1,5 @@
 """Another cohort: all its subjects are scored, beside the baselines of the run, in a folder of its own; and what images are worth."""
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,39 +37,83 @@ def test_kept_baselines_are_those_of_the_training_subjects(tmp_path):
     assert (tmp_path / cohort.FILE).read_bytes() == before
 
 
-class Other:
-    """A data set of three subjects, the last of which belongs to no part."""
-
-    def __init__(self, names, fingerprint="other"):
-        self.fingerprint, self.complete = fingerprint, [SimpleNamespace(name=name) for name in names]
+def scan(name, *digests, person=None):
+    """A subject with the digests of its files."""
+    return SimpleNamespace(name=name, person=person or name, digests=list(digests))
 
 
-def as_cohort(tmp_path, names, fingerprint="other", split_typed=None, monkeypatch=None):
-    run = SimpleNamespace(out=tmp_path / "run", about={"data": "own", "train": ["a"], "val": ["b"]}, say=lambda text: None)
+def run_of(tmp_path, said=None):
+    """A run that was trained on subjects a (files 1, 2) and b (3, 4), with v (5, 6) as validation."""
+    about = {"data": "own", "train": ["a", "b"], "val": ["v"], "files of train": [["1", "2"], ["3", "4"]], "files of val": [["5", "6"]]}
     (tmp_path / "run").mkdir(exist_ok=True)
-    ds = Other(names, fingerprint)
-    ds.folder, ds.split = tmp_path / "OTHER", {"train": ["x"], "val": [], "test": ["y"]}
-    monkeypatch.setattr(cohort.dataclasses, "replace", lambda ds, split: SimpleNamespace(**{**vars(ds), "split": split}))
+    return SimpleNamespace(out=tmp_path / "run", about=about, say=(said if said is not None else []).append)
+
+
+def test_who_was_trained_on_is_told_by_files_not_by_names(tmp_path):
+    said = []
+    subjects = [scan("a", "7", "8"), scan("renamed", "9", "4"), scan("new", "10"), scan("v", "6"), scan("b", "3", "4")]
+    files = {subject.name: subject.digests for subject in subjects}
+    assert cohort.served(run_of(tmp_path, said), subjects, files) == {"renamed", "v", "b"}
+    assert len(said) == 1 and said[0].startswith("1 subjects have the name of a training subject, but other images (a)")
+    assert cohort.served(run_of(tmp_path), subjects, files, ("train",)) == {"renamed", "b"}      # v only chose weights
+
+
+def test_a_later_visit_of_a_training_person_counts_as_trained_on(tmp_path):
+    subjects = [scan("p1/first", "1", person="p1"), scan("p1/second", "20", person="p1"), scan("p2/first", "21", person="p2")]
+    files = {subject.name: subject.digests for subject in subjects}
+    assert cohort.served(run_of(tmp_path), subjects, files) == {"p1/first", "p1/second"}
+
+
+@dataclasses.dataclass
+class Other:
+    complete: list
+    split: dict
+    folder: Path
+    fingerprint: str = "other"
+
+    @property
+    def files(self):
+        return {subject.name: subject.digests for subject in self.complete}
+
+
+def as_cohort(tmp_path, subjects, fingerprint="other", split_typed=None, test=("y",), train=("x",), said=None):
+    run = run_of(tmp_path, said)
+    ds = Other(subjects, {"train": list(train), "val": [], "test": list(test)}, tmp_path / "OTHER", fingerprint)
     found, home = cohort.other_cohort(run, ds, split_typed)
     return run, found, home
 
 
-def test_every_subject_of_another_cohort_is_scored(tmp_path, monkeypatch):
-    run, ds, home = as_cohort(tmp_path, ["z", "x", "y"], monkeypatch=monkeypatch)
-    assert ds.split == {"train": [], "val": [], "test": ["x", "y", "z"]}
+def test_every_subject_of_another_cohort_is_scored(tmp_path):
+    run, ds, home = as_cohort(tmp_path, [scan("z", "7"), scan("a", "8"), scan("y", "9")])
+    assert ds.split == {"train": [], "val": [], "test": ["a", "y", "z"]}
     assert home == tmp_path / "run" and run.out == home / "on-OTHER" and run.out.is_dir()
 
 
-def test_the_users_split_of_another_cohort_counts(tmp_path, monkeypatch):
-    run, ds, home = as_cohort(tmp_path, ["x", "y"], split_typed="split.json", monkeypatch=monkeypatch)
+def test_subjects_that_served_the_training_are_left_out_and_named(tmp_path):
+    said = []
+    run, ds, home = as_cohort(tmp_path, [scan("x", "1"), scan("y", "9"), scan("w", "5")], said=said)
     assert ds.split["test"] == ["y"] and home is not None
+    assert said[0].endswith("OTHER served the training and are left out: w, x")
+    with pytest.raises(RunError, match="every subject served the training"):
+        as_cohort(tmp_path, [scan("x", "1"), scan("w", "5")])
 
 
-@pytest.mark.parametrize("names, fingerprint", [(["x", "y"], "own"), (["x", "a"], "other"), (["b", "y"], "other")])
-def test_own_data_are_no_other_cohort(tmp_path, monkeypatch, names, fingerprint):
-    """The same data, or data with subjects of the training, keep their split and their folder."""
-    run, ds, home = as_cohort(tmp_path, names, fingerprint, monkeypatch=monkeypatch)
+def test_the_users_split_of_another_cohort_counts(tmp_path):
+    subjects = [scan("x", "7"), scan("y", "9"), scan("w", "5")]
+    run, ds, home = as_cohort(tmp_path, subjects, split_typed="split.json")
+    assert ds.split["test"] == ["y"] and home is not None
+    with pytest.raises(RunError, match=r"1 test subjects served the training \(w\)"):
+        as_cohort(tmp_path, subjects, split_typed="split.json", test=("w", "y"))
+
+
+def test_own_data_keep_their_split_and_their_folder(tmp_path):
+    subjects = [scan("a", "1", "2"), scan("y", "9")]
+    run, ds, home = as_cohort(tmp_path, subjects, "own", train=("a",))
     assert home is None and ds.split["test"] == ["y"] and run.out == tmp_path / "run"
+    with pytest.raises(RunError, match="served the training"):
+        as_cohort(tmp_path, subjects, "own", test=("a", "y"))
+    run, ds, home = as_cohort(tmp_path, subjects, "own", train=())             # no training part: the stored baselines count
+    assert home == run.out == tmp_path / "run"
 
 
 def test_cka_does_not_see_rotation_and_scale():

@@ -57,6 +57,7 @@ def test_embeddings_made_elsewhere(tmp_path):
     ({"prompts": np.array([b"a", b"b"])}, "list of strings"), ({"prompts": np.array(["t1", "t1"])}, "twice"),
     ({"prompts": np.array(["t1", "t2"], dtype=object)}, "not readable"),
     ({"pooled": np.ones((3, 3))}, r"pooled is not.*'pooled': \(3, 3\)"), ({"pooled": np.ones(2)}, "pooled is not"),
+    ({"pooled": np.ones((2, 0))}, "pooled is not"), ({"pooled": np.array([[1, 1e300], [1, 2]])}, "pooled is not"),      # float32 has no 1e300
     ({"pooled": np.array([[1, np.nan], [1, 2]])}, "pooled is not"), ({"pooled": np.array([["1"], ["2"]])}, "pooled is not"),
     ({"tokens": np.ones((2, 4))}, "tokens are not"), ({"tokens": np.ones((3, 2, 4))}, "tokens are not"),
     ({"tokens": np.full((2, 2, 4), np.inf)}, "tokens are not"), ({"mask": np.ones((2, 3), bool)}, "mask is not"),

@@ -35,7 +35,8 @@ def test_parse_target():
     assert parse_target("") == (None, {})
     assert parse_target("modality=T2w TE=90 vendor=GE") == ("t2", {"TE": 90.0, "vendor": "GE"})
     assert parse_target("tracer=FDG modality=PET dose=200") == ("fdg", {"tracer": "FDG", "dose": 200.0})
-    for wrong in ("TE=90", "modality", "modality= TE=90", "modality=T2w dose=3"):
+    for wrong in ("TE=90", "modality", "modality= TE=90", "modality=T2w dose=3", "modality=T2w TE=90 TE=95", "modality=T2w TE=nan",
+                  "modality=T2w TE=1e400"):
         with pytest.raises(ValueError, match="--target"):
             parse_target(wrong)
 
@@ -47,7 +48,8 @@ def test_file_tags():
 def test_parse_sweep():
     field, values = parse_sweep("TE=60:140:9")
     assert field == "TE" and np.allclose(values, np.arange(60, 141, 10))
-    for wrong in ("TE", "TE=60:140", "TE=a:b:3", "TE=60:140:1"):
+    assert len(parse_sweep("TE=1:2:1000")[1]) == 1000
+    for wrong in ("TE", "TE=60:140", "TE=a:b:3", "TE=60:140:1", "TE=60:140:1001", "=60:140:9", "TE=nan:140:9", "TE=60:1e400:9"):
         with pytest.raises(ValueError, match="--sweep"):
             parse_sweep(wrong)
 

@@ -15,7 +15,7 @@ import apt
 import medm2g
 import metadb
 from common import cli, metrics, tables
-from common.files import RunError
+from common.files import RunError, read_checkpoint
 from common.table_pages import MEASURES
 from common.tasks import named_directions
 from data.layouts import CONTRASTS
@@ -341,8 +341,8 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path, capsys):
     empty = a_run(tmp_path / "empty", "APT", {})
     for words, status, message in [
             ([one, tmp_path / "none"], 1, "does not exist; run the script with --evaluate --out"),
-            ([one, other], 1, "share no task and test subject"), ([one, broken], 1, "cannot be read (FileNotFoundError)"),
-            ([one, empty], 1, "cannot be read (ValueError)"), ([one, one], 2, "is named twice"),
+            ([one, other], 1, "share no task and test subject"), ([one, broken], 1, "results.npz is damaged or no .npz file (FileNotFoundError"),
+            ([one, empty], 1, "lacks rows or parts of rows"), ([one, one], 2, "is named twice"),
             ([one], 2, "two or more run folders are needed"), ([], 2, "RUN")]:
         found, out, err = compared(capsys, *words)
         assert found == status and message in err and out == ""
@@ -371,12 +371,13 @@ def rehearsal(tmp_path):
 
     def work(cfg, args):
         out = args.out.relative_to(tmp_path).as_posix()
-        taken = sorted(tables.read_checkpoint(args.out / "last.pt")["stages"]) if (args.out / "last.pt").exists() else []
+        taken = sorted(read_checkpoint(args.out / "last.pt")["stages"]) if (args.out / "last.pt").exists() else []
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"results_{cfg.M}.json"
         if not args.evaluate:
             ran.append((cfg.steps, cfg.M, args.seed, out, taken))
-            torch.save({"format": 1, "stages": {s: {"finished": True, "parts": {}} for s in ("one", "two")}}, args.out / "last.pt")
+            stages = {s: {"step": 1, "total": 1, "finished": True, "parts": {}} for s in ("one", "two")}
+            torch.save({"format": 1, "script": "m", "config": {}, "seed": 0, "about": {}, "stages": stages}, args.out / "last.pt")
         elif not path.exists():
             ran.append((cfg.steps, cfg.M, args.seed, out, "scored"))
             path.write_text(json.dumps({**content({"a->b": 0.1 * cfg.M}, args.seed), "config": vars(cfg)}))

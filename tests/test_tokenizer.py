@@ -114,6 +114,15 @@ def test_saved_and_read_back(tokenizer):
         T.Tokenizer.from_state({**tokenizer.state(), "context": 97})
 
 
+def test_a_long_row_of_digits_stays_finite_and_no_text_is_refused(tokenizer):
+    """Serial numbers in reports would otherwise become inf, and every weight NaN."""
+    vals = tokenizer([f"No {60 * '9'}; -{400 * '9'}; 38"]).vals[0]
+    largest = np.finfo(np.float32).max
+    assert np.isfinite(vals).all() and largest in vals and -largest in vals and 38 in vals
+    with pytest.raises(ValueError, match="list of texts is empty"):
+        tokenizer([])
+
+
 def test_needs_no_torch():
     program = "import sys, common.tokenizer; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
