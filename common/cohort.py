@@ -92,9 +92,9 @@ def stored_baselines(home, task, sources):
 def served(run, subjects, files, parts=("train", "val")):
     """The names of those subjects that served the training of this run, as a set.
 
-    A subject is recognised by its files, not by its name: in two hospitals, two people may both be
-    patient 001. All visits of a person count, if one of them is recognised. Subjects that only have
-    a name of the training are new, and the user is told.
+    A subject is recognised by its files or by its slices, not by its name: in two hospitals, two
+    people may both be patient 001. All visits of a person count, if one of them is recognised.
+    Subjects that only have a name of the training are new, and the user is told.
 
     subjects: a list of data.Subject. files: {name: digests of its files}, see Dataset.files.
     parts: of the split. Subjects of "train" were trained on, and those of "val" chose the weights.

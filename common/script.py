@@ -381,7 +381,8 @@ def open_data(method, cfg, args, run, agreed=lambda ds: None):
     return run.first(lambda: data.open_dataset(
         args.data, contrasts, cfg.size, args.split, train_fraction=cfg.train_fraction,
         test_subjects=cfg.test_subjects, cache=args.cache, workers=args.workers, say=run.say,
-        gaps=method.gaps, texts=method.texts, agree=agreed))
+        gaps=method.gaps, texts=method.texts, agree=agreed,
+        alone=bool(run.about) and not args.train))
 
 
 def say_how_far(method, run):

@@ -211,8 +211,9 @@ def _describe(slices, numbers, images, contrasts):
     digests = digests_of_images(slices, images, contrasts)
     lesion = [slices.lesion[number] if slices.lesion else None for number in numbers]
     return {"shape": list(images.shape), "labels": slices.labels is not None,
-            "slices": len(slices.kept), "constant": slices.constant, "notes": slices.notes, "pixel": slices.pixel,
-            "scales": scales, "digests": digests, "slice_number": numbers.tolist(),
+            "slices": len(slices.kept), "constant": slices.constant, "notes": slices.notes,
+            "pixel": slices.pixel, "scales": scales, "digests": digests,
+            "slice_number": numbers.tolist(),
             "position": slices.position[numbers].tolist(), "brain": slices.brain[numbers].tolist(),
             "lesion": lesion}
 

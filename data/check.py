@@ -48,9 +48,8 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, 
         say(f"not a contrast: {path}")
     say(ROW.format("subject", "contrast", "shape", "spacing mm", "axes", "range", "background",
                    "foreground"))
-    complete = 0
     people = set()
-    digests = {}
+    digests = {}                                        # of the complete subjects
     pixels = {}                                         # mm
     all_errors = []
     all_notes = []
@@ -61,20 +60,12 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, 
     except DataError as error:
         all_errors.append(str(error))
     for subject in layout.subjects:
-        if subject.in_slices:
-            errors = _check_slices(subject, say)
-            notes = []
-        else:
-            errors, notes = _check_subject(subject, layout.contrasts, say)
-            more_errors, more_notes = _check_pictures(subject, layout.contrasts, say)
-            errors += more_errors
-            notes += more_notes
+        errors, notes = _check_files(subject, layout.contrasts, say)
         if not errors and is_complete(subject, layout, gaps):
             try:
                 digests[subject.name], slices = _decoded(subject, layout.contrasts, size)
                 notes = [(f"{subject.name} {file}", note) for file, note in slices.notes]
                 pixels[subject.name] = slices.pixel
-                complete += 1
                 people.add(subject.person)
             except DataError as error:
                 errors.append(str(error))
@@ -92,7 +83,7 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, 
     for error in all_errors:
         say(f"error: {error}")
     usable = not all_errors and len(people) >= 2
-    say(f"{complete} complete subjects of {len(people)} persons (2 needed), "
+    say(f"{len(digests)} complete subjects of {len(people)} persons (2 needed), "
         f"{len(all_errors)} errors: {'usable' if usable else 'not usable'}")
     return usable
 
@@ -108,12 +99,21 @@ def _decoded(subject, contrasts, size):
     return digests_of_images(slices, images, contrasts), slices
 
 
-def _check_subject(subject, contrasts, say):
-    """Say one row of the table for each file -> (errors, notes).
+def _check_files(subject, contrasts, say):
+    """Say one row of the table for each file of a subject -> (errors, notes).
 
     Errors are sentences. Notes are (file, sentence) pairs. Whether the files fit each other is
     found out when they are decoded.
     """
+    if subject.in_slices:
+        return _check_slices(subject, say), []
+    errors, notes = _check_volumes(subject, contrasts, say)
+    more_errors, more_notes = _check_pictures(subject, contrasts, say)
+    return errors + more_errors, notes + more_notes
+
+
+def _check_volumes(subject, contrasts, say):
+    """Say one row of the table for each volume -> (errors, notes), see _check_files."""
     errors = []
     notes = []
     scales = {}
@@ -136,7 +136,7 @@ def _check_subject(subject, contrasts, say):
 
 
 def _check_pictures(subject, contrasts, say):
-    """Say one row of the table for each picture -> (errors, notes), see _check_subject."""
+    """Say one row of the table for each picture -> (errors, notes), see _check_files."""
     errors = []
     notes = []
     for contrast in contrasts:

@@ -65,7 +65,8 @@ class Dataset:
     lesion: list                    # (n,) str, or None where a subject has no segmentation
     labels: Stack | None            # (n, size, size) uint8; None unless all have a segmentation
     scales: dict                    # {subject: {contrast: Scale}}
-    files: dict = field(default_factory=dict)       # {subject: digests of the files of its images}
+    files: dict = field(default_factory=dict)       # {subject: digests of the files of its images,
+                                                    # and of its slices in each contrast}
 
     def part(self, part):
         """The slices of "train", "val" or "test" as Rows. Nothing is read before it is indexed."""
@@ -169,7 +170,7 @@ def evenly(rows, most):
 
 def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, train_fraction=0.8,
                  test_subjects=50, cache=Path("runs/cache"), workers=0, say=print, gaps=False,
-                 texts=False, agree=lambda ds: None):
+                 texts=False, agree=lambda ds: None, alone=False):
     """Recognise, check, decode and split a folder of scans -> Dataset. Decoding is done once.
 
     contrasts: The names of the channels in order, by default all that most subjects have.
@@ -185,13 +186,16 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
     are 0 everywhere. Dataset.present tells which rows have a report, and Dataset.reports gives it.
     agree: A function that gets the Dataset before the first scan is decoded, see undecoded. It may
     refuse it with an error of its own.
+    alone: True if the scans of one person are enough, because a trained model shall be scored. They
+    are the test then.
     DataError for everything that is wrong with the data.
     """
     folder = Path(folder)
     make_phantom(folder, say)
     layout = find_layout(folder, contrasts, gaps, texts)
     _say_layout(folder, layout, gaps, say)
-    ds = undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say)
+    ds = undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say,
+                   alone)
     agree(ds)
     complete = ds.complete
     split = ds.split
@@ -206,6 +210,10 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
                                           size, workers, say)
     _say_notes(unequal_pixels(index["pixels"]) + grouped(index["notes"]), say)
     check_duplicates(index["digests"], split, say)
+    # The slices tell who is who where a file was only compressed or written again.
+    files = files_of_subjects(complete, digests)
+    for name, of_contrast in index["digests"].items():
+        files[name] += of_contrast.values()
     counts = ", ".join(f"{len(names)} {part}" for part, names in split.items())
     say(f"  split: {counts}; {len(images)} of {index['slices']} slices kept, "
         f"{index['constant']} are empty or constant")
@@ -220,10 +228,11 @@ def open_dataset(folder, contrasts=None, size=256, split_file=None, seed=0, trai
         lesion=index["lesion"],
         labels=labels,
         scales=_read_scales(index["scales"]),
-        files=files_of_subjects(complete, digests))
+        files=files)
 
 
-def undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say):
+def undecoded(folder, layout, size, split_file, seed, train_fraction, test_subjects, gaps, say,
+              alone=False):
     """Split the subjects of a Layout -> Dataset that has no slices yet.
 
     The arguments are those of open_dataset. open_dataset and check both begin with this, so that
@@ -233,14 +242,18 @@ def undecoded(folder, layout, size, split_file, seed, train_fraction, test_subje
     incomplete = []
     for subject in layout.subjects:
         (complete if is_complete(subject, layout, gaps) else incomplete).append(subject)
-    _require_two(folder, layout, complete)
+    alone = alone and len({subject.person for subject in complete}) == 1
+    if not alone:
+        _require_two(folder, layout, complete)
     if split_file:
         split = read_split(split_file, complete, say)
+    elif alone:
+        split = {"train": [], "val": [], "test": [subject.name for subject in complete]}
     elif layout.split:
         split = use_split(layout.split, complete, seed, say)
     else:
         split = make_split(complete, seed, train_fraction, test_subjects)
-    if not split["val"]:
+    if split["train"] and not split["val"]:
         say("  no validation subjects: the last checkpoint will be used instead of the best one")
     nothing = np.zeros(0)
     return Dataset(

@@ -20,6 +20,7 @@ try:
 except ImportError:             # Windows removes no file that a process still writes
     fcntl = None
 
+PACKED = b"\x1f\x8b"    # the first bytes of what gzip has compressed
 FORGOTTEN = 3600        # seconds; an unfinished file of this age belongs to no running process
 
 

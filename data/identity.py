@@ -16,9 +16,10 @@ from data.files import (
     remove_unfinished,
     write_atomically,
 )
-from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, PET_WINDOW
+from data.intensities import BRAIN_WINDOW, CT_WINDOW, ENHANCEMENT, NOT_SCANNED, PET_WINDOW
 from data.layouts.words import BODY_CONTRASTS, TEXT
 from data.metaimage import files_of
+from data.opening import in_plain_words
 
 VERSION = 6             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
@@ -98,24 +99,20 @@ def digests_of(paths, memory, workers, say):
     unknown = []
     to_read = 0                         # bytes
     for path in dict.fromkeys(paths):                   # each path once, in order
-        try:
+        with in_plain_words(path):
             digests[path] = memory.recall(path)
             if digests[path] is None:
                 unknown.append(path)
                 to_read += sum(part.stat().st_size for part in files_of(path))
-        except OSError as error:
-            raise _unreadable(path, error) from None
     if to_read >= ANNOUNCED:
         say(f"  reading {len(unknown)} files ({size_text(to_read)}) to recognise them; "
             "files that stay unchanged are not read again")
     progress = Progress(len(unknown), "files read", say, last=False)
 
     def digest(path):
-        try:
+        with in_plain_words(path):
             stamps = stamps_of(path)
             return stamps, _digest_of(path)
-        except OSError as error:
-            raise _unreadable(path, error) from None
 
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -137,12 +134,6 @@ def _digest_of(path):
     return digest.hexdigest()
 
 
-def _unreadable(path, error):
-    # The error names the file of the voxels, if it is that one that cannot be read.
-    path = error.filename or path
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); repair or remove it")
-
-
 def subject_key(subject, digests, contrasts, size):
     """A hash of all that the decoded slices of one subject depend on, 20 hexadecimal digits.
 
@@ -162,7 +153,7 @@ def subject_key(subject, digests, contrasts, size):
         # The words count, not their file, which may hold the reports of all subjects.
         about["report"] = subject.report
     if "ct" in contrasts:
-        about["window"] = [CT_WINDOW, BRAIN_WINDOW]
+        about["window"] = [CT_WINDOW, BRAIN_WINDOW, NOT_SCANNED]
     if not BODY_CONTRASTS.isdisjoint(contrasts):
         about["body"] = [CT_WINDOW, PET_WINDOW, ENHANCEMENT]
     if "pet" in contrasts:

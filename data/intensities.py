@@ -41,6 +41,8 @@ NOT_SCANNED = -3024.0
 # What is added to HU so that no stored number is negative. A body has more than NO_HU then.
 OFFSETS = (1000, 1024, 8192, 32768)
 NO_HU = 600
+# Of a body, a smaller share is air.
+FULL_OF_AIR = 1 / 3
 # SUV. The body is above; air is below. See _pet_body.
 PET_BODY = 0.2
 # SUV. In no patient is one voxel in a thousand brighter. Raw PET, in Bq/ml, is far brighter.
@@ -171,6 +173,10 @@ def to_hounsfield(array):
     if is_stripped(array):
         return array, ("holds neither bone nor air; the skull was removed, it seems, and "
                        f"{BRAIN_WINDOW.background:g} to {BRAIN_WINDOW.high:g} HU become 0 to 1")
+    if _is_zero_outside(array, low):
+        outside = reaching_border(array == 0, axes=(0, 1))
+        array = np.where(outside, np.float32(NOT_SCANNED), array)
+        return array, "is 0 around the body, which would be water; it counts as not scanned there"
     if low <= CT_BODY:
         return array, None
     darkest = scanned[scanned < low + 100]
@@ -187,6 +193,23 @@ def to_hounsfield(array):
         offset = nearest
     return array - np.float32(offset), (f"seems to hold HU + {offset:.0f}, its darkest part is at "
                                         f"{air:.0f}; {offset:.0f} is subtracted")
+
+
+def _is_zero_outside(array, low):
+    """True if the outside of a CT (X, Y, Z) in HU was set to 0, as a multiplication by a mask does.
+
+    In stored numbers, in which 0 is air, nothing is below 0, and the skull is not full of air.
+    low: The lowest intensity, without the extreme ones.
+    """
+    background = find_background(array)
+    if not background.constant or background.level != 0:
+        return False
+    if low <= CT_BODY:
+        return True
+    head = array >= low + 100
+    for z in range(head.shape[2]):
+        head[:, :, z] = ndimage.binary_fill_holes(head[:, :, z])
+    return bool(head.any() and np.mean(array[head] < low + 100) > FULL_OF_AIR)
 
 
 def foreground(array, background=None, contrast=None):

@@ -60,11 +60,13 @@ def read_metaimage(path, max_voxels=math.inf):
         raise DataError(f"{path}: its voxels are written as text; convert it to NIfTI")
     order = ">" if _is_true(header, BYTE_ORDERS, default=False) else "<"
     place = _place_of(path, header)
-    rest = _read_bytes(path, place)
+    rest = _read_bytes(place)
     if place == path:
         rest = rest[start:]
     if _is_true(header, ("CompressedData",), default=False):
-        rest = _unpacked(place, rest)
+        with in_plain_words(place):
+            unpacker = zlib.decompressobj(ANY_HEADER)
+            rest = unpacker.decompress(rest) + unpacker.flush()
     dtype = np.dtype(order + kind)
     size = math.prod(shape) * dtype.itemsize
     # HeaderSize -1 means that the voxels are the end of the file.
@@ -98,8 +100,7 @@ def files_of(path):
     require_file(path)
     if not is_metaimage(path):
         return [path]
-    with in_plain_words(path):
-        header, _ = _read_header(path)
+    header, _ = _read_header(path)
     return list(dict.fromkeys([path, _place_of(path, header)]))
 
 
@@ -121,7 +122,7 @@ def _grid_of(path, header, max_voxels):
 
 def _read_header(path):
     """Read the header -> ({key: value}, its length in bytes)."""
-    content = _read_bytes(path, path, LONGEST_HEADER)
+    content = _read_bytes(path, LONGEST_HEADER)
     header = {}
     position = 0
     while "ElementDataFile" not in header:
@@ -148,25 +149,10 @@ def _text(part):
     return part.decode("utf-8", "replace").strip()
 
 
-def _read_bytes(path, place, most=-1):
-    """The content of `place`, which the header `path` names. most: The first bytes only."""
-    require_file(place)
-    try:
-        with open(place, "rb") as file:
-            return file.read(most)
-    except OSError as error:
-        needed = "" if place == path else f", which {path.name} needs"
-        raise DataError(f"{place}: cannot be read ({error.strerror or error}){needed}; "
-                        "download it again") from None
-
-
-def _unpacked(place, packed):
-    """Decompress bytes of zlib or gzip."""
-    try:
-        unpacker = zlib.decompressobj(ANY_HEADER)
-        return unpacker.decompress(packed) + unpacker.flush()
-    except zlib.error as error:
-        raise DataError(f"{place}: cannot be decompressed ({error}); download it again") from None
+def _read_bytes(place, most=-1):
+    """The content of a file. most: The first bytes only."""
+    with in_plain_words(place), open(place, "rb") as file:
+        return file.read(most)
 
 
 def _affine_of(path, header, notes):

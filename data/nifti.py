@@ -4,8 +4,8 @@ What other programs tolerate in a header is tolerated here, too, and a note says
 """
 
 import gzip
-import itertools
 import logging
+import math
 from contextlib import ExitStack, contextmanager
 
 import nibabel as nib
@@ -13,10 +13,9 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from data.files import DataError
+from data.files import PACKED, DataError
 from data.opening import in_plain_words
 
-PACKED = b"\x1f\x8b"                # the first bytes of what gzip has compressed
 BLOCK = 1 << 20                     # bytes that are read at a time
 LARGEST_OFFSET = 1 << 28            # bytes; no header with extensions is longer
 UNITS = {1: ("metre", 1000.0), 3: ("micron", 0.001)}      # NIfTI's code -> name, mm
@@ -42,7 +41,7 @@ def decode(path, max_voxels, echoes=1, frames=None, channel=None):
     numbers in it.
     """
     notes = []
-    with in_plain_words(path), _opened(path, notes) as file:
+    with in_plain_words(path), opened(path, notes) as file:
         header, start, said = _read_header(file, path, notes)
         series = frames is not None or channel is not None
         shape = _checked_shape(header, path, max_voxels, echoes, series)
@@ -67,18 +66,31 @@ def decode_header(path, max_voxels, series=False):
     series: True if the file may hold several volumes, as a PET of several frames.
     DataError as decode, as far as the header shows it.
     """
-    with in_plain_words(path), _opened(path, []) as file:
+    with in_plain_words(path), opened(path, []) as file:
         header, _, _ = _read_header(file, path, [])
         return header, _checked_shape(header, path, max_voxels, 1, series)[:3]
 
 
-def volumes_of(header):
+def grid_of(path):
+    """Read the grid of a file of any number of volumes -> (shape, affine), or None.
+
+    shape: The lengths of all axes. affine: (4, 4), stored voxel index -> world mm.
+    None stands for a file that cannot be read. This is reported when its voxels are needed.
+    """
+    try:
+        header, _ = decode_header(path, math.inf, series=True)
+        return header.get_data_shape(), checked_affine(header, path)
+    except DataError:
+        return None
+
+
+def volumes_of(shape):
     """The number of volumes along the fourth axis of a file."""
-    return int(max(header.get_data_shape()[3:], default=1))
+    return int(max(shape[3:], default=1))
 
 
 @contextmanager
-def _opened(path, notes):
+def opened(path, notes):
     """Open a file, and unpack it while it is read. Some files are compressed twice."""
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
@@ -108,6 +120,9 @@ def _read_header(file, path, notes):
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{path}: looks like HTML, a web page saved by a failed download; "
                         "download the file again")
+    if text.startswith((b"version https://git-lfs", b"/annex/", b"../.git/annex", b".git/annex")):
+        raise DataError(f"{path}: is only a pointer of Git LFS or git-annex; get the file itself "
+                        "with git lfs pull or git annex get")
     if start[344:348] == b"n+1\0":
         header = nib.Nifti1Header(start[:348], check=False)
     elif start[4:8] == b"n+2\0" and len(start) == 540:
@@ -227,7 +242,7 @@ def _checked_shape(header, path, max_voxels, echoes, series=False):
     if sorted(shape)[-2] == 1:
         raise DataError(f"{path}: is a line of {max(shape)} numbers and no image, as of a surface; "
                         "give a volume")
-    several = volumes_of(header) > 1
+    several = volumes_of(shape) > 1
     if several and shape[3:] != (echoes,) and not (series and len(shape) == 4):
         raise DataError(f"{path}: is {len(shape)}-D with shape {shape}; split it into one 3-D file "
                         "per contrast")
@@ -309,13 +324,23 @@ def _fault_of(affine):
 def _compare_forms(header, found, factor, notes):
     """Say if sform and qform put a corner of the volume into places more than a voxel apart."""
     shape = (header.get_data_shape() + (1, 1))[:3]
-    corners = list(itertools.product(*[(0, n - 1) for n in shape]))
-    first = nib.affines.apply_affine(found["sform"], corners)
-    second = nib.affines.apply_affine(found["qform"], corners)
-    apart = np.linalg.norm(first - second, axis=1).max()
+    apart = corner_gap(shape, found["sform"], found["qform"])
     if apart > nib.affines.voxel_sizes(found["sform"]).max():
         notes.append(f"has an sform and a qform that lie up to {factor * apart:.0f} mm apart; the "
                      "sform is used, and other programs may use the qform")
+
+
+def corners_of(shape, margin=0.0):
+    """The indices (8, 3) of the corner voxels, moved outwards by `margin` voxels."""
+    ends = [(-margin, n - 1 + margin) for n in shape]
+    return np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
+
+
+def corner_gap(shape, first, second):
+    """How far two affines put the corner voxels of one shape apart in the world, at most, in mm."""
+    corners = corners_of(shape)
+    gaps = nib.affines.apply_affine(first, corners) - nib.affines.apply_affine(second, corners)
+    return float(np.linalg.norm(gaps, axis=1).max())
 
 
 def _factor_to_mm(header, affine, notes):

@@ -4,6 +4,7 @@ import gzip
 import os
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 from data.files import DataError
 
@@ -21,6 +22,7 @@ def in_plain_words(path):
     except (DataError, NameError):
         raise
     except FileNotFoundError as error:
+        path = Path(error.filename or path)             # that of the voxels, for a MetaImage
         if path.is_symlink():
             raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist; "
                             "repair it") from error
@@ -28,14 +30,8 @@ def in_plain_words(path):
     except PermissionError as error:
         mode = path.stat().st_mode & 0o777
         raise DataError(f"{path}: no permission to read (mode {mode:o}); use chmod") from error
-    except EOFError as error:
-        raise DataError(f"{path}: the compressed data end early; download the file again"
-                        ) from error
-    except gzip.BadGzipFile as error:
-        raise DataError(f"{path}: the compressed data fail their check ({error}); "
-                        "download the file again") from error
-    except zlib.error as error:
-        raise DataError(f"{path}: the compressed data are damaged ({error}); "
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the compressed data end early or are damaged ({error}); "
                         "download the file again") from error
     except MemoryError as error:
         raise DataError(f"{path}: does not fit into the memory; crop or resample it") from error

@@ -5,8 +5,6 @@ the radiological order of all slices here, with the patient's right on the left.
 bright or dark (MONOCHROME2 or MONOCHROME1 in DICOM) is not known of a PNG, so nothing is inverted.
 """
 
-import struct
-import zlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -21,8 +19,6 @@ from data.opening import in_plain_words
 MAX_PIXELS = 2**26          # 67 million; the largest X-rays have about 18 million
 BRIGHT_RIM = 0.9            # in the pictures of all scanners, air is dark
 ORIENTATION = 0x0112        # the number of this field in EXIF
-# What Pillow raises for files that end early or hold nonsense.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 @dataclass
@@ -70,31 +66,18 @@ def _decoded(path, content, notes):
     except UnidentifiedImageError:
         what = "is empty" if not content else "is no PNG or JPEG picture"
         raise DataError(f"{path}: {what}; download it again, or convert it to PNG") from None
-    except DAMAGE as error:
-        raise _damaged(path, error) from None
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
-    try:
-        image.load()
-        if image.getexif().get(ORIENTATION, 1) not in (0, 1):
-            image = ImageOps.exif_transpose(image)
-            notes.append("is turned as its EXIF data say")
-    except DAMAGE as error:
-        raise _damaged(path, error) from None
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) not in (0, 1):
+        image = ImageOps.exif_transpose(image)
+        notes.append("is turned as its EXIF data say")
     return image
 
 
 def _too_large(path):
     return DataError(f"{path}: has more than {MAX_PIXELS / 1e6:.0f} million pixels, which no X-ray "
                      "has; make it smaller or remove it")
-
-
-def _damaged(path, error):
-    """The DataError for what Pillow raised. It says "truncated" where the bytes end early."""
-    text = str(error).lower()
-    if isinstance(error, (EOFError, struct.error)) or "truncated" in text:
-        return DataError(f"{path}: ends early; download it again")
-    return DataError(f"{path}: is damaged ({error}); download it again")
 
 
 def _grey(image, notes):

@@ -4,7 +4,6 @@ Headers are often wrong, although the voxels are right. What is said of two volu
 therefore said of the bodies in them, which are compared on one grid.
 """
 
-from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,6 +30,8 @@ REGISTERED = 0.8        # registered scans have more in common
 # A mirrored volume fits better if its information about the other one is larger by this factor and
 # by so many nats. The halves of a head resemble each other, so they give some information, too.
 MIRRORED = (1.3, 0.1)
+# What lies at the two ends of the axes x, y and z.
+ENDS = ("left and right", "front and back", "top and bottom")
 LEVELS = 8              # of the intensities in a joint histogram
 UNEQUAL = 1.2           # pixels of two subjects are unequal from this ratio of their edges on
 
@@ -167,23 +168,27 @@ def compare(first, second, subject, contrasts):
     notes = []
     if common < REGISTERED:
         notes.append(f"overlaps {contrasts[0]} less than registered scans do; is it registered?")
-    if _fits_mirrored(first, second):
-        notes.append(f"fits {contrasts[0]} better when mirrored; are left and right swapped?")
+    straight = _information(first, second.u, second.mask)
+    for axis, ends in enumerate(ENDS):
+        if _fits_mirrored(first, second, axis, straight):
+            notes.append(f"fits {contrasts[0]} better when mirrored; are {ends} swapped?")
+            break
     return notes
 
 
-def _fits_mirrored(first, second):
-    """True if the second volume tells clearly more of the first when left and right are swapped.
+def _fits_mirrored(first, second, axis, straight):
+    """True if the second volume tells clearly more of the first when it is mirrored along an axis.
 
     The body is mirrored about its own middle, because the middle of the box may be elsewhere.
+    straight: What it tells as it is, see _information.
     """
-    u = second.u[::-1]
-    mask = second.mask[::-1]
-    columns = np.arange(len(mask))
-    middles = [np.average(columns, weights=found.sum((1, 2))) for found in (first.mask, mask)]
+    u = np.flip(second.u, axis)
+    mask = np.flip(second.mask, axis)
+    others = tuple(other for other in range(3) if other != axis)
+    places = np.arange(mask.shape[axis])
+    middles = [np.average(places, weights=found.sum(others)) for found in (first.mask, mask)]
     shift = round(middles[0] - middles[1])
-    straight = _information(first, second.u, second.mask)
-    swapped = _information(first, np.roll(u, shift, 0), np.roll(mask, shift, 0))
+    swapped = _information(first, np.roll(u, shift, axis), np.roll(mask, shift, axis))
     return swapped > MIRRORED[0] * straight and swapped > straight + MIRRORED[1]
 
 
@@ -209,14 +214,11 @@ def unequal_pixels(edges):
     known = {name: edge for name, edge in edges.items() if edge > 0}
     if not known or max(known.values()) < UNEQUAL * min(known.values()):
         return []
-    groups = Counter(f"{edge:.2f}" for edge in known.values()).most_common(3)
-    parts = []
-    for edge, count in groups:
-        name = next(name for name in known if f"{known[name]:.2f}" == edge)
-        parts.append(f"{edge} mm in {count} (such as {name})")
-    return [f"the subjects have pixels of unequal size, from {min(known.values()):.2f} to "
-            f"{max(known.values()):.2f} mm: {', '.join(parts)}; the same organ is larger in some "
-            "than in others, so resample all to one pixel size"]
+    small = min(known, key=known.get)
+    large = max(known, key=known.get)
+    return [f"the subjects have pixels of unequal size, from {known[small]:.2f} mm ({small}) to "
+            f"{known[large]:.2f} mm ({large}); the same organ is larger in some than in others, so "
+            "resample all to one pixel size"]
 
 
 # ---- The grid of a PET that is not there ---------------------------------------------------------

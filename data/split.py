@@ -1,14 +1,16 @@
 """Which subject is for training, validation or test: at random by person, or as the user says."""
 
+import csv
 import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from data.files import DataError
 from data.layouts.people import part_of_word
-from data.layouts.words import decoded, few, role_of
+from data.layouts.words import few, lines_of, read_text, role_of
 
 PARTS = ("train", "val", "test")
 # The first line of a table or a list, if it is no name.
@@ -87,15 +89,8 @@ def use_split(given, subjects, seed, say):
         split["train"] = [name for name in split["train"] if person[name] not in moved]
         say(f"  the data set's own split has no validation part: {len(moved)} persons of the "
             "training part validate")
-    part_of = {}                        # person -> part
-    torn = {}                           # two parts -> persons
-    for part, names in split.items():
-        for name in names:
-            first = part_of.setdefault(person[name], part)
-            if first != part:
-                torn.setdefault(f"{first} and {part}", {})[person[name]] = None
-    for parts, persons in torn.items():
-        say(f"  warning: images of {few(list(persons))} are in {parts} of the data set's own split")
+    for parts, persons in _torn(split, person).items():
+        say(f"  warning: images of {few(persons)} are in {parts} of the data set's own split")
     return split
 
 
@@ -121,23 +116,7 @@ def read_split(split_file, subjects, say):
     person = {subject.name: subject.person for subject in subjects}
     meaning = _meaning_of_names(subjects)
     given = read_lists(Path(split_file), lambda text: bool(_find(text, meaning)), say)
-    split = {part: [] for part in PARTS}
-    unknown = []
-    for part, texts in given.items():
-        for text in texts:
-            found = _find(text, meaning)
-            split[part] += [name for name in found if name not in split[part]]
-            if not found:
-                unknown.append(text)
-    if unknown:
-        raise DataError(f"{split_file}: {len(unknown)} names are no complete subjects, "
-                        f"e.g. {', '.join(unknown[:3])}; "
-                        f"subjects are called like {subjects[0].name}")
-    listed = sum(split.values(), [])
-    twice = sorted({name for name in listed if listed.count(name) > 1})
-    if twice:
-        raise DataError(f"{split_file}: {', '.join(twice[:3])} is listed twice; "
-                        "every subject belongs to one part")
+    split = _subjects_of(given, meaning, split_file, subjects[0].name)
     if given.keys() == {"test"}:
         tested = {person[name] for name in split["test"]}
         split["train"] = [name for name in person if person[name] not in tested]
@@ -148,17 +127,51 @@ def read_split(split_file, subjects, say):
         raise DataError(f"{split_file}: {part} is empty; name at least one subject")
     elif not split["train"]:
         say(f"  {split_file} has nobody for training, so it only serves to score")
-    part_of = {}                        # person -> part
-    for part, names in split.items():
-        for name in names:
-            first = part_of.setdefault(person[name], part)
-            if first != part:
-                raise DataError(f"{split_file}: visits of {person[name]} are in {first} and "
-                                f"{part}; keep a person's visits together")
+    for parts, persons in _torn(split, person).items():
+        raise DataError(f"{split_file}: visits of {few(persons)} are in {parts}; "
+                        "keep a person's visits together")
     used = sum(map(len, split.values()))
     if used < len(person):
         say(f"  {len(person) - used} subjects are not in {split_file} and not used")
     return split
+
+
+def _subjects_of(given, meaning, split_file, example):
+    """The names of the subjects that the texts of a split mean -> a split.
+
+    given: See read_lists. meaning: See _meaning_of_names. example: The name of a subject.
+    DataError if a text means no subject, or if a subject is in two parts.
+    """
+    split = {part: [] for part in PARTS}
+    unknown = []
+    for part, texts in given.items():
+        for text in texts:
+            found = _find(text, meaning)
+            split[part] += [name for name in found if name not in split[part]]
+            if not found:
+                unknown.append(text)
+    if unknown:
+        raise DataError(f"{split_file}: {len(unknown)} names are no complete subjects, "
+                        f"e.g. {', '.join(unknown[:3])}; subjects are called like {example}")
+    counts = Counter(split["train"] + split["val"] + split["test"])
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise DataError(f"{split_file}: {', '.join(twice[:3])} is listed twice; "
+                        "every subject belongs to one part")
+    return split
+
+
+def _torn(split, person):
+    """Who has visits in two parts of a split -> {"train and test": [persons]}, and so on."""
+    part_of = {}                        # person -> part
+    torn = {}
+    for part, names in split.items():
+        for name in names:
+            first = part_of.setdefault(person[name], part)
+            persons = torn.setdefault(f"{first} and {part}", [])
+            if first != part and person[name] not in persons:
+                persons.append(person[name])
+    return {parts: persons for parts, persons in torn.items() if persons}
 
 
 def _meaning_of_names(subjects):
@@ -211,127 +224,129 @@ def _plain(text):
 def read_lists(path, is_known, say):
     """Read the lists of a split as they were written -> {part: [texts]}, of the parts it names.
 
-    The text is in UTF-8 or UTF-16, and other words for a part, such as validation, are understood.
+    Other words for a part, such as validation, are understood.
 
         JSON {"train": [...], "val": [...], "test": [...]}; a name may be {"image": name, ...}
         JSON {name: part, ...}
         JSON of folds, as of nnU-Net: the first is used, and its val is the test, if it has none
-        a table of names and parts, with commas, semicolons, tabs or spaces
-        names, one in a line, below lines such as "train:" or "[train]"
-        names, one in a line, in files train.txt, val.txt and test.txt of one folder; any one, or
-        the folder, may be given
+        a table with a column of names and one of parts; it may have no titles
+        names, one in a line, in files train.txt, val.txt and test.txt of one folder, or such as
+        train_list.txt; any one, or the folder, may be given
         names, one in a line, or a JSON list: they are the test
 
     is_known: A function from a text to True if it means a subject.
     DataError if the file cannot be read, or has none of these forms.
     """
     if path.is_dir():
-        return _read_folder(path, sorted(path.iterdir()), is_known, say)
-    text = _read_text(path)
-    if text.lstrip()[:1] == "{" or re.match(r"\s*\[\s*[\[{\"\]\d-]", text):
+        paths = sorted(path.iterdir())
+        plain = [other for other in paths if part_of_word(other.stem)]
+        return _read_folder(path, plain or paths, is_known, say)
+    text = read_text(path)
+    if text.lstrip().startswith(("{", "[")):
         try:
             return _from_json(json.loads(text), path, say)
-        except (ValueError, AttributeError, TypeError, IndexError, RecursionError) as error:
+        except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
             raise _no_split(path, error) from None
-    if part_of_word(path.stem):
-        beside = [other for other in sorted(path.parent.iterdir()) if other.suffix == path.suffix]
+    if re.search(r"[\x01-\x08]", text) or path.suffix.lower() in (".yaml", ".yml"):
+        raise _no_split(path, "it is neither JSON nor a list or a table as text")
+    part, form = _part_of_file(path)
+    if part:
+        beside = [other for other in sorted(path.parent.iterdir())
+                  if other.suffix == path.suffix and _part_of_file(other)[1] == form]
         return _read_folder(path.parent, beside, is_known, say)
-    return _from_rows(text, path, is_known)
+    return _from_table(path, is_known)
+
+
+def _part_of_file(path):
+    """The part that a file's name means, and the rest of it -> (part or None, text).
+
+    train_val_list.txt is for training, and a name such as train_test.csv means no part.
+    """
+    words = re.split(r"([^a-z]+)", path.stem, flags=re.IGNORECASE)
+    parts = {part_of_word(word) for word in words} - {None}
+    if parts == {"train", "val"}:
+        parts = {"train"}
+    rest = "".join("" if part_of_word(word) else word for word in words)
+    return (parts.pop() if len(parts) == 1 else None), re.sub(r"[-_. ]+", "_", rest.lower())
 
 
 def _read_folder(folder, paths, is_known, say):
     """The lists of files such as train.txt, of which each has the names of one part."""
     lists = {}
     for path in paths:
-        part = part_of_word(path.stem)
+        part, _ = _part_of_file(path)
         if part and path.is_file():
-            lists.update(_from_rows(_read_text(path), path, is_known, part))
+            found = _from_table(path, is_known, part)
+            if not lists.keys().isdisjoint(found):
+                raise _no_split(folder, f"several files in it name the part {part}, {path.name} "
+                                "is one; give one of them")
+            lists.update(found)
     if not lists:
         raise _no_split(folder, "it is a folder without files such as train.txt and test.txt")
     say(f"  the split is that of the files {', '.join(lists)} in {folder}")
     return lists
 
 
-def _from_rows(text, path, is_known, part=None):
-    """The lists in a text with one name, or one name and its part, in a line, see read_lists.
+def _from_table(path, is_known, part=None):
+    """The lists in a table of names and parts, or of names only, see read_lists.
 
-    part: That of the names without a part. By default it is the test, if they stand alone.
+    The column with most names of subjects names them, and the one with most words for parts tells
+    the parts. All its rows must have such a word, except for the titles.
+
+    part: That of the names, if no column tells it. By default it is the test for a plain list.
     """
+    lines, separator = lines_of(path)
     rows = []
-    for line in text.splitlines():
-        cells = [cell.strip(" \"'") for cell in re.split(r"[,;\t|]", line)]
-        words = line.rsplit(maxsplit=1)
-        if len(cells) == 1 and len(words) == 2 and part_of_word(words[1]):
-            cells = words
-        if any(cells) and not line.lstrip().startswith("#"):
-            rows.append(cells)
-    width = min(map(len, rows), default=0)
-    if not width:
+    for cells in csv.reader(lines, delimiter=separator):
+        if any(cells) and not cells[0].lstrip().startswith("#"):
+            rows.append([cell.strip(" '") for cell in cells])
+    if not rows:
         raise _no_split(path, "it is empty")
-    known = [sum(is_known(row[column]) for row in rows) for column in range(width)]
-    told = [sum(part_of_word(row[column]) is not None for row in rows) for column in range(width)]
-    name = known.index(max(known))
-    place = told.index(max(told))
-    tells = width > 1 and told[place] >= max(1, len(rows) - 1)
-    if width > 1 and not tells and part is None:
-        raise _no_split(path, "it is a table, and no column of it says train, val or test")
+    columns = list(zip(*rows))          # as many as the shortest row has cells
+    names = max(columns, key=lambda column: sum(map(is_known, column)))
+    parts = min(([part_of_word(cell) for cell in column] for column in columns),
+                key=lambda of_column: of_column.count(None))
+    if parts.count(None) > 1 or parts[-1] is None:
+        if len(columns) > 1 and part is None:
+            raise _no_split(path, "it is a table, and no column of it says train, val or test")
+        parts = [part or "test"] * len(rows)
     lists = {}
-    part = part or "test"
-    for row in rows:
-        if tells:
-            part = part_of_word(row[place])
-        elif width == 1 and part_of_word(row[0].strip("[]: ")) and row[0].strip(" ")[-1] in "]:":
-            part = part_of_word(row[0].strip("[]: "))
-            continue
-        if part and not HEADING.fullmatch(row[name]):
-            lists.setdefault(part, []).append(re.sub(r"^-\s+", "", row[name]))
+    for name, of_name in zip(names, parts):
+        if of_name and not HEADING.fullmatch(name):
+            lists.setdefault(of_name, []).append(name)
     return lists
 
 
 def _from_json(content, path, say):
     """The lists in the content of a JSON file, see read_lists."""
-    if isinstance(content, dict) and content and all(type(of) is dict for of in content.values()):
-        content = list(content.values())
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        say(f"  {path}: the first of {len(content)} folds is used")
         lists = _from_json(content[0], path, say)
-        if "test" not in lists and "val" in lists:
-            lists["test"] = lists.pop("val")
-            say(f"  {path}: a fold has no test, so its val is the test")
+        if "test" not in lists:
+            lists["test"] = lists.pop("val", [])
+        say(f"  {path}: the first of {len(content)} folds is used; without a test, its val is the "
+            "test")
         return lists
-    if isinstance(content, list) and content and isinstance(content[0], str):
-        return {"test": content}
     if isinstance(content, list):
-        raise _no_split(path, "it is a list, but not of names")
+        if not all(isinstance(name, str) for name in content):
+            raise _no_split(path, "it is a list, but not of names")
+        return {"test": content}
     lists = {}
-    other = []
     for key, value in content.items():
         part = part_of_word(key)
         if part and isinstance(value, list):
             lists[part] = [_name_in(entry) for entry in value]
         elif isinstance(value, str) and part_of_word(value):
             lists.setdefault(part_of_word(value), []).append(key)
-        elif isinstance(value, list):
-            other.append(key)
     if not lists:
         raise _no_split(path, f"it has {few(list(content)) or 'nothing'}")
-    if other:
-        say(f"  {path}: {few(other)} is no part of a split and not used")
     return lists
 
 
 def _name_in(entry):
     """The name in one entry of a list: a text or a number, or {"image": name, "label": ...}."""
     if isinstance(entry, dict):
-        entry = [entry[key] for key in ("image", "subject", "id", *entry) if key in entry][0]
+        entry = entry["image"]
     return str(entry[0] if isinstance(entry, list) else entry)
-
-
-def _read_text(path):
-    try:
-        return decoded(path.read_bytes())
-    except OSError as error:
-        raise _no_split(path, error) from None
 
 
 def _no_split(path, why):

@@ -23,8 +23,8 @@ from data.intensities import (
     foreground,
     normalise,
 )
-from data.layouts import CONTRASTS, Subject, canonical_contrast
-from data.layouts.words import BODY_CONTRASTS, TEXT, few, preferred_grid
+from data.layouts import CONTRASTS, Subject
+from data.layouts.words import BODY_CONTRASTS, TEXT, canonical_contrasts, few, preferred_grid
 from data.picture_files import fit_picture, read_picture, write_picture
 from data.placing import compare, finest_first, grid_of_missing_pet, placed_on, read_labels
 from data.prompts import describe_lesion
@@ -241,9 +241,10 @@ def load_scans(files, contrasts, size, picture=None):
     DataError if a name is no contrast or is named twice, if a file is of a contrast that is not in
     `contrasts`, if there is no file, or if a file cannot be used.
     """
-    channels = _canonical_names(contrasts, (TEXT, *CONTRASTS))
+    channels = canonical_contrasts(contrasts, (TEXT, *CONTRASTS), CONTRASTS, "load_scans")
     paths = {}
-    for contrast, path in zip(_canonical_names(files, CONTRASTS), files.values()):
+    named = canonical_contrasts(files, CONTRASTS, CONTRASTS, "load_scans")
+    for contrast, path in zip(named, files.values()):
         path = Path(path)
         if contrast not in channels:
             raise DataError(f"load_scans: {path} is {contrast}, which is not one of the contrasts "
@@ -260,21 +261,6 @@ def load_scans(files, contrasts, size, picture=None):
     name = next(iter(paths.values())).parent.name
     subject = Subject(name, name, paths, grid=preferred_grid(channels))
     return load_subject(subject, channels, size, picture=picture)
-
-
-def _canonical_names(names, known):
-    """The project's names of contrasts, in order. DataError if one is not known or named twice."""
-    found = []
-    for name in names:
-        contrast = canonical_contrast(name)
-        if contrast not in known:
-            raise DataError(f"load_scans: {name} is no contrast; "
-                            f"the contrasts are {', '.join(CONTRASTS)}")
-        if contrast in found:
-            raise DataError(f"load_scans: {contrast} is named twice in {', '.join(names)}; "
-                            "name it once")
-        found.append(contrast)
-    return found
 
 
 # ---- One file ------------------------------------------------------------------------------------
@@ -407,11 +393,7 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
         made += 1
         digests = None if files is None else json.dumps(files[subject.name])
         home = _home_of(Path(folder), subject.name, digests, say)
-        name = Path(subject.name).name                  # a name may be a path, such as siteA/001
-        paths = {}
-        for c in absent:
-            tag = (tags or {}).get(c, "")
-            paths[c] = home / f"{name}_{c}{tag}_synthetic{_ending_of(c, subject, sources)}"
+        paths = _paths_of(subject, sources, absent, home, tags or {})
         try:
             done = all(path.exists() for path in paths.values())
             slices = None if done else load_subject(subject, contrasts, size, sources, picture)
@@ -436,7 +418,7 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
         raise DataError(f"{len(failed)} of {made} subjects could not be synthesised "
                         f"({few(failed)}), the others are done; mend them, and the same command "
                         "makes what is missing")
-    if not made:
+    if subjects and not made:
         say("nothing to synthesise: every subject has every contrast; "
             "name one to be made although it exists")
 
@@ -451,12 +433,16 @@ def _home_of(folder, name, digests, say):
         say(f"{name}: {home} holds what was made from other files of this name, and stays")
 
 
-def _ending_of(contrast, subject, sources):
-    """How the file of a synthetic contrast ends, see to_synthesize."""
-    if contrast == TEXT:
-        return ".txt"
+def _paths_of(subject, sources, absent, home, tags):
+    """The files of the synthetic contrasts -> {contrast: path}, see to_synthesize."""
+    name = Path(subject.name).name                      # a name may be a path, such as siteA/001
     volumes = subject.in_slices or reference_first(subject, sources)
-    return ".nii.gz" if volumes and contrast != "xray" else ".png"
+    paths = {}
+    for contrast in absent:
+        ending = ".nii.gz" if volumes and contrast != "xray" else ".png"
+        ending = ".txt" if contrast == TEXT else ending
+        paths[contrast] = home / f"{name}_{contrast}{tags.get(contrast, '')}_synthetic{ending}"
+    return paths
 
 
 def shows_body(contrasts):

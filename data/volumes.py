@@ -22,7 +22,14 @@ from scipy import ndimage
 from data.files import DataError, is_nifti, write_atomically
 from data.intensities import IN_HU, background_value, reaching_border, to_hounsfield
 from data.metaimage import is_metaimage, read_metaimage, read_metaimage_grid
-from data.nifti import checked_affine, decode, decode_header, volumes_of
+from data.nifti import (
+    checked_affine,
+    corner_gap,
+    corners_of,
+    decode,
+    decode_header,
+    volumes_of,
+)
 from data.opening import in_plain_words
 
 MAX_VOXELS = 2**28          # 1 GiB as float32; the largest clinical head scans have half of it
@@ -68,9 +75,7 @@ def read_volume(path, max_voxels=MAX_VOXELS, echo=None, contrast=None, frames=No
 
     echo: For a file that holds both echoes of a PD/T2 series, 0 gives PD and 1 gives T2.
     contrast: The notes depend on it, because CT and PET have other normal values than MR.
-    frames: For a PET of several frames, their durations in s; () if these are not known. The frames
-        are averaged, see nifti.decode.
-    channel: For a 4-D file of several contrasts, the number of the volume to read, from 0.
+    frames, channel: See nifti.decode. frames is () if the durations are not known.
     DataError if the file is missing, damaged, of another format, too large, complex or coloured. It
     is also raised if the file has a singular affine, many NaN, or more than one volume (two with
     `echo`, any number with `frames` or `channel`).
@@ -90,10 +95,10 @@ def _read(path, max_voxels, echo, contrast, frames, channel):
     else:
         raise DataError(f"{path}: only .nii and .nii.gz are read, and .mhd and .mha; "
                         "convert the file to NIfTI")
-    if frames is not None and volumes_of(header) > 1:
-        notes.append(_say_mean(volumes_of(header), frames))
-        header.set_data_shape(array.shape)
-    if channel is not None:
+    count = volumes_of(header.get_data_shape())
+    if frames is not None and count > 1:
+        notes.append(_say_mean(count, frames))
+    if frames is not None or channel is not None:
         header.set_data_shape(array.shape)
     array = _without_bad_voxels(array, path, contrast, notes)
     if echo is not None:
@@ -147,7 +152,7 @@ def read_geometry(path, series=False):
             header = _new_header(shape, affine)
         else:
             header, shape = decode_header(path, MAX_VOXELS, series)
-        if volumes_of(header) > 1:
+        if volumes_of(header.get_data_shape()) > 1:
             header.set_data_shape(shape)
         affine = checked_affine(header, path)
         orientation = io_orientation(affine)
@@ -164,7 +169,7 @@ def grid_around(volume, pixels, spacing):
 
     pixels: (X, Y), their numbers. spacing: The edges of a voxel along x, y and z in mm.
     """
-    edges = nib.affines.apply_affine(volume.affine, _corners(volume.array.shape, margin=0.5))
+    edges = nib.affines.apply_affine(volume.affine, corners_of(volume.array.shape, margin=0.5))
     low = edges.min(0)
     high = edges.max(0)
     spacing = np.asarray(spacing, float)
@@ -295,21 +300,12 @@ def read_stacks(subject):
 
 # ---- Grids ---------------------------------------------------------------------------------------
 
-def _corners(shape, margin=0.0):
-    """The indices (8, 3) of the corner voxels, moved outwards by `margin` voxels."""
-    ends = [(-margin, n - 1 + margin) for n in shape]
-    return np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
-
-
 def same_grid(first, second):
     """True if two volumes have one shape and their corners differ by GRID_TOLERANCE at most."""
-    if first.array.shape != second.array.shape:
+    shape = first.array.shape
+    if shape != second.array.shape:
         return False
-    corners = _corners(first.array.shape)
-    first_corners = nib.affines.apply_affine(first.affine, corners)
-    second_corners = nib.affines.apply_affine(second.affine, corners)
-    gaps = np.linalg.norm(first_corners - second_corners, axis=1)
-    return bool(gaps.max() <= GRID_TOLERANCE)
+    return corner_gap(shape, first.affine, second.affine) <= GRID_TOLERANCE
 
 
 def resample_to(moving, fixed, order=1, fill=None, average=False):
@@ -328,7 +324,7 @@ def resample_to(moving, fixed, order=1, fill=None, average=False):
     if same_grid(moving, fixed):
         return moving.array
     to_moving = np.linalg.inv(moving.affine) @ fixed.affine         # fixed index -> moving index
-    corners = nib.affines.apply_affine(to_moving, _corners(fixed.array.shape))
+    corners = nib.affines.apply_affine(to_moving, corners_of(fixed.array.shape))
     last = np.array(moving.array.shape) - 1
     if (corners.max(0) < -0.5).any() or (corners.min(0) > last + 0.5).any():
         raise DataError(f"{moving.path}: lies outside the box of {fixed.path}; "

@@ -120,7 +120,7 @@ def test_much_to_read_is_announced_and_unreadable_files_are_named(tmp_path, monk
     digests_of(paths, Memory(tmp_path / "m.json"), 1, lines.append)
     digests_of(paths, Memory(tmp_path / "m.json"), 1, lines.append)
     assert len(lines) == 1 and "reading 2 files" in lines[0]
-    with pytest.raises(DataError, match="nothing: cannot be read"):
+    with pytest.raises(DataError, match="nothing: no such file"):
         digests_of([tmp_path / "nothing"], Memory(tmp_path / "m.json"), 1, lines.append)
 
 

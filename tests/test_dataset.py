@@ -18,6 +18,30 @@ from data.volumes import fit
 from scans import SHAPE, body_pet, head, make_breasts, make_pet_ct, make_set, opened, save
 
 
+def test_one_person_is_enough_to_be_scored(tmp_path):
+    folder = make_set(tmp_path / "set", subjects=1)
+    dataset, said = opened(folder, alone=True)
+    assert dataset.split == {"train": [], "val": [], "test": ["BraTS2021_00000"]} and "no validation subjects" not in said
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        opened(folder)
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        opened(make_set(tmp_path / "none", subjects=2, contrasts=("t1",)), contrasts=("t1", "flair"), alone=True)
+    dataset, _ = opened(make_set(tmp_path / "two", subjects=2), alone=True)
+    assert len(dataset.split["train"]) == 1
+
+
+def test_slices_tell_who_is_who_where_files_were_written_again(tmp_path):
+    """The same scans, not compressed, and one with a larger number for every voxel, have other files but equal slices."""
+    first, _ = opened(make_set(tmp_path / "set"))
+    for path in sorted((tmp_path / "set").rglob("*.nii.gz")):
+        image = nib.load(path)
+        save(tmp_path / "again" / f"new{path.parent.name[-1]}" / path.name.split("_")[-1].removesuffix(".gz"), 3 * image.get_fdata(), image.affine)
+    second, _ = opened(tmp_path / "again")
+    assert len(first.files) == len(second.files) == 4
+    for old, new in zip(first.files.values(), second.files.values()):
+        assert len(old) == len(new) == 4 and set(old[2:]) == set(new[2:]) and not set(old[:2]) & set(new[:2])
+
+
 def test_constant_slices_are_skipped_and_counted(tmp_path):  # row 30
     folder = make_set(tmp_path / "set", contrasts=("t1",))
     for s in range(4):

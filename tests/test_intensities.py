@@ -19,6 +19,7 @@ from data.intensities import (
     foreground,
     is_stripped,
     normalise,
+    to_hounsfield,
 )
 from data.layouts import Subject
 from scans import SHAPE, body_pet, breast, cylinder, head, save, scan
@@ -288,6 +289,22 @@ def tissue(seed, levels):
     field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(48, 48, 16)), 3)
     kinds = np.digitize(field, np.quantile(field, [0.3, 0.6]))
     return (np.array(levels)[kinds] * np.random.default_rng(seed).normal(1, 0.02, kinds.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("lungs", [False, True])
+def test_ct_that_was_multiplied_by_a_mask_is_no_stored_number(lungs):
+    """A skull around a brain, or a body around lungs, and 0 outside, which would be water."""
+    x, y, z = np.meshgrid(*[np.linspace(-1.2, 1.2, n) for n in (24, 26, 10)], indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + 0 * z)
+    middle, inside = (0.5, -850.0) if lungs else (0.75, 35.0)
+    hu = np.where(radius < middle, inside, 930) + np.random.default_rng(0).normal(0, 5, radius.shape)
+    array = np.where(radius < 1, hu, 0).astype(np.float32)
+    found, note = to_hounsfield(array)
+    assert note == "is 0 around the body, which would be water; it counts as not scanned there"
+    np.testing.assert_array_equal(found, np.where(radius < 1, array, -3024))
+    stored = np.where(radius < 1, hu, -1000).astype(np.float32) + 1000        # air is 0 there, and that is right
+    found, note = to_hounsfield(stored)
+    assert note.startswith("seems to hold HU + 1000")
 
 
 @pytest.mark.parametrize("levels", [(300, 600, 900), (900, 600, 400), (60, 500, 400)], ids=["t1", "t2", "dark"])

@@ -208,9 +208,9 @@ def test_oddities_are_noted(tmp_path):
     (raw()[:-1], {}, r"a\.raw: holds 47 bytes, 48 are needed for 2 3 4 voxels of MET_SHORT"),
     (raw(), {"HeaderSize": "1"}, "holds 48 bytes, 49 are needed"),
     (raw()[:-1], {"HeaderSize": "-1"}, "holds 47 bytes"),
-    (None, {}, r"a\.raw: cannot be read .*, which a\.mhd needs"),
-    (raw(), {"CompressedData": "True"}, r"a\.raw: cannot be decompressed"),
-    (zlib.compress(raw())[:-20], {"CompressedData": "True"}, r"a\.raw: (cannot be decompressed|holds \d+ bytes)"),
+    (None, {}, r"a\.raw: no such file"),
+    (raw(), {"CompressedData": "True"}, r"a\.raw: the compressed data end early or are damaged"),
+    (zlib.compress(raw())[:-20], {"CompressedData": "True"}, r"a\.raw: (the compressed data|holds \d+ bytes)"),
     (raw(), {"NDims": "4"}, r"a\.mhd: NDims is 4; only volumes of 3 dimensions"),
     (raw(), {"DimSize": "2 3"}, "DimSize is 2 3; 3 numbers are needed"),
     (raw(), {"DimSize": "2 0 4"}, "DimSize is 2 0 4; one to 100 voxels can be read"),
@@ -321,7 +321,7 @@ def test_the_voxels_of_a_metaimage_are_part_of_the_data_set(tmp_path, monkeypatc
     changed, said = opened(folder, **options)
     assert changed.fingerprint != first.fingerprint and "reading 1 files" in said
     voxels.unlink()
-    with pytest.raises(DataError, match=r"liver-orig002\.raw: cannot be read \(No such file") as caught:
+    with pytest.raises(DataError, match=r"liver-orig002\.raw: no such file") as caught:
         opened(folder, **options)
     assert ".mhd" not in str(caught.value)
 

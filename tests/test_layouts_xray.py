@@ -252,7 +252,7 @@ def test_mimic_without_its_tables(tmp_path):
     assert "s50578979" in [subject.name for subject in subjects]
     assert notes[0].startswith("mimic-cxr-2.0.0-metadata.csv.gz is not there, so the views are not known")
     assert split == {"train": ["s50414267"], "val": [], "test": ["s50578979"]}
-    assert notes[-1] == "3 subjects are not in the official split and not used: s50771383, s53189527, s57375967"
+    assert notes[-1] == "3 subjects are in no part of the split and not used: s50771383, s53189527, s57375967"
     (folder / "mimic-cxr-2.0.0-split.csv").unlink()
     split, notes = collected(folder, collect_mimic)[1:]
     assert split is None and notes[-1].startswith("mimic-cxr-2.0.0-split.csv.gz is not there")
@@ -263,7 +263,7 @@ def test_mimic_that_is_refused(tmp_path):
     write(folder, "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split\n02aa,50414267,1,trial\n")
     refused(folder, collect_mimic, "the split of study 50414267 is 'trial', none of train, validate, test")
     (folder / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(b"no gzip")
-    refused(folder, collect_mimic, r"split\.csv\.gz: cannot be read as a table")
+    refused(folder, collect_mimic, r"split\.csv\.gz: has no column study_id")
     for path in (folder / "mimic-cxr-reports").rglob("*.txt"):
         path.unlink()
     refused(folder, collect_mimic, r"has no reports such as .*mimic-cxr-reports\.zip")
@@ -402,11 +402,11 @@ def test_tables(tmp_path):
     assert list(read_table(table, ("b",))) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}, {"a": "3", "b": "4"}]
     with pytest.raises(DataError, match=r"t\.csv: has no column c, only a, b; download"):
         list(read_table(table, ("a", "c")))
-    with pytest.raises(DataError, match=r"gone\.csv: cannot be read as a table"):
+    with pytest.raises(DataError, match=r"gone\.csv: cannot be read"):
         list(read_table(tmp_path / "gone.csv", ()))
     cut = tmp_path / "cut.csv.gz"
     cut.write_bytes(gzip.compress(b"a,b\n1,2\n" * 100, mtime=0)[:-9])
-    with pytest.raises(DataError, match=r"cut\.csv\.gz: cannot be read as a table"):
+    with pytest.raises(DataError, match=r"cut\.csv\.gz: cannot be read"):
         list(read_table(cut, ("a",)))
 
 
@@ -419,5 +419,5 @@ def test_official_split_needs_both_parts():
     notes = []
     assert official_split(subjects, {"a": "test", "b": "train", "c": "val", "x": "train"}, notes) == {
         "train": ["b"], "val": ["c"], "test": ["a"]}
-    assert notes == ["1 subjects are not in the official split and not used: d"]
+    assert notes == ["1 subjects are in no part of the split and not used: d"]
     assert official_split(subjects, {"a": "test", "c": "val"}, []) is None

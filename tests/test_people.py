@@ -183,7 +183,9 @@ def test_nested_names_get_results_of_their_own(tmp_path):
     ("K7v3", "K7"), ("K7_visit3", "K7"), ("K7_scan2", "K7"), ("K7_m18", "K7"), ("K7-day0", "K7"), ("K7_postop", "K7"),
     ("K7_FU012d_nifti", "K7"), ("K7/week-012-2", "K7"), ("OAS1_0031_MR2", "OAS1_0031"), ("K7/ses-d0031", "K7"),
     ("002_S_0413_2007-05-20", "002_S_0413"), ("100307_7T", "100307"), ("5550001_20252_3_0", "5550001"),
-    ("HCA1_V2_MR", "HCA1"), ("9007_LEFT", "9007"), ("followup/K7", "K7"), ("rawdata/K7", "K7"), ("preprocessed/K7_V1", "K7"),
+    ("HCA1_V2_MR", "HCA1"), ("9007_LEFT", "9007"), ("HCP_Retest/100307", "HCP/100307"), ("study_baseline/K7", "study/K7"),
+    ("fdg_0b57b247b6_05-02-2002-NA-PET-CT Ganzkoerper-42966", "fdg_0b57b247b6"), ("psma_95b833d65b_2018-04-16", "psma_95b833d65b"),
+    ("fdg_0b57b247b6", "fdg_0b57b247b6"), ("psma_early_3", "psma_early_3"), ("followup/K7", "K7"), ("rawdata/K7", "K7"), ("preprocessed/K7_V1", "K7"),
     ("oslo/K7", "oslo/K7"), ("train/K7_V1", "K7"),
     ("CTA001", "CTA001"), ("HN-CHUM-001", "HN-CHUM-001"), ("1_01_P", "1_01_P"), ("TCGA-02-0031", "TCGA-02-0031"),
     ("C3L-00016", "C3L-00016"), ("IXI002-Guys-0828", "IXI002-Guys-0828"), ("scan12", "scan12"), ("tp2", "tp2"),
@@ -227,6 +229,11 @@ def test_persons_are_told_by_what_several_scans_share(tmp_path, subjects, person
     assert (len(found), len({person for _, person in found})) == (len(subjects), persons)
 
 
+def test_studies_of_two_folders_are_one_person(tmp_path):
+    found = named(tree(tmp_path, series(("{}/{:03}", ("ACME", "ACME_retest"), range(3)))))
+    assert {person for _, person in found} == {"ACME/000", "ACME/001", "ACME/002"} and len(found) == 6
+
+
 def test_persons_are_counted_in_a_sentence(tmp_path):
     tree(tmp_path / "set", series(("K{:03}_{}", range(4), ("1", "2"))) + ["K009_1"])
     layout = find_layout(tmp_path / "set")
@@ -250,14 +257,21 @@ def test_a_set_of_one_person_is_not_collapsed(tmp_path, paths):
     ("patient,person\nk1,x\nk2,x\nk3,y\n", ["x", "x", "y"]), ("person;patient\nx;K1\nx;k2\n;k3\n", ["x", "x", "k3"]),
     ("scan_id,patient_id,age\nk1,5,60\nk2,5,61\nk3,6,62\n", ["5", "5", "6"]),
     ("subject_id,PID\nk1,5\nk2,5\nk3,6\n", ["5", "5", "6"]), ("patient,PID\nk1,1\nk2,2\nk3,3\n", ["k1", "k2", "k3"]),
+    ("scan,PatientID\nk1,5\nk2,5\nk3,6\n", ["5", "5", "6"]),
     ("participant_id,patient\n5,k1\n5,k2\n6,k3\n", ["5", "5", "6"]), ("patient,person\nz1,x\nz2,x\n", ["k1", "k2", "k3"]),
-], ids=["person", "gap", "scan-and-patient", "subject-and-pid", "other-numbers", "by-fit", "other-patients"])
+], ids=["person", "gap", "scan-and-patient", "subject-and-pid", "other-numbers", "one-word", "by-fit", "other-patients"])
 def test_a_sheet_says_who_is_who(tmp_path, text, persons):
     tree(tmp_path, ["k1", "k2", "k3"])
     (tmp_path / "meta.csv").write_text(text, encoding="utf-8")
     assert [person for _, person in named(tmp_path)] == persons
     told = [note for note in find_layout(tmp_path).notes if "tells the persons of" in note]
     assert len(told) == (len(set(persons)) < 3)
+
+
+def test_participants_without_bids_tell_persons(tmp_path):
+    tree(tmp_path, ["k1", "k2", "k3"])
+    (tmp_path / "participants.tsv").write_text("scan\tparticipant_id\nk1\t5\nk2\t5\nk3\t6\n")
+    assert [person for _, person in named(tmp_path)] == ["5", "5", "6"]
 
 
 def test_a_sheet_overrules_the_names(tmp_path):
@@ -287,7 +301,7 @@ def test_part_of_folder(folder, part):
     (["x/train/a", "x/validation/b"], (["a"], [], ["b"]), "that for validation is the test"),
     (["oslo/train/1", "rome/train/1", "oslo/test/2"], (["oslo/1", "rome/1"], [], ["oslo/2"]), "(train 2, test 1)"),
     (["train/a", "train/b", "test/a"], (["train/a", "train/b"], [], ["test/a"]), "3 scans of 2 persons, told by test/, train/"),
-    (["train/a", "test/b", "c"], (["a"], [], ["b"]), "1 subjects lie in no folder of the split and are not used: c"),
+    (["train/a", "test/b", "c"], (["a"], [], ["b"]), "1 subjects are in no part of the split and not used: c"),
     (["train/a", "b"], None, "only that for training has complete subjects, so that the split is at random"),
     (["test/a", "retest/a", "test/b", "retest/b"], None, "4 scans of 2 persons"),
     (["fold1/a", "fold2/b"], None, None),

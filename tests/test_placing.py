@@ -118,6 +118,15 @@ def test_left_and_right_swapped(tmp_path, how):
     assert (swapped in notes) == (how != "neither")
 
 
+@pytest.mark.parametrize(("axis", "ends"), [(0, "left and right"), (1, "front and back"), (2, "top and bottom"), (None, "")])
+def test_a_volume_that_is_turned_around_is_told(tmp_path, axis, ends):
+    array = textured((24, 18, 16))
+    other = array if axis is None else np.flip(array, axis)
+    scan = subject(tmp_path, {"t1": (array, PLACE), "t2": (200 - other * (other > 0), PLACE)})
+    notes = [note for _, note in load_subject(scan, ("t1", "t2"), 24).notes if "mirrored" in note]
+    assert notes == ([f"fits t1 better when mirrored; are {ends} swapped?"] if ends else [])
+
+
 @pytest.mark.parametrize(("step", "grid", "first"), [(1, (), "flair"), (2, (), "flair"), (4, (), "t1"), (4, ("flair",), "flair")])
 def test_the_finest_pixels_give_the_grid(tmp_path, step, grid, first):
     """The FLAIR has pixels of 2 mm times step along x, and 3 mm along y."""
@@ -137,8 +146,7 @@ def test_pixels_of_unequal_size_are_said(tmp_path):
     for seed, name in enumerate(("BraTS2021_00001", "BraTS2021_00003")):
         for contrast in ("flair", "t1"):
             save(folder / name / f"{name}_{contrast}.nii.gz", head(seed=70 + seed + len(contrast)), AFFINE @ np.diag([0.5, 0.5, 1, 1]))
-    said = ("pixels of unequal size, from 1.25 to 2.50 mm: 2.50 mm in 2 (such as BraTS2021_00000), "
-            "1.25 mm in 2 (such as BraTS2021_00001)")
+    said = "pixels of unequal size, from 1.25 mm (BraTS2021_00001) to 2.50 mm (BraTS2021_00000)"
     lines = []
     assert check(folder, say=lines.append, size=20) and any(said in line for line in lines)
     assert said in opened(folder)[1]

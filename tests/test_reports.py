@@ -313,6 +313,17 @@ def make_table(folder, text, pictures=("a.png", "b.png")):
     return folder
 
 
+@pytest.mark.parametrize("title", ["patient", "patient_id", "PatientID", "Subject_ID", None])
+def test_patients_of_a_table(tmp_path, title):
+    """Other names of the column are understood, and without it names of files tell. A split that is empty is none."""
+    names = [f"k{number}_{view}.png" for number in range(4) for view in (1, 2)]
+    rows = [f"file,notes,split{f',{title}' if title else ''}"]
+    rows += [f"{name},Clear.,{f',{name[:2]}' if title else ''}" for name in names]
+    layout = find_layout(make_table(tmp_path, "\n".join(rows), names), texts=True)
+    assert [subject.person for subject in layout.subjects] == [name[:2] for name in names]
+    assert layout.split is None
+
+
 def test_table_of_reports(tmp_path):
     text = ("file,patient,view,finding,notes,split\n"
             'a.png,p1,PA,COVID-19,"Clear.\nNo effusion, none.",Train\n'

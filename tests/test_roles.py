@@ -57,7 +57,9 @@ def used(folder, contrast, **options):
     # What is computed from a scan.
     ("T1_seg_FLAIR.nii", "seg"), ("T1_brain_mask.nii", None), ("c1T1.nii", None), ("C1_T1.nii", "t1"),
     ("T1_bias_field.nii", None), ("T1_bias_field_corrected.nii", "t1"), ("T1_1Warp.nii", None), ("T1_map.nii", None),
-    ("CT_MIP.nii", None), ("T1_localizer.nii", None),
+    ("CT_MIP.nii", None), ("T1_localizer.nii", None), ("y_T1.nii", None), ("iy_T1.nii", None), ("T1_ph.nii", None),
+    ("T1_aseg.nii", None), ("T1_mask2.nii", None), ("T1_cropmask.nii", None), ("T1_ROI1.nii", None), ("T1_masked.nii", "t1"),
+    ("FLAIR_lesion1.nii", None), ("FLAIR_seg2.nii", "seg"), ("Y_T1_brain.nii", None),
     # Endings.
     ("sub.01.t1.NII.GZ", "t1"), ("t1.nii.gz.nii.gz", "t1"), ("t1.nii(1).gz", "t1"), ("Schädel_T1.nii", "t1"),
 ])
@@ -84,27 +86,27 @@ def test_names_of_contrasts_and_further_words():
 
 # ---- One of several --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("files", "chosen", "why"), [
-    (["FLAIR.nii", "FLAIR_stripped.nii"], "FLAIR.nii", "it has the plainest name"),
-    (["%_FLAIR_old.nii", "%_FLAIR.nii"], "%_FLAIR.nii", "it has the plainest name"),
-    (["FLAIR_reg.nii", "FLAIR_original.nii"], "FLAIR_reg.nii", "it was registered"),
-    ([("FLAIR.nii", OTHER_GRID), "FLAIR_to_T1.nii"], "FLAIR_to_T1.nii", "it lies on the grid of another contrast"),
-    ([("FLAIR.nii", OTHER_GRID), ("FLAIR_reg.nii", OTHER_GRID)], "FLAIR.nii", "it has the plainest name"),
-    ([("FLAIR.nii", 2 * OTHER_GRID), ("FLAIR_reg.nii", OTHER_GRID), ("seg.nii", OTHER_GRID)], "FLAIR.nii", "it has the plainest name"),
+@pytest.mark.parametrize(("files", "chosen"), [
+    (["FLAIR.nii", "FLAIR_stripped.nii"], "FLAIR.nii"),
+    (["%_FLAIR_old.nii", "%_FLAIR.nii"], "%_FLAIR.nii"),
+    (["FLAIR_reg.nii", "FLAIR_original.nii"], "FLAIR_reg.nii"),
+    ([("FLAIR.nii", OTHER_GRID), "FLAIR_to_T1.nii"], "FLAIR_to_T1.nii"),
+    ([("FLAIR.nii", OTHER_GRID), ("FLAIR_reg.nii", OTHER_GRID)], "FLAIR.nii"),
+    ([("FLAIR.nii", 2 * OTHER_GRID), ("FLAIR_reg.nii", OTHER_GRID), ("seg.nii", OTHER_GRID)], "FLAIR.nii"),
 ], ids=["plain", "old", "registered", "grid", "no grid", "grid of a mask"])
-def test_one_of_several(tmp_path, files, chosen, why):
+def test_one_of_several(tmp_path, files, chosen):
     make(tmp_path, ["T1.nii", *files])
     names, notes = used(tmp_path, "flair")
     assert names == [chosen.replace("%", "p0"), chosen.replace("%", "p1")]
     note, = notes
     assert f"{chosen.replace('%', '*')} is used as flair, not " in note
-    assert f"because {why}, in 2 subjects: p0, p1; to use another one, remove this one or write a manifest.csv" in note
+    assert ", in 2 subjects: p0, p1; to use another one, remove this one or write a manifest.csv" in note
 
 
 def test_preferred_words(tmp_path):
     make(tmp_path, ["PET.nii", "PET_SUV.nii", "CT.nii"])
     names, notes = used(tmp_path, "pet")
-    assert names == ["PET_SUV.nii"] * 2 and notes[0] == "PET_SUV.nii is used as pet, not PET.nii, in 2 subjects: p0, p1"
+    assert names == ["PET_SUV.nii"] * 2 and notes[0].startswith("PET_SUV.nii is used as pet, not PET.nii, in 2 subjects: p0, p1")
 
 
 def test_several_names_of_one_contrast(tmp_path):
@@ -117,7 +119,7 @@ def test_the_choice_is_one_for_all_subjects(tmp_path):
     save(tmp_path / "p1" / "T1.nii", head())
     names, notes = used(tmp_path, "t1")
     assert names == ["T1_n4.nii"] * 3
-    assert "T1_n4.nii is used as t1, not T1.nii, because it is there in more subjects, in 1 subjects: p1" in notes[0]
+    assert "T1_n4.nii is used as t1, not T1.nii, in 1 subjects: p1" in notes[0]
 
 
 def test_grids_are_compared_over_all_subjects(tmp_path):
@@ -148,7 +150,7 @@ def test_several_masks(tmp_path):
 
 # ---- No scans --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["T2_synth.nii.gz", "fake_T2.nii.gz", "T2_pred.nii.gz", "%_T2_recon.nii.gz", "sCT.nii.gz"])
+@pytest.mark.parametrize("name", ["T2_synth.nii.gz", "T2_synthsr.nii.gz", "fake_T2.nii.gz", "T2_pred.nii.gz", "%_T2_recon.nii.gz", "sCT.nii.gz"])
 def test_synthetic_by_name(tmp_path, name):
     make(tmp_path, ["T1.nii.gz", name])
     layout = find_layout(tmp_path)
@@ -182,6 +184,15 @@ def test_copies(tmp_path):
         save(tmp_path / "b" / f"IXI-{contrast}" / f"IXI012-HH-1211-{contrast}{end}.nii.gz", head())
     layout = find_layout(tmp_path / "b")
     assert layout.name == "IXI" and [path.name for path in layout.ignored] == ["IXI012-HH-1211-T2_brain.nii.gz"]
+
+
+def test_copies_in_other_languages_and_hidden_files(tmp_path):
+    copies = ["Copy of T1.nii.gz", "T1 - Kopie.nii.gz", "T1_copie (2).nii.gz", "T1~.nii.gz"]
+    make(tmp_path, ["T1.nii.gz", *copies, ".T1.nii.gz"], 1)
+    names, notes = used(tmp_path, "t1")
+    assert names == ["T1.nii.gz"] and notes == [
+        "1 system files (._*, .DS_Store, Thumbs.db) ignored",
+        f"4 files are copies of others, as their names say, and are not used: {', '.join(copies)}"]
 
 
 def test_only_synthetic(tmp_path):
@@ -230,8 +241,7 @@ def make_nnunet(folder, description, numbers=(0, 1), labels=True):
 
 @pytest.mark.parametrize("description", [
     {"channel_names": {"0": "T2w", "1": "T1 post"}}, {"modality": {"1": "T1c", "0": "T2"}},
-    {"channel_names": {"T2": 0, "T1ce": 1}}, {"modality": ["T2", "T1Gd"]},
-], ids=["names", "modality", "turned", "list"])
+], ids=["names", "modality"])
 def test_nnunet(tmp_path, description):
     layout = find_layout(make_nnunet(tmp_path, description))
     assert layout.name == "nnU-Net" and layout.contrasts == ("t1ce", "t2") and layout.ignored == []
@@ -243,6 +253,15 @@ def test_nnunet(tmp_path, description):
     layout = find_layout(tmp_path)
     assert [s.name for s in layout.subjects] == ["kidney_5", "kidney_7", "kidney_8"]
     assert [path.name for path in layout.ignored] == ["kidney_9.nii.gz"]
+
+
+def test_studies_of_nnunet_keep_their_person(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1"}}))
+    for case in ("fdg_0b57b247b6_05-02-2002-NA-PET-CT GK mit KM-42966", "fdg_0b57b247b6_08-11-2003-NA-PET-CT-12345", "K7_v1", "K7_v2"):
+        save(tmp_path / "imagesTr" / f"{case}_0000.nii.gz", head())
+    layout = find_layout(tmp_path)
+    assert [s.person for s in layout.subjects] == ["K7", "K7", "fdg_0b57b247b6", "fdg_0b57b247b6"]
+    assert any(note.startswith("4 scans of 2 persons") for note in layout.notes)
 
 
 @pytest.mark.parametrize(("description", "numbers", "sentence"), [

@@ -127,10 +127,7 @@ def split_of(folder, content, subjects=CASES, name="given", encoding="utf-8"):
     ("name,part\nC0,train\nC1,train\nC2,train\nC3,val\nC4,test\nC5,test\n", "a.csv"),
     ("0;'C0';train\n1;'C1';train\n1;'C2';train\n0;'C3';valid\n1;'C4';test\n0;'C5';Test", "a.csv"),
     ("set\tage\tid\ntrain\t5\tC0\ntrain\t5\tC1\ntrain\t5\tC2\nval\t5\tC3\ntest\t5\tC4\n\ntest\t5\tC5\n", "a.tsv"),
-    ("C0 train\nC1 train\nC2  train\nC3 val\nC4 test\nC5 test\n", "a.txt"),
-    ("train:\n  - C0\n  - C1\n  - C2\nval:\n  - C3\ntest:\n  - C4\n  - C5\n", "a.yaml"),
-    ("# of our study\n[train]\nC0\nC1\nC2\n[validation]\nC3\n[test]\nC4\nC5\n", "a.ini"),
-], ids=["json", "words", "by-name", "decathlon", "commas", "no-title", "tabs", "spaces", "yaml", "ini"])
+], ids=["json", "words", "by-name", "decathlon", "commas", "no-title", "tabs"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_forms_of_a_split(tmp_path, content, name, encoding):
     split, lines = split_of(tmp_path, content, name=name, encoding=encoding)
@@ -149,6 +146,30 @@ def test_a_file_for_each_part(tmp_path, given):
     assert "the split is that of the files test, train, val in" in lines[-1]
 
 
+@pytest.mark.parametrize(("given", "ending"), [("fold1_train.csv", ".csv"), ("fold1-Test.txt", ".txt")])
+def test_words_in_the_names_of_lists(tmp_path, given, ending):
+    """A list of those for training is never taken for the test, and lists of another fold are left alone."""
+    joint = "-" if ending == ".txt" else "_"
+    for part, names in PLAIN[0].items():
+        (tmp_path / f"fold1{joint}{part.capitalize() if joint == '-' else part}{ending}").write_text("\n".join(["# a fold", *names]))
+    (tmp_path / f"fold2{joint}train{ending}").write_text("C5")
+    assert read_split(tmp_path / given, CASES, print) == PLAIN[0]
+
+
+def test_a_list_for_training_alone(tmp_path):
+    (tmp_path / "train_cases.txt").write_text("C0\nC1\n")
+    with pytest.raises(DataError, match="test is empty"):
+        read_split(tmp_path / "train_cases.txt", CASES, print)
+    (tmp_path / "train_or_test.txt").write_text("C0\nC1\n")
+    assert read_split(tmp_path / "train_or_test.txt", CASES, print)["test"] == ["C0", "C1"]
+    (tmp_path / "test_list.txt").write_text("C4\n")
+    (tmp_path / "train_val_list.txt").write_text("C0\nC1\n")
+    assert read_split(tmp_path / "train_val_list.txt", CASES, print) == {"train": ["C0", "C1"], "val": [], "test": ["C4"]}
+    (tmp_path / "train_more.txt").write_text("C2\n")
+    with pytest.raises(DataError, match="several files in it name the part train, train_more.txt is one"):
+        read_split(tmp_path, CASES, print)
+
+
 def test_a_folder_without_lists(tmp_path):
     with pytest.raises(DataError, match="is a folder without files such as train.txt"):
         read_split(tmp_path, CASES, print)
@@ -156,10 +177,9 @@ def test_a_folder_without_lists(tmp_path):
 
 def test_folds(tmp_path):
     folds = [{"train": ["C0", "C1"], "val": ["C2"]}, {"train": ["C2"], "val": ["C0"]}]
-    for content in (folds, {"fold_0": folds[0], "fold_1": folds[1]}):
-        split, lines = split_of(tmp_path, content)
-        assert split == {"train": ["C0", "C1"], "val": [], "test": ["C2"]}
-        assert "the first of 2 folds is used" in lines[0] and "its val is the test" in lines[1]
+    split, lines = split_of(tmp_path, folds)
+    assert split == {"train": ["C0", "C1"], "val": [], "test": ["C2"]}
+    assert "the first of 2 folds is used; without a test, its val is the test" in lines[0]
     split, _ = split_of(tmp_path, [{"train": ["C0"], "val": ["C1"], "test": ["C2"]}])
     assert split == {"train": ["C0"], "val": ["C1"], "test": ["C2"]}
 
@@ -212,8 +232,8 @@ def test_names_that_mean_no_one_or_several(tmp_path, text):
 @pytest.mark.parametrize(("content", "sentence"), [
     ("", "is not a split .it is empty"), ("{'train': [", "is not a split .Expecting"),
     ("C0,C1\nC2,C3\n", "no column of it says train, val or test"),
-    ({"train": ["C0"], "test": [{}]}, "is not a split"),
-], ids=["empty", "no-json", "no-parts", "no-name"])
+    ({"train": ["C0"], "test": [{}]}, "is not a split"), ("PK\x03\x04\0C0", "is neither JSON nor a list or a table as text"),
+], ids=["empty", "no-json", "no-parts", "no-name", "excel"])
 def test_files_that_are_no_split(tmp_path, content, sentence):
     with pytest.raises(DataError, match=sentence) as caught:
         split_of(tmp_path, content)
@@ -227,8 +247,3 @@ def test_torn_persons_take_one_line():
     assert lines == ["  warning: images of oslo/Bo are in train and test of the data set's own split"]
     use_split({"train": [A[0], B[0]], "val": [], "test": [A[1], B[1]]}, VISITS, 0, lines.append)
     assert lines[1:] == ["  warning: images of oslo/Åse, oslo/Bo are in train and test of the data set's own split"]
-
-
-def test_lists_of_other_words_are_told(tmp_path):
-    split, lines = split_of(tmp_path, {"train": ["C0"], "test": ["C1"], "spare": ["C2"]})
-    assert split["train"] == ["C0"] and "spare is no part of a split and not used" in lines[0]

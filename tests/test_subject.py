@@ -162,10 +162,10 @@ def test_scans_from_any_files(tmp_path):
 
 
 @pytest.mark.parametrize(("files", "contrasts", "sentence"), [
-    ({"t1": "t1.nii", "bold": "t1.nii"}, ("t1",), "bold is no contrast; the contrasts are "),
-    ({"t1": "t1.nii"}, ("t1", "bold"), "bold is no contrast"),
-    ({"t1": "t1.nii", "T1w": "t1.nii"}, ("t1",), "t1 is named twice in t1, T1w"),
-    ({"t1": "t1.nii"}, ("t1", "t1n"), "t1 is named twice"),
+    ({"t1": "t1.nii", "bold": "t1.nii"}, ("t1",), "no contrast bold; there are "),
+    ({"t1": "t1.nii"}, ("t1", "bold"), "no contrast bold"),
+    ({"t1": "t1.nii", "T1w": "t1.nii"}, ("t1",), "a contrast is named twice in t1, T1w"),
+    ({"t1": "t1.nii"}, ("t1", "t1n"), "a contrast is named twice"),
     ({"t1": "t1.nii"}, ("t2",), "is t1, which is not one of the contrasts t2"),
     ({"t1": "nothing.nii"}, ("t1",), "nothing.nii does not exist"),
     ({"t1": "."}, ("t1",), "does not exist or is no file"),

@@ -4,6 +4,9 @@ Each family of data sets has a reader of its own in this folder, and what they s
 A user can also say which file is which, see manifest.py and reports_table.py. Sheets beside the
 scans are read in sheets.py. records.py and sidecars.py tell what is known of a scan. find_layout
 looks at a folder and calls the reader that fits.
+
+In all these files, `folder` is that of the data set, `files` are the paths of all files in it,
+`images` are the paths of its NIfTI files, and `notes` is a list that gets sentences for the user.
 """
 
 import os
@@ -50,6 +53,7 @@ from data.layouts.words import (
     TEXT,
     Subject,
     canonical_contrast,
+    canonical_contrasts,
     few,
     preferred_grid,
     role_of,
@@ -76,6 +80,8 @@ WITH_REPORTS = (("R2Gen packaging", is_r2gen, collect_r2gen),
                 ("MedICaT", is_medicat, collect_medicat),
                 ("ACDC", is_acdc, collect_acdc),
                 ("SLIVER07", is_sliver07, collect_sliver07))
+# The names of layouts in which folders called train or test are no split.
+OWN_SPLIT = ("manifest.csv", *(name for name, _, _ in WITH_REPORTS))
 # We cannot read these, so a folder that holds only these gets its own sentence.
 OTHER_FORMATS = (".nrrd", ".nhdr", ".mat", ".h5", ".hdf5", ".mgz", ".mnc", ".npy", ".npz", ".img",
                  ".tif", ".tiff")
@@ -114,46 +120,9 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     images = [path for path in files if is_nifti(path)]
     # Beside NIfTI files, MetaImages may be the originals from which these were converted.
     images = images or [path for path in files if is_metaimage(path)]
-    manifest = folder / "manifest.csv" in files
-    published = [(name, collect) for name, is_it, collect in WITH_REPORTS if is_it(folder, files)]
-    if not manifest and not published:
-        images = real_scans(folder, images, notes)
-    split = None
-    ignored = []
-    named = [path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]
-    if manifest:
-        name = "manifest.csv"
-        subjects = collect_manifest(folder, notes)
-        used = {path for subject in subjects for path in subject.paths}
-        ignored = [path for path in images if path not in used]
-    elif published:
-        name, collect = published[0]
-        subjects, split = collect(folder, files, notes)
-    elif not images:
+    name, subjects, ignored, split = _read_subjects(folder, files, images, notes)
+    if name is None:
         return _find_slices(folder, files, contrasts, every, notes, texts)
-    elif is_bids(folder, images):
-        name, subjects, ignored = collect_bids(folder, images, notes)
-    elif is_ixi(named):
-        name = "IXI"
-        subjects, ignored = collect_ixi(files, images, notes)
-    elif any(ADNI_FILE.search(path.as_posix()) for path in images):
-        name = "ADNI"
-        subjects, ignored = collect_adni(images, notes)
-    elif any(HECKTOR_FILE.fullmatch(path.name) for path in images):
-        name = "HECKTOR"
-        subjects, ignored = collect_hecktor(images, notes)
-    elif any(MAMAMIA_FILE.fullmatch(path.name) for path in images):
-        name = "MAMA-MIA"
-        subjects, ignored = collect_mamamia(images, notes)
-    elif is_nnunet(images):
-        name = "nnU-Net"
-        subjects, ignored = collect_nnunet(folder, images, notes)
-    elif any(AUTOPET_FILE.search(path.as_posix()) for path in images):
-        name = "autoPET"
-        subjects, ignored = collect_autopet(folder, images, notes)
-    else:
-        subjects, ignored = collect_subjects(folder, images, notes)
-        name = edition_of(subjects)
     if not subjects:
         examples = ", ".join(path.name for path in images[:5])
         raise DataError(f"{folder}: no contrast recognised in {len(images)} volumes such as "
@@ -172,13 +141,52 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
     layout = _with_contrasts(name, subjects, chosen, ignored, every, notes)
     needed = 2 if every else len(chosen)
     complete = [subject for subject in layout.subjects if len(subject.files) >= needed]
-    if not manifest and not published:
-        split = split_of_folders(folder, layout.subjects, complete, notes)
     layout.split = split
+    if name not in OWN_SPLIT:
+        layout.split = split_of_folders(folder, layout.subjects, complete, notes)
     if not BODY_CONTRASTS.isdisjoint(chosen):
         images_of = [contrast for contrast in chosen if contrast != TEXT]
         layout.ignored = take_tumour_masks(layout.subjects, images_of, ignored, notes)
     return layout
+
+
+def _read_subjects(folder, files, images, notes):
+    """Call the reader that fits the files -> (name, subjects, ignored files, split).
+
+    The name is that of the data set. It is None if there are no images. The split is None if the data set does not say it.
+    """
+    if folder / "manifest.csv" in files:
+        subjects = collect_manifest(folder, notes)
+        used = {path for subject in subjects for path in subject.paths}
+        return "manifest.csv", subjects, [path for path in images if path not in used], None
+    for name, is_it, collect in WITH_REPORTS:
+        if is_it(folder, files):
+            subjects, split = collect(folder, files, notes)
+            return name, subjects, [], split
+    images = real_scans(folder, images, notes)
+    if not images:
+        return None, [], [], None
+    return *_read_volumes(folder, files, images, notes), None
+
+
+def _read_volumes(folder, files, images, notes):
+    """Call the reader that fits NIfTI files -> (name of the data set, subjects, ignored files)."""
+    if is_bids(folder, images):
+        return collect_bids(folder, images, notes)
+    if is_ixi([path for path in images if role_of(path.name, path.parent.name) in CONTRASTS]):
+        return "IXI", *collect_ixi(files, images, notes)
+    if any(ADNI_FILE.search(path.as_posix()) for path in images):
+        return "ADNI", *collect_adni(images, notes)
+    if any(HECKTOR_FILE.fullmatch(path.name) for path in images):
+        return "HECKTOR", *collect_hecktor(images, notes)
+    if any(MAMAMIA_FILE.fullmatch(path.name) for path in images):
+        return "MAMA-MIA", *collect_mamamia(images, notes)
+    if is_nnunet(images):
+        return "nnU-Net", *collect_nnunet(folder, images, notes)
+    if any(AUTOPET_FILE.search(path.as_posix()) for path in images):
+        return "autoPET", *collect_autopet(folder, images, notes)
+    subjects, ignored = collect_subjects(folder, images, notes)
+    return edition_of(subjects), subjects, ignored
 
 
 def _find_slices(folder, files, contrasts, every, notes, texts):
@@ -236,7 +244,8 @@ def _list_files(folder, notes):
         folders[:] = descend            # os.walk goes into the folders that are in this list
         for name in sorted(names):
             path = os.path.join(root, name)
-            if name.startswith("._") or name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            hidden = name.startswith("._") or name.startswith(".") and is_nifti(name)
+            if hidden or name in (".DS_Store", "Thumbs.db", "desktop.ini"):
                 junk += 1
             elif os.path.exists(path) and not os.path.isfile(path):
                 notes.append(f"{path}: is a pipe or a device, no file; skipped")
@@ -308,15 +317,11 @@ def _choose_contrasts(folder, subjects, wanted, every, notes, texts):
 
 
 def _wanted_contrasts(folder, there, wanted, notes, texts):
-    chosen = tuple(canonical_contrast(name) for name in wanted)
     known = (TEXT, *CONTRASTS) if texts else CONTRASTS
-    unknown = [name for name, contrast in zip(wanted, chosen) if contrast not in known]
-    if unknown or not set(chosen) & set(there):
-        raise DataError(f"{folder}: no contrast {', '.join(unknown or wanted) or 'chosen'}; "
+    chosen = canonical_contrasts(wanted, known, there, folder)
+    if not set(chosen) & set(there):
+        raise DataError(f"{folder}: no contrast {', '.join(wanted) or 'chosen'}; "
                         f"there are {', '.join(there)}", status=2)
-    if len(set(chosen)) < len(chosen):
-        raise DataError(f"{folder}: a contrast is named twice in {', '.join(wanted)}; "
-                        "name each once", status=2)
     for name in chosen:
         if name not in there:
             notes.append(f"{name}: no subject has it; there are {', '.join(there)}")

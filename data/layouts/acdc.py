@@ -13,7 +13,8 @@ There are no reports. We write one sentence for each frame from Info.cfg.
 import re
 
 from data.files import DataError
-from data.layouts.words import TEXT, Subject, few
+from data.layouts.people import part_of_word
+from data.layouts.words import TEXT, Subject, few, read_text
 from data.layouts.xrays import official_split
 
 FRAME_FILE = re.compile(r"((patient\d{3})_frame(\d+))(_gt)?\.nii(\.gz)?", re.IGNORECASE)
@@ -21,7 +22,6 @@ MOMENTS = {"ED": "diastole", "ES": "systole"}
 GROUPS = {"NOR": "normal heart", "MINF": "previous myocardial infarction",
           "DCM": "dilated cardiomyopathy", "HCM": "hypertrophic cardiomyopathy",
           "RV": "abnormal right ventricle"}
-PARTS = {"training": "train", "testing": "test"}
 
 
 def is_acdc(folder, files):
@@ -35,8 +35,6 @@ def collect_acdc(folder, files, notes):
     A subject is one frame, at the end of diastole or of systole. Both frames of a patient belong to
     one person.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [], "test": [names]}; see official_split.
     DataError if a patient has no Info.cfg, if that file is not as above, or if a frame is there
     twice.
@@ -68,8 +66,8 @@ def collect_acdc(folder, files, notes):
         subjects.append(Subject(name, name.split("_")[0], {"cine": path, TEXT: info},
                                 masks.get(name), meta={"body": "heart"}, report=report))
         for place in path.parents:
-            if place.name.lower() in PARTS:
-                part_of[name] = PARTS[place.name.lower()]
+            if part_of_word(place.name):
+                part_of[name] = part_of_word(place.name)
                 break
     if unknown:
         notes.append(f"{len(unknown)} frames are neither ED nor ES in Info.cfg and are not used: "
@@ -82,13 +80,8 @@ def collect_acdc(folder, files, notes):
 
 def _read_info(path, frame):
     """What Info.cfg says of a frame -> ("ED", "ES" or None, group or None)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); "
-                        "download the patient again") from None
     known = {}
-    for line in text.splitlines():
+    for line in read_text(path).splitlines():
         key, _, value = line.partition(":")
         known[key.strip()] = value.strip()
     for moment in MOMENTS:

@@ -24,9 +24,6 @@ def collect_adni(images, notes):
 
     A PET of a day without MR joins the nearest visit with MR, if that is at most CLOSE days away.
     Subjects are sorted by name. Files of other series are ignored.
-
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     """
     visits = {}                 # (person, day) -> kind of series -> folder -> its files
     ignored = []

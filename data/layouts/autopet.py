@@ -25,8 +25,6 @@ def collect_autopet(folder, images, notes):
 
     The studies of one patient belong to one person.
 
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     DataError as collect_subjects.
     """
     subjects, ignored = collect_subjects(folder, images, notes, _study_name)

@@ -68,8 +68,6 @@ def collect_bids(folder, images, notes):
     contrast the best one is used, see _rank. If the folder lies in RAW/derivatives/, facts come
     from the raw data set RAW. The folder's own sidecars override single facts.
 
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     If the folder holds several BIDS data sets, such as one for each site, names begin with theirs.
     DataError if it holds several derivatives.
     """
@@ -315,7 +313,7 @@ def _read_table(sheet, key, prefix):
         return {}
     found = {}
     for row in rows:
-        name = (row[columns[key]] or "").strip().removeprefix(prefix)
+        name = row[columns[key]].strip().removeprefix(prefix)
         if name:
             found[prefix + name] = {column: row[title] for column, title in columns.items()}
     return found

@@ -11,7 +11,7 @@ each picture from its row in the table.
 import re
 
 from data.layouts.records import OLDEST, age_of, sex_of
-from data.layouts.words import TEXT, Subject, few
+from data.layouts.words import TEXT, Subject, few, read_text
 from data.layouts.xrays import official_split, pictures_by_name, read_table
 
 ENTRY_FILE = re.compile(r"Data_Entry_2017(_v2020)?\.csv", re.IGNORECASE)
@@ -32,8 +32,6 @@ def collect_chestxray14(folder, files, notes):
     A subject is one picture. Its meta holds the list "labels", which is empty if nothing was found,
     and age and sex if they are known.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [], "test": [names]}; see official_split. It is None if the
         lists are not there. The official train_val_list.txt is "train".
     DataError if the table has other columns, or if there is no picture.
@@ -110,7 +108,6 @@ def _read_lists(files, subjects, notes):
         return None
     part_of = {}
     for file_name, part in LISTS.items():
-        text = lists[file_name].read_text(encoding="utf-8-sig", errors="replace")
-        for line in text.split():
+        for line in read_text(lists[file_name]).split():
             part_of[line.rsplit(".", 1)[0]] = part
     return official_split(subjects, part_of, notes)

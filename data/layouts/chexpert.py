@@ -49,8 +49,6 @@ def collect_chexpert(folder, files, notes):
     A subject is one picture. Its meta["labels"] is the list of those of the five labels in
     UNCERTAIN that it has. All views are used.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [], "test": [names]}; see official_split. The pictures of
         valid.csv are the test, because the labels of the real test are not public.
     DataError if a table has other columns, or if a label is none of 1, 0, -1 and empty.
@@ -114,8 +112,6 @@ def collect_siim(folder, files, notes):
     A subject is one picture. If it has a pneumothorax, meta["labels"] is ["Pneumothorax"] and
     meta["rle"] is the list of its masks; see rle_mask. Otherwise both lists are empty.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     DataError if the table has other columns, or if there is no picture.
     """
     table = next(path for path in files if path.name in SIIM_TABLES)
@@ -170,8 +166,6 @@ def collect_rsna(folder, files, notes):
     meta["boxes"] is the list of its boxes (x, y, width, height) in pixels of the original picture.
     (x, y) is the upper left corner. Otherwise both lists are empty.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     DataError if the table has other columns, if a box is not four numbers, or if there is no
     picture.
     """

@@ -9,8 +9,6 @@ The words of a name that do not say its contrast are called its variant. The cho
 is the same for all subjects of a data set. It is always told.
 """
 
-import gzip
-import math
 import re
 import zlib
 
@@ -27,15 +25,13 @@ from data.layouts.words import (
     few,
     words_of,
 )
-from data.nifti import checked_affine, decode_header, volumes_of
+from data.nifti import grid_of, opened, volumes_of
 
 # What file managers and browsers add to the name of a copy.
-COPY = re.compile(r"(?:\s*\(\d+\)|[\s_-]+copy(?:\s*\(?\d+\)?)?)+(?=\.(?:nii|mh[ad]))",
+COPY = re.compile(r"^(?:copy of|kopie von|copie de|copia de)\s+|(?:\s*\(\d+\)|~"
+                  r"|[\s_-]+(?:copy|kopie|copie|copia)(?:\s*\(?\d+\)?)?)+(?=\.(?:nii|mh[ad]))",
                   re.IGNORECASE)
 HEADER = 540            # bytes of the longest header
-# Why a file is used; see _ranks_of.
-REASONS = ("lies on the grid of another contrast", "is there in more subjects",
-           "has the plainest name", "was registered")
 
 
 def real_scans(folder, images, notes):
@@ -44,7 +40,6 @@ def real_scans(folder, images, notes):
     A copy has the name of another file and a mark such as (1). Of an invented image the name says
     so, or the header, in which data.write_volume always writes it. A phantom stands for a scan.
 
-    images: The paths of all NIfTI files in `folder`. notes: A list that gets sentences.
     DataError if no image is left.
     """
     real = []
@@ -79,26 +74,17 @@ def _says_synthetic(path):
     if not path.is_file():
         return False                    # a pipe would never answer
     try:
-        with open(path, "rb") as file:
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            text = (gzip.open(file) if packed else file).read(HEADER).lower()
+        with opened(path, []) as file:
+            text = file.read(HEADER).lower()
     except (OSError, EOFError, zlib.error):
         return False                    # this is reported when its voxels are read
     return b"synthetic" in text and b"phantom" not in text
 
 
-def _header_of(path):
-    """The header of a NIfTI file, or None. A damaged file is reported when its voxels are read."""
-    try:
-        return decode_header(path, math.inf, series=True)[0]
-    except DataError:
-        return None
-
-
 def is_series(path):
     """True if a NIfTI file holds several volumes."""
-    header = _header_of(path)
-    return header is not None and volumes_of(header) > 1
+    grid = grid_of(path)
+    return grid is not None and volumes_of(grid[0]) > 1
 
 
 # ---- One of several ------------------------------------------------------------------------------
@@ -130,9 +116,10 @@ def choose_files(found, notes):
                 told.setdefault(role, {}).setdefault(sentence, []).append(name)
         chosen.append(files)
     for role, sentences in told.items():
-        beginning, end = max(sentences, key=lambda sentence: len(sentences[sentence]))
-        names = sentences.pop((beginning, end))
-        notes.append(f"{beginning}, in {len(names)} subjects: {few(names)}{end}")
+        usual = max(sentences, key=lambda sentence: len(sentences[sentence]))
+        names = sentences.pop(usual)
+        notes.append(f"{usual}, in {len(names)} subjects: {few(names)}; to use another one, remove "
+                     "this one or write a manifest.csv")
         others = sum(sentences.values(), [])
         if others:
             notes.append(f"{len(others)} more subjects have several files for {role}, and one is "
@@ -170,40 +157,22 @@ def _fits(path, role, roles, grids):
             others += paths
     for one in [path, *others]:
         if one not in grids:
-            grids[one] = _grid_of(one)
+            grids[one] = grid_of(one)
     if grids[path] is None:
         return False
     shape, affine = grids[path]
     for other in others:
-        if grids[other] and grids[other][0] == shape:
+        if grids[other] and grids[other][0][:3] == shape[:3]:
             if np.allclose(grids[other][1], affine, atol=0.01):         # mm
                 return True
     return False
 
 
-def _grid_of(path):
-    """The grid of a NIfTI file: (its three axes, its affine), or None if that cannot be read."""
-    header = _header_of(path)
-    try:
-        return header and (header.get_data_shape()[:3], checked_affine(header, path))
-    except DataError:
-        return None
-
-
 def _sentence(role, ranked, name):
-    """What was chosen -> (beginning, end of a sentence). ranked: (rank, length, path) tuples."""
+    """What was chosen for the subject `name`. ranked: (rank, length, path) tuples."""
     own = re.escape(name.split("/")[0])
     names = [re.sub(rf"^{own}(?=[-_. ])", "*", path.name) for _, _, path in ranked]
-    beginning = f"{names[0]} is used as {role}, not {', '.join(names[1:])}"
-    best = ranked[0][0]
-    second = ranked[1][0]
-    if best[0] != second[0]:
-        return beginning, ""
-    for place, why in enumerate(REASONS, 1):
-        if best[place] != second[place]:
-            beginning += f", because it {why}"
-            break
-    return beginning, "; to use another one, remove this one or write a manifest.csv"
+    return f"{names[0]} is used as {role}, not {', '.join(names[1:])}"
 
 
 def take_tracer_as_pet(subjects, wanted, notes):

@@ -25,14 +25,42 @@ def collect_subjects(folder, images, notes, name_of=None):
 
     Subjects are sorted by name. The images of two visits in one folder become two subjects.
 
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     name_of: A function from the path of a folder to the name of its subject. By default a subject
         is called after its path, see names_of, and its person is told by its name.
     DataError if all subjects seem to lie in one folder.
     """
     ignored = []
-    found = {}                          # (place, visit) -> {role: {path: variant}}
+    found = _roles_of(folder, images)
+    places = [place for (place, _), roles in found.items() if roles.keys() - {None, "seg"}]
+    if name_of:
+        name_of_place = {place: name_of(place) for place in places}
+    else:
+        name_of_place = names_of(folder, places)
+    named = []                          # (name of a subject, {role: {path: variant}})
+    for (place, visit), roles in found.items():
+        ignored += roles.pop(None, [])
+        if not roles.keys() - {"seg"}:
+            ignored += roles.get("seg", [])
+            continue
+        count = min(_equally_plain(roles[role].values()) for role in roles if role != "seg")
+        if count > 2:
+            raise DataError(f"{place}: holds {count} files of each contrast; "
+                            "put every subject into a folder of its own, or list them in a "
+                            "manifest.csv")
+        name = f"{name_of_place[place]}/{visit}" if visit else name_of_place[place]
+        named.append((name, roles))
+    subjects = []
+    for (name, _), files in zip(named, choose_files(named, notes)):
+        segmentation = files.pop("seg", None)
+        subjects.append(Subject(name, name, files, segmentation))
+    if not name_of:
+        tell_persons(subjects, notes)
+    return sorted(subjects, key=lambda subject: subject.name), sorted(ignored)
+
+
+def _roles_of(folder, images):
+    """What each image is, by its folder and visit -> {(place, visit): {role: {path: variant}}}."""
+    found = {}
     for place, words in sorted(places_of(folder, images).items()):
         role_of_path = {}
         variants = {}
@@ -48,30 +76,7 @@ def collect_subjects(folder, images, notes, name_of=None):
             roles = found.setdefault((place, visit), {})
             for path, role in of_visit.items():
                 roles.setdefault(role, {})[path] = variants[path]
-    places = [place for (place, _), roles in found.items() if roles.keys() - {None, "seg"}]
-    if name_of:
-        name_of_place = {place: name_of(place) for place in places}
-    else:
-        name_of_place = names_of(folder, places)
-    named = []                          # (name of a subject, {role: {path: variant}})
-    for (place, visit), roles in found.items():
-        ignored += roles.pop(None, [])
-        if not roles.keys() - {"seg"}:
-            ignored += roles.get("seg", [])
-            continue
-        count = min(_equally_plain(roles[role].values()) for role in roles if role != "seg")
-        if count > 2:
-            raise DataError(f"{place}: holds {count} files of each contrast; "
-                            "put every subject into a folder of its own")
-        name = f"{name_of_place[place]}/{visit}" if visit else name_of_place[place]
-        named.append((name, roles))
-    subjects = []
-    for (name, _), files in zip(named, choose_files(named, notes)):
-        segmentation = files.pop("seg", None)
-        subjects.append(Subject(name, name, files, segmentation))
-    if not name_of:
-        tell_persons(subjects, notes)
-    return sorted(subjects, key=lambda subject: subject.name), sorted(ignored)
+    return found
 
 
 def _equally_plain(variants):

@@ -10,7 +10,6 @@ CHUM is the hospital. Some lists of files write CHUM_001. Both mean the same pat
 
 import re
 
-from data.files import DataError
 from data.layouts.words import Subject, few
 
 HECKTOR_FILE = re.compile(r"([A-Za-z]+[-_]?\d+)__(CT|PT)\.nii(\.gz)?", re.IGNORECASE)
@@ -22,8 +21,6 @@ def collect_hecktor(images, notes):
 
     A file that has the name of a patient and no contrast is the patient's mask.
 
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     DataError if a patient has two files of one contrast.
     """
     subjects = {}
@@ -34,15 +31,9 @@ def collect_hecktor(images, notes):
             others.append(path)
             continue
         name = _patient(parts[1])
-        contrast = HECKTOR_CONTRASTS[parts[2].lower()]
         if name not in subjects:
-            meta = {"body": "head and neck"}
-            subjects[name] = Subject(name, name, {}, meta=meta)
-        files = subjects[name].files
-        if contrast in files:
-            raise DataError(f"{path}: {name} has another {contrast}, {files[contrast]}; "
-                            "remove one of them")
-        files[contrast] = path
+            subjects[name] = Subject(name, name, {}, meta={"body": "head and neck"})
+        subjects[name].add(HECKTOR_CONTRASTS[parts[2].lower()], path)
     ignored = []
     for path in others:
         name = _patient(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))

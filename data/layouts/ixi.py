@@ -6,8 +6,9 @@ A file is called IXI002-Guys-0828-T1.nii.gz. Guys is the hospital, from which we
 import re
 
 from data.files import DataError
-from data.layouts.records import age_of
-from data.layouts.words import AXIAL_GRID, Subject, few, positive, read_sheet
+from data.layouts.records import number_of
+from data.layouts.sheets import facts_of
+from data.layouts.words import AXIAL_GRID, Subject, few, read_sheet
 
 IXI_FILE = re.compile(r"((IXI\d+)-(Guys|HH|IOP)-\d+)-(T1|T2|PD)\.(?i:nii(\.gz)?)")
 # The field is in tesla.
@@ -19,7 +20,6 @@ IXI_TIMES = {"Guys": {"t1": (9.813, 4.603), "t2": (8178.34, 100), "pd": (8178.34
              "HH": {"t1": (9.6, 4.6), "t2": (5725.79, 100), "pd": (5725.79, 8)}}
 # The first words of the columns that we read. The second is called "SEX_ID (1=m, 2=f)".
 IXI_COLUMNS = ("IXI_ID", "SEX_ID", "AGE")
-IXI_SEXES = {1: "M", 2: "F"}
 
 
 def is_ixi(named):
@@ -37,9 +37,6 @@ def collect_ixi(files, images, notes):
 
     MRA, DTI and all other names are ignored.
 
-    files: The paths of all files.
-    images: Those of the NIfTI files.
-    notes: A list that gets sentences for the user.
     DataError if a subject has two files of one contrast.
     """
     # Our phantoms have names like these. Not all were made with the times of the hospitals, so we
@@ -63,11 +60,7 @@ def collect_ixi(files, images, notes):
             if site in times:
                 meta["times"] = times[site]
             subjects[name] = Subject(name, person, {}, meta=meta, grid=AXIAL_GRID)
-        files_of_subject = subjects[name].files
-        if contrast in files_of_subject:
-            raise DataError(f"{path}: {name} has another {contrast}, {files_of_subject[contrast]}; "
-                            "remove one of them")
-        files_of_subject[contrast] = path
+        subjects[name].add(contrast, path)
     found = [subjects[name] for name in sorted(subjects)]
     absent = [subject.name for subject in found if subject.person not in people]
     if people and absent:
@@ -78,9 +71,7 @@ def collect_ixi(files, images, notes):
 def _read_ixi_sheet(files, notes):
     """Read IXI.csv -> {"IXI002": {"age": years, "sex": "M" or "F"}}; unknown facts are left out.
 
-    IXI.csv is exported from IXI.xls. The sheet has several rows of some persons. A gap in one row
-    is filled from another. If two rows contradict each other, nobody can say which is right, and
-    we use neither.
+    IXI.csv is exported from IXI.xls. The sheet has several rows of some persons, see facts_of.
     """
     sheets = [path for path in files if re.fullmatch(r"IXI.*\.csv", path.name, re.IGNORECASE)]
     excel = [path for path in files if re.fullmatch(r"IXI.*\.xlsx?", path.name, re.IGNORECASE)]
@@ -101,19 +92,7 @@ def _read_ixi_sheet(files, notes):
                      "age and sex stay unknown")
         return {}
     people = {}
-    contradictory = set()
-    for row in rows:
-        number, sex = (positive(row[columns[key]]) for key in IXI_COLUMNS[:2])
-        age = age_of(row[columns["AGE"]]) or None       # 0 means that it is not known
-        if number is None:
-            continue
-        person = f"IXI{int(number):03d}"
-        known = people.setdefault(person, {})
-        for key, value in (("age", age), ("sex", IXI_SEXES.get(sex))):
-            if value is not None and known.setdefault(key, value) != value:
-                contradictory.add(person)
-    for person in sorted(contradictory):
-        people[person] = {}
-        notes.append(f"{sheet.name}: the rows of {person} contradict each other; "
-                     "its age and sex stay unknown")
+    for number, facts in facts_of(sheet, rows, columns, columns["IXI_ID"], notes).items():
+        if number_of(number) is not None:
+            people[f"IXI{int(number_of(number)):03d}"] = facts
     return people

@@ -11,7 +11,6 @@ Names of patients are written in lower case in some places. Both mean the same p
 
 import re
 
-from data.files import DataError
 from data.layouts.words import Subject, few
 
 PATIENT = r"((?:DUKE|ISPY1|ISPY2|NACT)_[A-Z0-9]+)"
@@ -25,8 +24,6 @@ def collect_mamamia(images, notes):
 
     Of the masks, that of the folder `expert` is used, otherwise the first one.
 
-    images: The paths of all NIfTI files.
-    notes: A list that gets sentences for the user.
     DataError if a patient has two files of one phase.
     """
     subjects = {}
@@ -43,7 +40,10 @@ def collect_mamamia(images, notes):
         elif int(scan[2]) not in PHASES:
             later += 1
         else:
-            _add_scan(subjects, scan[1].upper(), PHASES[int(scan[2])], path)
+            name = scan[1].upper()
+            if name not in subjects:
+                subjects[name] = Subject(name, name, {}, meta={"body": "breast"})
+            subjects[name].add(PHASES[int(scan[2])], path)
     for name, paths in masks.items():
         by_experts = [path for path in paths if path.parent.name.lower() == "expert"]
         chosen = (by_experts or paths)[0] if name in subjects else None
@@ -57,12 +57,3 @@ def collect_mamamia(images, notes):
     if without and len(without) < len(found):
         notes.append(f"{len(without)} subjects have no mask of the tumour: {few(without)}")
     return found, sorted(ignored)
-
-
-def _add_scan(subjects, name, phase, path):
-    if name not in subjects:
-        subjects[name] = Subject(name, name, {}, meta={"body": "breast"})
-    files = subjects[name].files
-    if phase in files:
-        raise DataError(f"{path}: {name} has another {phase}, {files[phase]}; remove one of them")
-    files[phase] = path

@@ -27,6 +27,7 @@ from data.layouts.records import (
     voxel_of,
     write_meta,
 )
+from data.layouts.sheets import PERSON_COLUMNS
 from data.layouts.words import (
     CONTRASTS,
     TEXT,
@@ -39,7 +40,7 @@ from data.layouts.words import (
 
 NEEDED = ("subject", "modality", "path")
 # Any of these columns names the person.
-PERSONS = ("PERSON", "PATIENT", "PATIENT_ID", "PARTICIPANT_ID", "SUBJECT_ID", "PID")
+PERSONS = tuple(column for column in PERSON_COLUMNS if column != "SUBJECT")
 # Field of a record -> a function from the text of a cell to its value, and what to write in a cell.
 # The function gives None if the text makes no sense.
 FIELDS = {"age": (age_of, "a number of years"), "sex": (sex_of, "M, F or O"),
@@ -54,7 +55,6 @@ def collect_manifest(folder, notes):
 
     A subject is called subject_session, or like the subject if no session is given.
 
-    notes: A list that gets sentences for the user.
     DataError if a column is missing, or if a row has no subject, an unknown modality, a file that
     does not exist, a scan that an earlier row has, or a value that makes no sense.
     """
@@ -79,7 +79,7 @@ def collect_manifest(folder, notes):
     for row in rows:
         cells = {}
         for column, title in columns.items():
-            cells[column] = (row[title] or "").strip()
+            cells[column] = row[title].strip()
         record = {}
         line = f"{sheet}, line {rows.line_num}"
         for field, title in fields.items():

@@ -30,8 +30,6 @@ def collect_medicat(folder, files, notes):
     A subject is one figure, and its report is the caption. The figures of a paper belong to one
     person. A figure is a picture of a CT; its pixels are no HU.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     DataError if a line is no figure.
     """
     figures = {path.name: path for path in files if _is_figure(path)}

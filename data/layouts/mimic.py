@@ -11,14 +11,14 @@ p10000032 is a patient and s50414267 a study. A study has one report and one or 
 import re
 
 from data.files import DataError, is_picture
-from data.layouts.words import TEXT, Subject
+from data.layouts.people import part_of_word
+from data.layouts.words import TEXT, Subject, read_text
 from data.layouts.xrays import official_split, read_table
 
 STUDY_FOLDER = re.compile(r"s\d{8}")
 PATIENT_FOLDER = re.compile(r"p\d{8}")
 TABLE_FILE = re.compile(r"mimic-cxr-[\d.]+-(split|metadata)\.csv(\.gz)?", re.IGNORECASE)
 FRONTAL = ("PA", "AP")
-PARTS = {"train": "train", "validate": "val", "test": "test"}
 # A line that begins with words in capitals and a colon begins a section.
 HEADING = re.compile(r"^[ \t]*([A-Z][A-Z /(),-]*):", re.MULTILINE)
 # The heading of the findings, and the ways in which it was mistyped.
@@ -37,8 +37,6 @@ def collect_mimic(folder, files, notes):
     A subject is a study. It has all frontal pictures of the study, and the findings of the report.
     A study without findings or without frontal pictures is dropped.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [names], "test": [names]}; see official_split. It is None if
         its table is not there.
     DataError if a table has other columns, if the split has an unknown part, or if there is no
@@ -71,7 +69,7 @@ def collect_mimic(folder, files, notes):
         if name not in reports:
             dropped["no report"] += 1
             continue
-        findings = _read_findings(reports[name])
+        findings = findings_of(read_text(reports[name]))
         if not findings:
             dropped["no findings in the report"] += 1
             continue
@@ -107,14 +105,6 @@ def _is_study(place):
     return named is not None
 
 
-def _read_findings(path):
-    try:
-        return findings_of(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); "
-                        "repair or remove it") from None
-
-
 def _views_of(table, notes):
     """The view of each picture -> {name of the file without ending: "PA", ...}, or None."""
     if table is None:
@@ -134,8 +124,9 @@ def _read_split(table, subjects, notes):
         return None
     part_of = {}
     for row in read_table(table, ("study_id", "split")):
-        if row["split"] not in PARTS:
+        part = part_of_word(row["split"])
+        if part is None:
             raise DataError(f"{table}: the split of study {row['study_id']} is {row['split']!r}, "
-                            f"none of {', '.join(PARTS)}; download the table again")
-        part_of[f"s{row['study_id']}"] = PARTS[row["split"]]
+                            "none of train, validate, test; download the table again")
+        part_of[f"s{row['study_id']}"] = part
     return official_split(subjects, part_of, notes)

@@ -13,7 +13,7 @@ import math
 import re
 
 from data.files import DataError
-from data.layouts.people import person_of
+from data.layouts.people import tell_persons
 from data.layouts.words import CONTRASTS, Subject, few, role_of
 from data.nifti import decode_header, volumes_of
 
@@ -35,7 +35,6 @@ def is_nnunet(images):
 def collect_nnunet(folder, images, notes):
     """Read the file names of nnU-Net and of the Decathlon -> (subjects sorted by name, ignored).
 
-    images: The paths of all NIfTI files. notes: A list that gets sentences for the user.
     DataError if the folder holds several data sets, if dataset.json cannot be read or names a
     channel by no contrast, or if a file has other channels than those.
     """
@@ -55,7 +54,7 @@ def collect_nnunet(folder, images, notes):
             labels[case] = path
         elif path.parent.parent == root and IMAGES.fullmatch(path.parent.name):
             if case not in subjects:
-                subjects[case] = Subject(case, person_of(case), {})
+                subjects[case] = Subject(case, case, {})
             _add_file(subjects[case], path, number, channels, root)
         else:
             ignored.append(path)
@@ -64,6 +63,7 @@ def collect_nnunet(folder, images, notes):
             subjects[case].segmentation = path
         else:
             ignored.append(path)
+    tell_persons(subjects.values(), notes)
     return [subjects[case] for case in sorted(subjects)], sorted(ignored)
 
 
@@ -76,10 +76,6 @@ def _read_channels(sheet, notes):
     try:
         content = json.loads(sheet.read_text(encoding="utf-8-sig"))
         names = content.get("channel_names") or content["modality"]
-        if isinstance(names, list):
-            names = dict(enumerate(names))
-        if any(str(number).isdigit() for number in names.values()):
-            names = {number: name for name, number in names.items()}
         names = {int(number): str(name) for number, name in names.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DataError(f"{sheet}: is missing or does not say what the channels _0000, _0001 and "
@@ -102,7 +98,7 @@ def _add_file(subject, path, number, channels, root):
     number: The text behind the name of the case, such as 0001, or None.
     """
     if number is None and len(channels) > 1:
-        count = volumes_of(decode_header(path, math.inf, series=True)[0])
+        count = volumes_of(decode_header(path, math.inf, series=True)[0].get_data_shape())
         if count != len(channels):
             raise DataError(f"{path}: holds {count} volumes, and dataset.json names "
                             f"{len(channels)} channels; correct dataset.json or split the file")
@@ -117,9 +113,6 @@ def _add_file(subject, path, number, channels, root):
     for number, contrast in found.items():
         if contrast is None:
             continue
-        if contrast in subject.files:
-            raise DataError(f"{path}: {subject.name} has another {contrast}, "
-                            f"{subject.files[contrast]}; remove one of them")
-        subject.files[contrast] = path
+        subject.add(contrast, path)
         if len(found) > 1:
             subject.channels[contrast] = number

@@ -27,8 +27,6 @@ def collect_openi(folder, files, notes):
     A subject is one report with its pictures. It is dropped if there are no findings in it, or if
     none of its pictures is there. The patients are not known, so each report counts as a person.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     DataError if a report is no XML, if two reports have one name, or if there is no picture.
     """
     pictures = pictures_by_name(folder, files, notes)

@@ -12,29 +12,39 @@ from collections import Counter
 
 from data.files import DataError
 from data.layouts.words import few, role_of
+from data.layouts.xrays import official_split
 
+# A day, also with the time of the day: 2006-11-15, 20061115_094759. Or a day such as 15-11-2006.
 DATE = (r"(?:(?:19|20)\d\d[-_.]?(?:0\d|1[0-2])[-_.]?[0-3]\d(?:[-_T ]?[\d_.-]+)?"
         r"|[0-3]?\d[-_.][0-3]?\d[-_.](?:19|20)\d\d)")
-# Words for a visit that come with a number, and words that need none.
-NUMBERED = (r"(?:ses|session|visit|vis|v|time[-_ ]?point|time|tp|t|scan|exam|study|mr|fu|"
-            r"follow[-_ ]?up|week|wk|w|month|mo|m|day|d|year|yr|y|round|wave|run|rep|fraction|fx)")
-PLAIN = (r"(?:baseline[a-z0-9]*|bl|screening|fu|follow[-_ ]?up[a-z0-9]*|initial|final|"
+# Words for a visit that come with a number. Those of SESSION mean a visit in names of files, too,
+# where t1 is a contrast and run-2 is a repetition.
+SESSION = r"ses|session|visit|time[-_ ]?point|time|tp|fu|follow[-_ ]?up|week|month|day"
+NUMBERED = (SESSION + r"|vis|v|t|scan|exam|study|mr|wk|w|mo|m|d|year|yr|y|round|wave|run|rep|"
+            r"fraction|fx")
+# Words for a visit that need no number. 7T is the field of a scanner.
+PLAIN = (r"baseline[a-z0-9]*|bl|screening|fu|follow[-_ ]?up[a-z0-9]*|initial|final|"
          r"(?:pre|post|intra)[-_ ]?(?:op|operation|operative|surgery|treatment|therapy|rt|nac|"
-         r"chemo)?\d*|retest|rescan|recurrence|progression|left|right|\d(?:\.\d)?t)")
-VISIT = (rf"(?:ses(?:sion)?[-_][a-z0-9]+|{NUMBERED}[-_ ]?\d+(?:[-_.]\d+)?[a-z]?|{PLAIN}|{DATE}"
-         r"|\d{5}_[0-3]_0)")           # the last one is of UK Biobank: field, visit, array
-# A name that ends in a visit, or in a word that says nothing of the person.
+         r"chemo)?\d*|retest|rescan|recurrence|progression|left|right|\d(?:\.\d)?t")
+# A visit: ses-b, week-012-2 or fu3d, a word of PLAIN, a day, or as in UK Biobank, where field,
+# visit and array are three numbers.
+VISIT = (rf"(?:ses(?:sion)?[-_][a-z0-9]+|(?:{NUMBERED})[-_ ]?\d+(?:[-_.]\d+)?[a-z]?|{PLAIN}|{DATE}"
+         r"|\d{5}_[0-3]_0)")
+# A name that ends in a visit, or in a word that says nothing of the person. No separator is needed
+# between a digit and a word such as v2.
 ENDING = re.compile(rf"(.+?)(?:[-_. /](?:{VISIT}|mri?|nii|nifti|dicom)"
                     r"|(?<=\d)(?:v|t|tp|ses|visit|time|scan|fu)\d+)", re.IGNORECASE)
-# In file names, t1 is a contrast, run-2 is a repetition, and pre and post are before an agent.
-VISIT_IN_FILE = re.compile(r"(?:^|[-_. ])((?:ses|session|visit|time[-_ ]?point|time|tp|week|month|"
-                           r"day|fu|follow[-_ ]?up)[-_ ]?\d+|ses-[a-z0-9]+|baseline|"
+# A visit in the name of a file, between separators. Pre and post alone are before an agent.
+VISIT_IN_FILE = re.compile(rf"(?:^|[-_. ])((?:{SESSION})[-_ ]?\d+|ses-[a-z0-9]+|baseline|"
                            r"follow[-_ ]?up|(?:pre|post)[-_]?op)(?=[-_. ])", re.IGNORECASE)
+# A day or a version in the name of a file.
 DATE_IN_FILE = re.compile(r"(?:^|[-_. ])((?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d|v\d+(?=[-_. ]))",
                           re.IGNORECASE)
 # The endings with one of these words, or with a year, are surely those of visits.
 SURE = re.compile(r"ses|visit|time|tp\d|baseline|bl$|fu|follow|week|month|(?:19|20)\d\d", re.I)
+# The forms of BraTS, and of autoPET for nnU-Net, where the date and the words of a study follow.
 BRATS = re.compile(r"(.*BraTS-[A-Za-z]+-\d+)-\d+")
+AUTOPET = re.compile(r"((?:fdg|psma|petct)_[0-9a-f]{6,})_.*\d.*", re.IGNORECASE)
 # Folders that hold the same persons again, in another state.
 STATES = (r"(?:raw|original|orig|native|nifti|(?:pre)?[-_]?process|preproc|registered|resampled|"
           r"normali[sz]ed|skull|stripped|bet|n4|mni)\w*")
@@ -44,7 +54,7 @@ GROUPS = re.compile(r"(?:site|cent(?:er|re)|hospital|institut\w*|clinic|group|co
 YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d$")
 MOST_VISITS = 12        # of a person whose name has no number
 # The words for a part, and their short forms in imagesTr and imagesTs.
-PARTS = {"train": (r"train(?:ing)?", "tr"), "val": (r"val(?:id(?:ation)?)?|dev", "val"),
+PARTS = {"train": (r"train(?:ing)?", "tr"), "val": (r"val(?:id(?:ate|ation)?)?|dev", "val"),
          "test": (r"test(?:ing)?", "ts|te")}
 LONGEST = 120           # bytes of a folder's name; file systems take 255, and endings are added
 
@@ -77,27 +87,24 @@ def split_of_folders(folder, subjects, complete, notes):
 
     complete: Those of the subjects that can be used.
     """
-    split = {"train": [], "val": [], "test": []}
-    without = []
+    part_of = {}                        # name of a subject -> part
     for subject in complete:
-        above = subject.paths[0].relative_to(folder).parts[:-1]
-        part = next(filter(None, map(part_of_folder, above)), None)
-        (split[part] if part else without).append(subject.name)
-    if not split["train"] or not (split["val"] or split["test"]):
-        if split["train"] and len(split["train"]) < len(subjects):
+        for name in subject.paths[0].relative_to(folder).parts[:-1]:
+            if part_of_folder(name):
+                part_of.setdefault(subject.name, part_of_folder(name))
+    counts = Counter(part_of.values())
+    if not counts["train"] or len(counts) == 1:
+        if 0 < counts["train"] < len(subjects):
             notes.append("of the folders that name a part of a split, only that for training has "
                          "complete subjects, so that the split is at random")
         return None
-    named = ", ".join(f"{part} {len(names)}" for part, names in split.items() if names)
+    named = ", ".join(f"{part} {counts[part]}" for part in PARTS if counts[part])
     notes.append(f"the split is that of the folder names ({named}); --split replaces it")
-    if not split["test"]:
-        split["test"] = split["val"]
-        split["val"] = []
+    if not counts["test"]:
         notes.append("no folder is for the test, so that for validation is the test")
-    if without:
-        notes.append(f"{len(without)} subjects lie in no folder of the split and are not used: "
-                     f"{few(without)}")
-    return split
+        for name, part in part_of.items():
+            part_of[name] = "test" if part == "val" else part
+    return official_split(complete, part_of, notes)
 
 
 # ---- Places and names ----------------------------------------------------------------------------
@@ -267,12 +274,13 @@ def _as_text(name):
 def person_of(name):
     """The person behind a subject's name, if the name has a known form of a visit.
 
-    sub-01_ses-02, patient01/tp2/mri, P7_V1, 0429_FU003d, 002_S_0413_2006-11-15, baseline/007, and
-    BraTS-GLI-00000-001. For any other name, it is the name.
+    sub-01_ses-02, patient01/tp2/mri, P7_V1, 0429_FU003d, 002_S_0413_2006-11-15, baseline/007,
+    study_retest/007, fdg_0b57b247b6_05-02-2002-NA-PET-CT-42966 and BraTS-GLI-00000-001. For any
+    other name, it is the name.
     """
-    brats = BRATS.fullmatch(name)
-    if brats:
-        return brats[1]
+    known = BRATS.fullmatch(name) or AUTOPET.fullmatch(name)
+    if known:
+        return known[1]
     parts = name.split("/")
     if part_of_folder(parts[0]) and len(parts) > 1:
         parts = parts[1:]
@@ -284,10 +292,16 @@ def person_of(name):
         if re.fullmatch(rf"{VISIT}|{DATE}[-_ ].*", parts[i], re.IGNORECASE):
             parts = parts[:i]
             break
-    person = "/".join(parts)
-    while (found := ENDING.fullmatch(person)):
-        person = found[1]
-    return person
+    if len(parts) > 1:                  # HCP/7 and HCP_Retest/7, study_baseline/7
+        parts = [_without_visits(parts[0]), *parts[1:]]
+    return _without_visits("/".join(parts))
+
+
+def _without_visits(name):
+    """A name without the visits at its end: P7_V1 -> P7."""
+    while (found := ENDING.fullmatch(name)):
+        name = found[1]
+    return name
 
 
 def tell_persons(subjects, notes, sheet="meta.csv"):
@@ -359,5 +373,7 @@ def _rest(name, person):
     """What a name says beyond the person: "_V1", or "test/" for "test/007"."""
     if name.startswith(person):
         return name[len(person):]
+    if person not in name:              # HCP_Retest/7 of the person HCP/7
+        return name.split("/")[0] + "/"
     before, _, after = name.rpartition(person)
     return before + after

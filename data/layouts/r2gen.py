@@ -15,7 +15,14 @@ import json
 import re
 
 from data.files import DataError, is_nifti, is_picture
-from data.layouts.words import CONTRASTS, TEXT, Subject, canonical_contrast, role_of
+from data.layouts.words import (
+    CONTRASTS,
+    TEXT,
+    Subject,
+    canonical_contrast,
+    read_text,
+    role_of,
+)
 
 FILE_NAME = "annotation.json"
 PARTS = ("train", "val", "test")
@@ -30,8 +37,6 @@ def is_r2gen(folder, files):
 def collect_r2gen(folder, files, notes):
     """Read annotation.json -> (subjects sorted by name, split).
 
-    files: Not needed. All readers with a split are called alike.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [names], "test": [names]}.
     DataError if the file is no such JSON, if an entry has no id or no list of images, if an id is
     there twice, or if an entry has two volumes of one contrast.
@@ -68,11 +73,7 @@ def collect_r2gen(folder, files, notes):
 def _read_lists(path):
     """The content of the file. DataError unless it is a dict whose parts are lists."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        content = json.loads(text)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); "
-                        "repair or remove it") from None
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is no JSON ({error.msg}); "
                         "download it again or correct it") from None

@@ -23,9 +23,8 @@ import re
 
 from nibabel.affines import voxel_sizes
 
-from data.files import DataError
 from data.layouts.words import CONTRASTS, TRACERS, UNKNOWN, kind_of
-from data.nifti import checked_affine, decode_header, volumes_of
+from data.nifti import grid_of, volumes_of
 
 NUMBERS = ("field", "TR", "TE", "TI", "FA", "kvp", "ma", "mas", "dose", "start", "duration")
 TEXTS = ("model", "kernel", "agent", "recon")
@@ -125,12 +124,11 @@ def header_of(path):
 
     Of a file that cannot be read the size is None. This is reported when its voxels are needed.
     """
-    try:
-        header, _ = decode_header(path, math.inf, series=True)
-        edges = voxel_sizes(checked_affine(header, path))
-    except DataError:
+    grid = grid_of(path)
+    if grid is None:
         return None, 1
-    return tuple(round(float(edge), 2) for edge in edges), volumes_of(header)
+    shape, affine = grid
+    return tuple(round(float(edge), 2) for edge in voxel_sizes(affine)), volumes_of(shape)
 
 
 # ---- Subjects ------------------------------------------------------------------------------------

@@ -5,22 +5,19 @@
 
 Each row is one picture, which lies in images/ or beside the table, and is one subject. The column
 `file` may be called image. The report may be called findings, notes or text; the first of these
-that is there is used. The others are optional: patient (or subject), view and split (train, val or
-test). Other columns are ignored.
+that is there is used. The others are optional: patient (or person, subject, patient_id), view and
+split (train, val or test). Other columns are ignored.
 """
 
-import csv
-
 from data.files import DataError, is_picture
-from data.layouts.sheets import UNKNOWN
-from data.layouts.words import TEXT, Subject, read_sheet
+from data.layouts.people import part_of_word, tell_persons
+from data.layouts.sheets import PERSON_COLUMNS
+from data.layouts.words import TEXT, UNKNOWN, Subject, read_sheet
 
 FILE_NAME = "reports.csv"
 # A fact -> the names of columns that hold it, best first.
 COLUMNS = {"file": ("FILE", "IMAGE"), "report": ("REPORT", "FINDINGS", "NOTES", "TEXT"),
-           "patient": ("PATIENT", "SUBJECT"), "view": ("VIEW",), "split": ("SPLIT",)}
-PARTS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val",
-         "test": "test"}
+           "patient": PERSON_COLUMNS, "view": ("VIEW",), "split": ("SPLIT",)}
 
 
 def is_reports_table(folder, files):
@@ -31,11 +28,10 @@ def is_reports_table(folder, files):
 def collect_reports_table(folder, files, notes):
     """Read reports.csv -> (subjects sorted by name, split or None).
 
-    A subject is called like its file. A split keeps the pictures of a patient together.
+    A subject is called like its file. A split keeps the pictures of a patient together. Without the
+    column, the names of the files tell the patients.
 
-    files: Not needed. All readers with a split are called alike.
-    notes: A list that gets sentences for the user.
-    split: {"train": [names], "val": [names], "test": [names]}, if the table has the column.
+    split: {"train": [names], "val": [names], "test": [names]}, if the table names a part.
     DataError if the file or the report has no column, if a row names no picture, or a part that
     does not exist, or if two rows have one file.
     """
@@ -53,22 +49,20 @@ def collect_reports_table(folder, files, notes):
     split = {"train": [], "val": [], "test": []}
     subjects = {}
     missing = []
-    try:
-        for row in rows:
-            cells = {fact: (row[title] or "").strip() for fact, title in titles.items()}
-            if any(cells.values()):
-                line = f"{sheet}, line {rows.line_num}"
-                _add_picture(folder, subjects, split, missing, cells, line)
-    except csv.Error as error:
-        raise DataError(f"{sheet}, line {rows.line_num}: cannot be read ({error}); "
-                        "look for a quote that is not closed") from None
+    for row in rows:
+        cells = {fact: row[title].strip() for fact, title in titles.items()}
+        if any(cells.values()):
+            line = f"{sheet}, line {rows.line_num}"
+            _add_picture(folder, subjects, split, missing, cells, line)
     if not subjects:
         raise DataError(f"{sheet}: names no picture that exists; correct the column file")
     if missing:
         notes.append(f"{len(missing)} files of {FILE_NAME} do not exist and are left out, "
                      f"e.g. {missing[0]}")
     found = [subjects[name] for name in sorted(subjects)]
-    return found, split if "split" in titles else None
+    if "patient" not in titles:
+        tell_persons(found, notes, FILE_NAME)
+    return found, split if any(split.values()) else None
 
 
 def _add_picture(folder, subjects, split, missing, cells, line):
@@ -93,9 +87,9 @@ def _add_picture(folder, subjects, split, missing, cells, line):
         subject.report = report
         subject.files[TEXT] = folder / FILE_NAME
     subjects[name] = subject
-    part = cells.get("split", "").lower()
-    if not part:
+    if not cells.get("split"):
         return                          # a row without a part is not used
-    if part not in PARTS:
+    part = part_of_word(cells["split"])
+    if part is None:
         raise DataError(f"{line}: the split is {cells['split']!r}; write train, val or test")
-    split[PARTS[part]].append(name)
+    split[part].append(name)

@@ -8,7 +8,7 @@ All slices of another part count as one subject, and so do test slices without t
 import re
 
 from data.files import DataError
-from data.layouts.words import CONTRASTS, Subject, role_of
+from data.layouts.words import CONTRASTS, Subject, read_text, role_of
 
 SLICE_FILE = re.compile(r"([^/]+)/(train|val|test)/slice_(\d+)\.npy")
 
@@ -16,8 +16,6 @@ SLICE_FILE = re.compile(r"([^/]+)/(train|val|test)/slice_(\d+)\.npy")
 def collect_slices(folder, files, notes):
     """Read the names of .npy slices -> (subjects, split). The split is None if there are none.
 
-    files: The paths of all files in `folder`.
-    notes: A list that gets sentences for the user.
     split: {"train": [names], "val": [names], "test": [names]}.
     DataError if train or test is missing, or if the contrasts do not have the same slices.
     """
@@ -97,8 +95,7 @@ def _slice_owners(folder, count):
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    without_comments = "\n".join(line.split("#")[0] for line in text.splitlines())
+    without_comments = "\n".join(line.split("#")[0] for line in read_text(path).splitlines())
     owners = []
     for item in re.split(r"[\n,\[\]]", without_comments):
         owner = re.sub(r"^\s*-\s", "", item).strip(" '\"")

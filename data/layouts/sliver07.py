@@ -27,8 +27,6 @@ def collect_sliver07(folder, files, notes):
     A scan and its mask may lie in different folders. Folders with names such as test-part1 are not
     read.
 
-    folder: The folder of the data set. files: The paths of all files in it.
-    notes: A list that gets sentences for the user.
     DataError if two scans or two masks have one number.
     """
     found = {"orig": {}, "seg": {}}

@@ -1,13 +1,15 @@
 """What all readers share: a subject, the words of file names, and the sheets about patients."""
 
 import csv
+import gzip
 import re
 import unicodedata
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from data.files import DataError, is_picture
+from data.files import PACKED, DataError, is_picture
 
 # The name of a contrast in this project -> the words of file names that mean it. The order is that
 # of BraTS, and contrasts are listed in it. In pairs for a translation the source comes first.
@@ -62,17 +64,20 @@ AGENT_WORDS = {"ce", "gd", "gad", "gado", "gadolinium", "km", "post", "postcontr
 SEGMENTATION_WORDS = {"seg", "segm", "segmentation"}
 LABEL_WORDS = {"mask", "masks", "brainmask", "label", "labels", "lesion", "lesions", "tumour",
                "tumor", "gt", "roi", "otmulticlass", "parcellation", "consensus", "contour",
-               "annotation", "pve", "pveseg", "prob", "probability"}
+               "annotation", "pve", "pveseg", "prob", "probability", "probseg", "dseg", "aseg",
+               "aparc", "wmparc", "labelmap", "wmh"}
 # What is computed from a scan, what moves it, and what only serves to plan it.
 DERIVED_WORDS = {"biasfield", "warp", "warpfield", "xfm", "transform", "deformation",
                  "displacement", "jacobian", "inverse", "map", "maps", "t1map", "t2map", "qt1",
                  "qt2", "fa", "md", "mip", "minip", "localizer", "localiser", "scout", "survey",
                  "inv1", "inv2", "uncertainty", "error", "residual", "difference", "voided", "bold",
-                 "fmri", "rsfmri"}
+                 "fmri", "rsfmri", "phase", "ph", "imaginary", "thickness", "noise", "snr",
+                 "mixeltype"}
 # An image that a program has invented.
-SYNTHETIC_WORDS = {"synthetic", "synthesized", "synthesised", "synth", "synthseg", "synct", "sct",
-                   "fake", "pred", "predicted", "prediction", "generated", "translated", "imputed",
-                   "pseudo", "pseudoct", "recon", "reconstructed", "reconstruction"}
+SYNTHETIC_WORDS = {"synthetic", "synthesized", "synthesised", "synth", "synthseg", "synthsr",
+                   "synct", "sct", "fake", "pred", "predicted", "prediction", "generated",
+                   "translated", "imputed", "pseudo", "pseudoct", "recon", "reconstructed",
+                   "reconstruction"}
 # What stands before one of these words was moved onto what stands behind it, as in T2_to_T1.
 MOVED_WORDS = {"to", "in", "on", "onto", "into"}
 # Of names with equally many words, one with one of these words is taken: T1_reg, not T1_raw.
@@ -95,6 +100,11 @@ PHRASES = (
     # A visit before or after a treatment, and a contrast that is none of an agent.
     (r"(?:pre|post) (?:op|operative|surgery|treatment|tx|rt|chemo|radiation|therapy)", "visit"),
     (r"(?:multi|high|low|tissue) contrast", "scan"),
+    # SPM puts y_ and iy_ before the name of a scan for its deformation.
+    (r"^i?y", "deformation"),
+    # A mask in one word, and one of several, such as mask2 of a second rater.
+    (r"[a-z]+mask\d*|(?:mask|label|lesion|roi|pve)s?\d+", "mask"),
+    (r"(?:seg|segmentation)\d+", "seg"),
 )
 # Where a word in mixed case is cut: T1Post, AxialT2, 3DT1, and rT2, as SPM writes an image that it
 # has resampled. Other single letters stay, because a pCT may be made up.
@@ -141,6 +151,13 @@ class Subject:
     report: str | None = None       # the findings in words, as they were written; None without one
     channels: dict = field(default_factory=dict)    # contrast -> number of its volume in a 4-D file
                                                     # that holds several contrasts
+
+    def add(self, contrast, path):
+        """Add the file of a contrast. DataError if the subject has another one."""
+        if contrast in self.files:
+            raise DataError(f"{path}: {self.name} has another {contrast}, {self.files[contrast]}; "
+                            "remove one of them")
+        self.files[contrast] = path
 
     @property
     def in_slices(self):
@@ -276,20 +293,44 @@ def canonical_contrast(name):
     return name.lower()
 
 
+def canonical_contrasts(names, known, there, where):
+    """The project's names of several contrasts, in order, as a tuple.
+
+    known: The names that are allowed. there: Those that a message lists. where: Its beginning.
+    DataError if a name is not known, or if a contrast is named twice.
+    """
+    found = tuple(canonical_contrast(name) for name in names)
+    unknown = [name for name, contrast in zip(names, found) if contrast not in known]
+    if unknown:
+        raise DataError(f"{where}: no contrast {', '.join(unknown)}; there are {', '.join(there)}",
+                        status=2)
+    if len(set(found)) < len(found):
+        raise DataError(f"{where}: a contrast is named twice in {', '.join(names)}; "
+                        "name each once", status=2)
+    return found
+
+
 def read_sheet(sheet):
     """Read a .csv file with any usual separator -> (rows, columns).
 
-    rows: An iterable of dicts, as csv.DictReader gives. A cell may be of any length.
+    rows: A csv.DictReader; a cell that a row lacks is "".
     columns: The first word of a column's name in upper case -> the column's name in the rows.
+    DataError as lines_of.
+    """
+    lines, separator = lines_of(sheet)
+    rows = csv.DictReader(lines, delimiter=separator, restval="")
+    columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
+    return rows, columns
+
+
+def lines_of(sheet):
+    """Read the lines of a table, for csv -> (lines with their ends, separator).
+
+    A cell may be of any length. In quotes, it may hold several lines.
     DataError if the file cannot be read, or if a quote in it is never closed.
     """
-    try:
-        text = decoded(sheet.read_bytes())
-    except OSError as error:
-        raise DataError(f"{sheet}: cannot be read ({error.strerror or error}); "
-                        "repair or remove it") from None
-    # The line ends are kept, because a cell in quotes may hold several lines.
-    lines = text.replace("\0", "").splitlines(keepends=True)
+    text = read_text(sheet).replace("\0", "")
+    lines = text.splitlines(keepends=True)
     separator = max(",;\t", key=lines[0].count) if lines else ","
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     # An open quote swallows all lines behind it, also the one that we add here.
@@ -302,31 +343,27 @@ def read_sheet(sheet):
     if not closed:
         raise DataError(f"{sheet}, line {ends[-2] + 1}: a quote is opened and never closed, so "
                         "that the lines behind it cannot be read; close or remove it")
-    rows = csv.DictReader(lines, delimiter=separator)
-    columns = {name.strip().split(" ")[0].upper(): name for name in rows.fieldnames or ()}
-    return rows, columns
+    return lines, separator
 
 
-def decoded(content):
-    """The text of a sheet. Excel writes UTF-16, or one byte for each letter, instead of UTF-8."""
+def read_text(path):
+    """Read a file of words, which may be packed by gzip -> its text.
+
+    Excel writes UTF-16, or one byte for each letter, instead of UTF-8.
+    DataError if the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == PACKED else content
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({why}); repair or remove it") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("cp1252", errors="replace")
-
-
-def positive(cell):
-    """The number in a cell of a sheet, with a decimal point or comma, or None.
-
-    None also stands for 0, because IXI writes 0 where it means unknown.
-    """
-    try:
-        value = float(cell.strip().replace(",", "."))
-    except (AttributeError, ValueError):            # in a short row, the missing cells are None
-        return None
-    return value if 0 < value < 1000 else None
 
 
 def few(names):

@@ -1,11 +1,7 @@
 """What the readers of X-rays share: their tables, their pictures, and their official splits."""
 
-import csv
-import gzip
-import zlib
-
 from data.files import DataError, is_picture
-from data.layouts.words import few
+from data.layouts.words import few, read_sheet
 
 DICOM_ENDINGS = (".dcm", ".dicom")
 
@@ -35,28 +31,21 @@ def pictures_by_name(folder, files, notes):
 
 
 def read_table(path, needed):
-    """Read a table with commas, .csv or .csv.gz -> an iterator of rows, {title: text}.
+    """Read a published table, .csv or .csv.gz -> an iterator of rows, {title: text}.
 
     Spaces around titles and cells are removed.
 
     needed: Titles of columns.
     DataError if the file cannot be read, or if a column is missing.
     """
-    open_text = gzip.open if path.name.lower().endswith(".gz") else open
-    try:
-        with open_text(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file)
-            titles = [title.strip() for title in next(rows, [])]
-            for title in needed:
-                if title not in titles:
-                    raise DataError(f"{path}: has no column {title}, only {few(titles)}; "
-                                    "download the table again")
-            for cells in rows:
-                if cells:               # an empty line has none
-                    cells += [""] * (len(titles) - len(cells))
-                    yield dict(zip(titles, [cell.strip() for cell in cells]))
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); download it again") from None
+    rows, _ = read_sheet(path)
+    titles = [title.strip() for title in rows.fieldnames or ()]
+    for title in needed:
+        if title not in titles:
+            raise DataError(f"{path}: has no column {title}, only {few(titles)}; "
+                            "download the table again")
+    for row in rows:
+        yield dict(zip(titles, [row[title].strip() for title in rows.fieldnames]))
 
 
 def official_split(subjects, part_of, notes):
@@ -79,6 +68,6 @@ def official_split(subjects, part_of, notes):
                      f"training and {len(split['test'])} for the test; it is not used")
         return None
     if without:
-        notes.append(f"{len(without)} subjects are not in the official split and not used: "
+        notes.append(f"{len(without)} subjects are in no part of the split and not used: "
                      f"{few(without)}")
     return split
