@@ -1,5 +1,7 @@
 """Open every file of a folder, and say what was found and what is wrong: check."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +61,21 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, 
         agree(ds)
     except DataError as error:
         all_errors.append(str(error))
-    for subject in layout.subjects:
-        errors, notes = _check_files(subject, layout.contrasts, say)
-        if not errors and is_complete(subject, layout, gaps):
-            try:
-                digests[subject.name], slices = _decoded(subject, layout.contrasts, size)
-                notes = [(f"{subject.name} {file}", note) for file, note in slices.notes]
-                pixels[subject.name] = slices.pixel
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
+        found = pool.map(lambda subject: _check_subject(subject, layout, size, gaps),
+                         layout.subjects)
+        for subject, (rows, errors, notes, images, pixel) in zip(layout.subjects, found):
+            for row in rows:
+                say(row)
+            all_errors += errors
+            all_notes += notes
+            if images is not None:
+                digests[subject.name] = images
+                pixels[subject.name] = pixel
                 people.add(subject.person)
-            except DataError as error:
-                errors.append(str(error))
-        all_errors += errors
-        all_notes += notes
+    finally:
+        pool.shutdown(cancel_futures=True)              # Ctrl-C does not wait for all
     if not all_errors:
         try:
             check_duplicates(digests, ds.split, say)
@@ -88,15 +93,26 @@ def check(folder, contrasts=None, say=print, gaps=False, texts=False, size=256, 
     return usable
 
 
-def _decoded(subject, contrasts, size):
-    """Decode a subject as open_dataset does -> ({contrast: digest of its images}, SubjectSlices).
+def _check_subject(subject, layout, size, gaps):
+    """Open the files of a subject, and decode a complete one as open_dataset does.
 
-    DataError if it cannot be used.
+    The result is (rows of the table, errors, notes, digests, pixel). Errors are sentences, and
+    notes are (file, sentence) pairs. digests is {contrast: digest of its images}, and pixel is the
+    edge of a pixel in mm. Both are None if the subject cannot be used.
     """
-    slices = load_subject(subject, contrasts, size)
-    numbers = kept_numbers(slices, subject, contrasts)
+    rows = []
+    errors, notes = _check_files(subject, layout.contrasts, rows.append)
+    if errors or not is_complete(subject, layout, gaps):
+        return rows, errors, notes, None, None
+    try:
+        slices = load_subject(subject, layout.contrasts, size)
+        numbers = kept_numbers(slices, subject, layout.contrasts)
+    except DataError as error:
+        return rows, [str(error)], notes, None, None
+    notes = [(f"{subject.name} {file}", note) for file, note in slices.notes]
     images = slices.images[numbers].astype("<f2", copy=False)
-    return digests_of_images(slices, images, contrasts), slices
+    digests = digests_of_images(slices, images, layout.contrasts)
+    return rows, errors, notes, digests, slices.pixel
 
 
 def _check_files(subject, contrasts, say):
