@@ -293,13 +293,6 @@ class CLIP(nn.Module):
         self.memo.clear()
         return self.requires_grad_(False).eval()
 
-    def check_unseen(self, subjects):
-        """Raises ValueError if one of these subjects trained the model: its score would flatter."""
-        seen = sorted(set(subjects) & set(self.subjects))
-        if seen:
-            raise ValueError(f"{len(seen)} subjects to evaluate on trained the encoder (first: "
-                             f"{seen[0]}); evaluate on others, or train the encoder on this split")
-
     def state(self):
         """Return all that from_state needs, in types that torch.load(weights_only=True) reads."""
         weights = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}

@@ -370,7 +370,7 @@ print(*clip.subjects)
     assert done.stdout.split() == sorted(set(subjects(256)))
 
 
-def test_tampered_vocabulary_and_known_subjects_are_refused(trained):
+def test_a_tampered_vocabulary_is_refused(trained):
     clip, _ = trained
     state = clip.state()
     weight = state["weights"]["logit_scale"]
@@ -380,9 +380,6 @@ def test_tampered_vocabulary_and_known_subjects_are_refused(trained):
     merges[3], merges[4] = merges[4], merges[3]
     with pytest.raises(ValueError, match="vocabulary"):
         C.CLIP.from_state(state)
-    clip.check_unseen(["new1", "new2"])
-    with pytest.raises(ValueError, match="1 subjects.*s03"):
-        clip.check_unseen(["new1", "s03"])
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
