@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("test_golden", "test_scripts", "test_metadb", "test_run", "test_wiring", "test_rlbcd", "test_unisyn_run",
+           "test_medm2g_run", "test_clip", "test_phantom", "test_limits", "test_unisyn", "test_vqae", "test_classify", "test_medm2g")
 sys.path.insert(0, str(ROOT))
 
 
@@ -28,6 +30,7 @@ def pytest_cmdline_main(config):
         os.environ["OMP_NUM_THREADS"] = "1"         # for both, and for the programs that tests start
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False      # files in the order of pytest_collection_modifyitems
 
 
 def pytest_configure(config):
@@ -35,6 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # The files that take longest come first, so that both processes end at about the same time.
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
