@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = ("test_golden", "test_scripts", "test_metadb", "test_run", "test_wiring", "test_rlbcd", "test_unisyn_run",
-           "test_medm2g_run", "test_clip", "test_phantom", "test_limits", "test_unisyn", "test_vqae", "test_classify", "test_medm2g")
+           "test_medm2g_run", "test_clip", "test_phantom", "test_limits", "test_unisyn", "test_vqae", "test_classify",
+           "test_medm2g")
 sys.path.insert(0, str(ROOT))
 
 
