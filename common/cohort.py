@@ -94,7 +94,8 @@ def served(run, subjects, files, parts=("train", "val")):
 
     A subject is recognised by its files or by its slices, not by its name: in two hospitals, two
     people may both be patient 001. All visits of a person count, if one of them is recognised.
-    Subjects that only have a name of the training are new, and the user is told.
+    Subjects that only have a name of the training are new, and the user is told. An older run holds
+    no digests. Names count then.
 
     subjects: a list of data.Subject. files: {name: digests of its files}, see Dataset.files.
     parts: of the split. Subjects of "train" were trained on, and those of "val" chose the weights.
@@ -103,9 +104,13 @@ def served(run, subjects, files, parts=("train", "val")):
     names = set()
     for part in parts:
         names.update(run.about[part])
-        for digests in run.about[f"files of {part}"]:
+        for digests in run.about.get(f"files of {part}", ()):
             known.update(digests)
-    people = {subject.person for subject in subjects if known & set(files[subject.name])}
+    if known:
+        recognised = [subject for subject in subjects if known & set(files[subject.name])]
+    else:
+        recognised = [subject for subject in subjects if subject.name in names]
+    people = {subject.person for subject in recognised}
     found = {subject.name for subject in subjects if subject.person in people}
     alike = sorted(subject.name for subject in subjects
                    if subject.name in names and subject.name not in found)

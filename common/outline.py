@@ -130,8 +130,8 @@ def needs(method, cfg, run, ds, outline):
 def require_memory(method, cfg, run, ds, outline):
     """Refuse what this machine cannot hold.
 
-    outline: from draw.  ds: a data.Dataset.  Before it is decoded it has no slices.  What depends on their number is
-    then refused in a second call.
+    outline: from draw.  ds: a data.Dataset.  Before it is decoded it has no slices.  What depends
+    on their number is then refused in a second call.
 
     Raises RunError, which says what would be needed, if the memory of the device is smaller.
     """

@@ -58,6 +58,14 @@ def test_who_was_trained_on_is_told_by_files_not_by_names(tmp_path):
     assert cohort.served(run_of(tmp_path), subjects, files, ("train",)) == {"renamed", "b"}      # v only chose weights
 
 
+def test_names_count_in_a_run_that_holds_no_digests(tmp_path):
+    run = run_of(tmp_path)
+    del run.about["files of train"], run.about["files of val"]
+    subjects = [scan("a", "7"), scan("v", "8"), scan("new", "1")]
+    files = {subject.name: subject.digests for subject in subjects}
+    assert cohort.served(run, subjects, files) == {"a", "v"}
+
+
 def test_a_later_visit_of_a_training_person_counts_as_trained_on(tmp_path):
     subjects = [scan("p1/first", "1", person="p1"), scan("p1/second", "20", person="p1"), scan("p2/first", "21", person="p2")]
     files = {subject.name: subject.digests for subject in subjects}

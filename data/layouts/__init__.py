@@ -153,7 +153,8 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
 def _read_subjects(folder, files, images, notes):
     """Call the reader that fits the files -> (name, subjects, ignored files, split).
 
-    The name is that of the data set. It is None if there are no images. The split is None if the data set does not say it.
+    The name is that of the data set. It is None if there are no images. The split is None if the
+    data set does not say it.
     """
     if folder / "manifest.csv" in files:
         subjects = collect_manifest(folder, notes)
