@@ -9,9 +9,8 @@ Missing contrasts are then filled in like holes in a picture, but the holes are 
 Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
-  2. Sampling does not start from pure noise.  Stage 1 starts from a noisy guess (the prior):
-     another contrast, changed by an intensity curve.  A codebook says which contrast and which
-     curve resemble the missing one most.  It is computed once, from the training data.
+  2. Stage 1 of sampling starts from a noisy guess (the prior): another contrast, changed by an
+     intensity curve.  A codebook, made once from the training data, says which ones fit best.
   3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
      new result is averaged with the one before.  The last two are not averaged.
 
@@ -26,7 +25,7 @@ EQUATIONS
   Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(<z_all, z> / tau)
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
-  Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||
+  Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||^2    [D3]
   Eq. (5)  x0_hat     <- (1 - w) * previous x0_hat + w * x0_hat
 
 SYMBOLS
@@ -47,18 +46,18 @@ COMMANDS
   python apt.py --data FOLDER --train --evaluate           your own scans, the paper's sizes
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
-DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  A small CLIP of ours replaces BiomedCLIP; a pooled feature stands for its feature maps.
-  [D2]  Eq. (1) is used in both directions; slices of one subject are not negatives; |z| = 1.
-  [D3]  Eq. (4): norm of a sample, not squared; alpha scaled; no step where alpha_bar < 0.01.
+DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
+  [D1]  A small CLIP of ours, with pooled features: BiomedCLIP's maps would need more packages.
+  [D2]  Eq. (1) is used in both directions, as in CLIP; z has length 1, which its tau assumes.
+  [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no step if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
   [D6]  Curves: printed numbers are x (--curves scalar: y); decreasing ones spare the background.
-  [D7]  The codebook is one table, from cosines between the contrasts of a slice.
-  [D8]  The "zero" prior is mid-grey; the "noise" prior is pure noise at step M.
-  [D9]  Stage 1 takes S + 1 evaluations; N counts all of stage 2, and Eq. (5) skips its last two.
-  [D10] Small slices are padded to the image size (the paper resizes); larger ones are resampled.
-  [D11] Where the paper is silent: clamp, gradient clipping, losses as means, EMA, the weights kept.
+  [D7]  The codebook is one table, from cosines within slices, with gains of whole contrasts.
+  [D8]  The paper does not say how: "zero" is mid-grey, "noise" is pure noise at step M.
+  [D9]  Stage 1 takes S + 1 evaluations.  N counts all of stage 2; N - 2 of them, at t_2, average.
+  [D10] Small slices are padded (resizing would blur them); slices with little tissue are left out.
+  [D11] Where the paper is silent: clamp, clipping, means as losses, EMA, weights kept, U-Net, tau.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
@@ -93,7 +92,8 @@ T = 1000                                                    # diffusion steps in
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's (Sec. 4.1, BraTS) where it states them.  Phantoms use the demo."""
+    """Defaults are the paper's for BraTS (Sec. 4.1), where it states them.  Its ADNI: --M 200
+    --alpha 50 --steps 350000 --test-subjects 30 --test-slices 5.  Phantoms take PRESETS["demo"]."""
     # data
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
@@ -105,7 +105,7 @@ class Config:
     base: int = 128                             # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
-    attention: tuple[int, ...] = (32, 16, 8)    # map sizes that get a transformer
+    attention: tuple[int, ...] = (32, 16, 8)    # map sizes with transformers (the middle has one)
     head_dim: int = 64                          # width of an attention head
     groups: int = 32                            # of every GroupNorm
     # training
@@ -124,7 +124,7 @@ class Config:
     context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z scaled; one z per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z is fused; mean of features; 0
     # method, in sampling
-    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: any set
+    missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: all sets
     prior: Literal["adaptive", "random", "noise", "zero"] = "adaptive"      # start image (Table 3)
     curves: Literal["points", "scalar"] = "points"              # reading of Eq. (3) [D6]
     M: int = 400                                # start step of stage 1, out of 1000 (Table 5)
@@ -152,7 +152,7 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -210,8 +210,8 @@ class MutualInformationFusion(nn.Module):
 def make_unet(cfg, C, dim):
     """Sec. 3.2: C noisy contrasts in, C noise estimates out; attention to the context (B, L, dim).
 
-    With L = 1 the softmax over a single token is 1.  Then z adds the same vector at every position
-    of a map, as a bias would.
+    A transformer follows each block whose map has one of the sizes, and one stands in the middle.
+    With L = 1 its softmax is 1: z adds the same vector everywhere in a map, as a bias would.
     """
     def transformer(site):
         return SpatialTransformer(site.channels, cfg.head_dim, dim, cfg.groups)
@@ -224,7 +224,7 @@ def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
     f: one pooled feature per contrast; the paper has feature maps [D1].  L is 1 (tokens: C).
-    Training uses z of all contrasts, as in the paper; sampling that of the known ones, as released.
+    Training uses z of all contrasts; sampling has the known ones only.  So does the release.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -248,7 +248,7 @@ def anatomy_loss(z_all, z_sub, log_scale, subject):
 
     z_all, z_sub: (B, D) unit vectors; log_scale: log(1/tau); subject: (B,) ids.
     As in CLIP, z_sub must find its z_all as well, and the loss is the mean of both directions [D2].
-    Two slices of one subject look alike, so they are not used as negatives [D2].
+    Negatives are slices of other subjects, because two slices of one subject look alike.
     """
     scale = log_scale.clamp(max=math.log(100)).exp()
     logits = scale * z_all @ z_sub.T                                        # (B, B)
@@ -280,7 +280,7 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give the identity, because then y(r) = x(r).  With y reversed, bright becomes dark.
+# Equal x and y give the identity.  We reverse y instead of x: the same curve, run from its end.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
@@ -316,8 +316,8 @@ def warp(u, points):
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table, made from at most 2,000 training slices, as released.  The contrasts of a slice
-    are compared by the cosine of their features.  The paper compares attention maps [D7].
+    It is one table, made from at most 2,000 training slices, as released; the contrasts of a slice
+    are compared by a cosine.  The paper: attention maps of all pairs of images, a gain each [D7].
     votes        (C, C, K) [target, source, curve]: in how many slices this pair was the most alike
     similarity   (C, C, K): the sum of the cosines over the slices
     level        (C,): the sum of the mean intensities of each contrast over the slices
@@ -411,8 +411,8 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
     start = y if prior is None else A * y + (1 - A) * prior                 # (B, C, H, W)
     x_t = q_sample(start, alpha_bar[grid[-1]], eps)                         # (B, C, H, W)  step M
     if prior is None:
-        # Table 3: the missing contrasts are pure noise, although at M < 1000 the network expects to
-        # find something of an image in them [D8].
+        # Table 3: the missing contrasts are pure noise.  This is our reading, because at M < 1000
+        # the network expects to find something of an image in them [D8].
         x_t = A * x_t + (1 - A) * eps                                       # (B, C, H, W)
     for j in reversed(range(len(grid))):                  # j = S, ..., 0; step 0 has a little noise
         x0 = guided_x0(eps_model, x_t, grid[j], alpha_bar, y, A, alpha)
@@ -501,7 +501,8 @@ class Model:
         Returns (B, C, H, W) in [0,1], and {"prior alone": (B, C, H, W)} if there is a prior.
         """
         cfg = self.cfg
-        generators, noise = self.run.noise(keys, u)
+        _, noise = self.run.noise(keys, u)
+        generators = [self.run.generator("prior", *key) for key in keys]    # for --prior random
         A = known[:, :, None, None].float()                                 # (B, C, 1, 1)
         u = torch.where(A > 0, u, 0)                                        # (B, C, H, W)
         context = condition(cfg, self.mif, encode(self.encoder, u), known)  # (B, L, D)  once
@@ -532,9 +533,9 @@ class Model:
 def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again.
 
-    Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].  An
-    extra term makes two contrasts of one slice find each other.  Captions say little about anatomy,
-    so captions alone would let the encoder forget it.
+    Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].
+    instance_loss there, of weight 0.5, makes two contrasts of one slice find each other.  Captions
+    say little about anatomy (where a tumour is, if there are masks), and it would be forgotten.
     """
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
@@ -635,10 +636,7 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
 
 
 def validation(cfg, run, ds, encoder, mif, alpha_bar):
-    """A function unet -> Eq. (2) on up to 32 validation slices; None if there are none.
-
-    Times and noise are always the same, so that values can be compared.
-    """
+    """A function unet -> Eq. (2) on up to 32 validation slices, with fixed times and noise."""
     rows = ds.rows("val", 32)
     if len(rows) == 0:
         run.say("no validation subjects: the last averaged weights are kept")
@@ -719,7 +717,8 @@ def figure6(cfg, run, ds, model):
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
     images = [[*a, *b] for a, b in zip(truth, made)]
-    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]), note="left: seen")
+    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]),
+                  note="left: the slices that z was taken from")
     run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to "
             f"those of other subjects; written: {run.out / 'fig6.png'}")
 
@@ -727,12 +726,13 @@ def figure6(cfg, run, ds, model):
 def outline(cfg, ds):
     """For a dry run: the networks, and one slice through the U-Net."""
     dim = clip.SIZES[cfg.encoder]["embed"]
+    z = torch.zeros(1, len(ds.contrasts) if cfg.context == "tokens" else 1, dim)
     x_t = torch.zeros(1, len(ds.contrasts), cfg.size, cfg.size)
     unet = make_unet(cfg, len(ds.contrasts), dim)
-    lines = [f"x_t {tuple(x_t.shape)}, t (1,), z (1, 1, {dim}) -> eps {tuple(x_t.shape)}"]
-    return Outline({"U-Net": unet, "fusion module": MutualInformationFusion(dim)},
-                   lambda: unet(x_t, torch.zeros(1), torch.zeros(1, 1, dim)),
-                   cfg.batch * cfg.steps, lines, encoder_at_work(cfg), guided=True)
+    lines = [f"x_t {tuple(x_t.shape)}, t (1,), z {tuple(z.shape)} -> eps {tuple(x_t.shape)}"]
+    networks = {"U-Net": unet, "fusion module": MutualInformationFusion(dim)}
+    return Outline(networks, lambda: unet(x_t, torch.zeros(1), z), slices=cfg.batch * cfg.steps,
+                   lines=lines, before=encoder_at_work(cfg), guided=True)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ EQUATIONS
   Eq. (1)    z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                           [D1]
   Eq. (2)    L = || eps - eps_theta(z_t, t, C(y)) ||^2
   Eq. (3)    L_AB = -log( exp(u_i v_i / tau) / sum_j exp(u_i v_j / tau) ),  used as L_AB + L_BA
-  Eq. (4)    L_VI = 1/d ( sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2 )            [D2]
-  Eq. (5)    f_B = F_emb(phi_s(z_B)).  phi_s picks a few of the vectors z_B = C_B(x_B), as a start
+  Eq. (4)    L_VI = 1/d ( sum_i (1 - C_ii)^2 + .0051 sum_i sum_{j != i} C_ij^2 )             [D2]
+  Eq. (5)    f_B = F_emb(phi_s(e_B)).  phi_s picks a few prompts e_B = C_B(x_B); f_B starts there
   Eq. (6)    L_cross = || eps - eps_theta_c(z_t^A, t, C(y), V_B([z_t^B, f_B])) ||^2          [D3]
 
 SYMBOLS
@@ -46,10 +46,11 @@ COMMANDS
   python medm2g.py --data FOLDER --train --evaluate        your own data; see data/README.md
   python medm2g.py --data data/ixi --train --evaluate --rounds mri-mri     MR contrasts only
 
-DEPARTURES FROM THE PAPER (the reason stands where the code departs)
+DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
-  [D2]  Eq. (4): double sum as in Barlow Twins; divided by the width d; a projector, weight 1.
-  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; contrastive term off.
+  [D2]  Eq. (4): double sum as in Barlow Twins; divided by the width d; a projector; L_VI + L_AB.
+  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; the contrastive term
+        of its model CoDi (Tang et al., 2023) is off.
   [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net.  AdamW with
         warm-up and cosine, clipping, no EMA.  Latents are means, brought to variance 1.
   [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds), though Sec. 4
@@ -130,11 +131,11 @@ from data import TEXT, canonical_contrast, clean_report
 @dataclass(frozen=True)
 class Config(CodecConfig):
     """The paper (Sec. 4) states the latent sizes, the schedule, batches, learning rates, depths,
-    DDIM steps, eta and w.  Other defaults are ours.  Phantoms take the demo."""
+    DDIM steps, eta and w.  Other defaults are ours.  Phantoms take PRESETS["demo"]."""
     # data
     contrasts: tuple[str, ...] = ()             # streams, such as text,xray,ct,t2; empty: all
     train_fraction: float = 0.8                 # share of the subjects that train
-    test_subjects: float = 0.1                  # share that is scored; the rest validates
+    test_subjects: float = 0.1                  # share that is scored (or number, from 1 on)
     test_slices: int = 20                       # slices scored per test subject
     # alignment
     encoder: Literal["neuro", "base", "demo"] = "neuro"     # size of the towers (common/clip.py)
@@ -200,10 +201,11 @@ class Config(CodecConfig):
 # These fields may change after the training.  All others need training in another --out.
 SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_slices")
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
+# rounds are words.  That they have limits means that there must be one at least.
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
               rounds=(0, 0), test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536),
               batch_text=(1, 65536), align_batch=(2, 65536))
-# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "autoencoder": (),
     "text": TEXT_FIELDS,
@@ -263,7 +265,7 @@ class PromptEncoders(nn.Module):
                 self.context = size["text"]["context"]
                 text = {**size["text"], "vocab": len(tokenizer)}
                 tower = TextEncoder(**text, embed=self.dim)
-                # With CLIP's .02, so small a tower begins to learn several times later.
+                # With CLIP's .02, a small tower needs several times as many steps to begin.
                 nn.init.normal_(tower.embedding.weight, std=text["width"] ** -0.5)
                 self.towers[modality] = tower
             else:
@@ -295,6 +297,7 @@ class PromptEncoders(nn.Module):
         """Measure the mean vector of each modality over the training samples [D6]."""
         self.eval()
         for modality in self.towers:
+            # encoded calls self(modality, x) for all samples of a stream.
             found = [samples.encoded(self, c) for c in samples.of_modality(modality)]
             mean = F.normalize(torch.cat(found), dim=1).mean(0)             # (D,)
             getattr(self, f"mean_{modality}").copy_(mean)
@@ -475,7 +478,8 @@ class Guide(nn.Module):
     def start(self, prompts, g):
         """phi_s: 64 random rows of prompt vectors (n, D).  The first K start the guide.
 
-        With --guide resampled, training draws K of the 64, and sampling takes the first K.
+        With --guide resampled, training draws K of the 64; sampling takes the first K, because
+        `vectors` then get no gradient.
         """
         rows = torch.randperm(len(prompts), generator=g, device=g.device)[:64]
         self.pool.copy_(prompts[rows.repeat(64)[:64]])      # a small data set has fewer than 64
@@ -599,7 +603,7 @@ def alpha_bar_of(schedule):
 def info_nce(u, v, scale, groups):
     """Eq. (3) in both directions, L_AB + L_BA, ().  u, v: (B, D).  groups: (B,) integers.
 
-    Normal reports repeat word by word.  Samples with equal reports are no negatives [D5].
+    Reports of healthy patients are often equal.  Such samples are no negatives [D5].
     """
     return 2 * contrastive_loss(scale * cosines(u, v), groups)
 
@@ -612,7 +616,7 @@ def roughly(e, noise):
     return F.normalize(e + 0.2 * noise / e.shape[1] ** 0.5, dim=1)          # (B, D)
 
 
-def visual_invariant(view1, view2, weight=0.0051):
+def visual_invariant(view1, view2, off_diagonal=0.0051):
     """Eq. (4), ().  view1, view2: (B, d), features of two views of the same images.
 
     Each view is normalised by itself over the batch, to mean 0 and deviation 1/sqrt(B).  The
@@ -627,7 +631,7 @@ def visual_invariant(view1, view2, weight=0.0051):
     C = normalised(view1).T @ normalised(view2)                             # (d, d)
     on = (1 - C.diagonal()).square().sum()                                  # ()
     off = C.square().sum() - C.diagonal().square().sum()                    # ()
-    return (on + weight * off) / d
+    return (on + off_diagonal * off) / d
 
 
 # ---- 5. Sampler ----------------------------------------------------------------------------------
@@ -682,7 +686,10 @@ class Model:
         return self.codecs.decode(stream, z * diffuser.std + diffuser.mean)
 
     def as_scanned(self, stream, x):
-        """What is given, with MR as an accelerated scan gives it (--accelerate)."""
+        """What is given, with MR as an accelerated scan gives it (--accelerate).
+
+        An image that is as blurred already hardly changes.
+        """
         accelerated = self.cfg.accelerate > 1 and modality_of(stream) == "mri"
         return central_kspace(x, self.cfg.accelerate) if accelerated else x
 
@@ -715,10 +722,13 @@ class Model:
         told = yes if given else ~yes                                       # (B,)
         zero = torch.zeros(B, dtype=torch.long, device=device)              # (B,)
 
+        def guides_of(stream, others):
+            return self.partners_of(stream, others) if self.cfg.lcag else []
+
         # What is given does not change, so its context is computed once.
         fixed = {}
-        for reader in make if self.cfg.lcag else ():
-            for stream in self.partners_of(reader, given):
+        for reader in make:
+            for stream in guides_of(reader, given):
                 fixed[reader, stream] = self.flows.show(reader, stream, clean[stream], zero)
 
         def predict(states, time):
@@ -726,7 +736,7 @@ class Model:
             found = {}
             for stream, z_t in states.items():
                 partners = [context for (reader, _), context in fixed.items() if reader == stream]
-                for other in self.partners_of(stream, states) if self.cfg.lcag else ():
+                for other in guides_of(stream, states):
                     partners.append(self.flows.show(stream, other, states[other], t))
                 found[stream] = self.noise_of(stream, z_t, t, e, told, partners)
             return found
@@ -755,8 +765,8 @@ class Model:
 
     def report_of(self, subject):
         """The report of a subject, or --given.  ValueError if there is none."""
-        report = self.reports.get(subject) or clean_report(self.cfg.given, True)
-        if not report.strip(" ."):
+        report = self.reports.get(subject) or clean_report(self.cfg.given, mimic=True)
+        if not report.strip(" ."):                                         # "" is cleaned to "."
             raise ValueError(f"fill: text is known, but there is no report of {subject}; "
                              "give one with --given, from Python as load(..., given=\"...\")")
         return report
@@ -787,9 +797,10 @@ class Model:
             made = self.generate(given, make, [keys[b] for b in rows], seen)
             for stream, images in made.items():
                 filled[rows, self.contrasts.index(stream)] = images[:, 0].clamp(0, 1)
-            for time, states, ends in (seen or ()) if make else ():
-                pair = (2 * self.decode(make[0], part[make[0]]) - 1 for part in (states, ends))
-                watch.append((f"t = {time}", *pair))
+            if watch is not None and make:                      # only the first stream is watched
+                for time, states, ends in seen:
+                    pair = [2 * self.decode(make[0], part[make[0]]) - 1 for part in (states, ends)]
+                    watch.append((f"t = {time}", *pair))        # images in [-1,1]
         return filled, {}
 
 
@@ -990,8 +1001,8 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
         noise[stream] = draw("normal", z)                                   # (B, ...)
         times[stream] = t if made else zeros
         states[stream] = q_sample(z, at(alpha_bar, t, z), noise[stream]) if made else z
-    # A tenth of the samples has neither prompt nor partner, as half of the guidance has.  If both
-    # are noisy, half of the samples have no prompt, as streams that are made from nothing.
+    # A tenth of the samples has neither prompt nor partner; the guidance needs such a model.  If
+    # both are noisy, half of the samples have no prompt, as streams that are made from nothing.
     keep = draw("uniform") >= 0.1                                           # (B,)
     told = keep & (draw("uniform") >= (0.5 if mode == "joint" else 0))      # (B,)
     total = 0.0
@@ -1020,10 +1031,10 @@ def load_model(cfg, run, subjects):
     encoders = run.trained(build_encoders(cfg, run, streams, None), "diffusers", "encoders")
     flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
     run.trained(flows.diffusers, "diffusers", "diffusers")
-    if cfg.lcag and run.stages.get("flow", {}).get("step"):
+    if cfg.lcag and run.stages.get("flow", {}).get("step"):     # else it is still in training
         run.trained(flows.every_crossing(), "flow", "crossing")
     flows.to(run.device).requires_grad_(False).eval()
-    reports = {subject.name: clean_report(subject.report, True) for subject in subjects
+    reports = {subject.name: clean_report(subject.report, mimic=True) for subject in subjects
                if subject.report}
     return Model(cfg, run, streams, load_codecs(cfg, run), encoders, flows, reports)
 
@@ -1033,7 +1044,7 @@ def load_model(cfg, run, subjects):
 
 
 def beside(cfg, run, model, truth, notes):
-    """The truth through the autoencoder: the best that can be done with this autoencoder."""
+    """The truth through the autoencoder, the best that can be done with it.  "": of any stream."""
     images = []
     for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
         x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
@@ -1045,7 +1056,7 @@ def beside(cfg, run, model, truth, notes):
 def overall(cfg, run, ds, model, tasks):
     """Rows about reports, about how real the images look, and about streams that are made together.
 
-    With --only, streams are not made together, and reports only from the streams that it names.
+    With --only, streams are not made together, and reports are made from the named streams alone.
     """
     sources = [(stream,) for stream in model.partners_of(TEXT, ds.contrasts)]
     if cfg.only:
@@ -1063,7 +1074,7 @@ def joint_figure(cfg, run, ds, model):
 
 
 def outline(cfg, ds):
-    """For a dry run: the networks, and a latent through the CT's, or another image's, diffuser."""
+    """For a dry run: the networks, and a latent through the diffuser of the first image stream."""
     streams = ds.contrasts
     side = cfg.size // 2 ** (len(cfg.ae_mult) - 1)
     shapes = {m: (cfg.text_z,) if m == "text" else (4, side, side) for m in there(streams)}
@@ -1083,8 +1094,8 @@ def outline(cfg, ds):
     lines = [f"{stream} (1, 1, {cfg.size}, {cfg.size}) -> latent {tuple(z.shape)}",
              f"rounds: {', '.join(cfg.rounds)}"]
     count = cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds)
-    return Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes), count,
-                   lines, {"ae_batch": (False, lambda: ae(image))})
+    return Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes),
+                   slices=count, lines=lines, before={"ae_batch": (False, lambda: ae(image))})
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

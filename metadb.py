@@ -11,8 +11,8 @@ contrast, echo times) is written as two prompts.  The prompts enter twice:
   1. TA-Norm: in the blocks of the U-Net, the source's look is taken away from the feature maps and
      the target's look is given to them.  Gains and shifts come from the embeddings of the prompts.
   2. SR-Net: a small network gets the prediction, pooled to 170 numbers, and the target's prompt
-     with its contrast masked.  It must find the embedding of the whole prompt.  So the prediction
-     must show what the prompt says.
+     with its contrast masked.  It must find the embedding of the whole prompt.  This rewards a
+     prediction that shows what the prompt says.
 A discriminator, which sees no text, judges pairs of neighbouring states.  It makes them sharp.
 
 PROMPT, and the same with its contrast masked (data/prompts.py):
@@ -28,7 +28,7 @@ Training has the stages "encoder" and "bridge".
 
 EQUATIONS
   Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t
-  Eq. (2)  x0_hat = G(x_t, t, y, E_text)
+  Eq. (2)  x0_hat = G(x_t, t, y, E_text)                       ours: and x_r [D6]
   Eq. (3)  F <- (F - beta_src) / alpha_src * alpha_tgt + beta_tgt
   Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat))
   Eq. (5)  E_rec = R_M(E_mask, F_p)
@@ -52,17 +52,17 @@ SYMBOLS
 COMMANDS
   python metadb.py --data data/ixi --train --evaluate      makes phantoms on first use; CPU, minutes
   python metadb.py --data FOLDER --source t1 --target ct --train --evaluate    your own scans
-  python metadb.py --data FOLDER --synthesize --out runs/metadb-FOLDER         NIfTI volumes
+  python metadb.py --data NEW --synthesize --out runs/metadb-FOLDER     new patients, as NIfTI
 
-DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  The text tower of a small CLIP, trained on the training subjects, replaces BiomedCLIP.
-  [D2]  Betas are SelfRDB's (the paper: linear); x_N is exactly y (--bridge soft: with noise).
+DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
+  [D1]  A small CLIP of ours, LayerNorm at its end, replaces BiomedCLIP, which needs more packages.
+  [D2]  Betas are SelfRDB's: the paper's linear ones, up to 3.0, would bury the image in noise.
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
   [D5]  Losses are means over images in [-1,1]; D's real pairs come from the same x_t; R1 penalty.
-  [D6]  R passes in training, as in sampling; learning rates fall; the best validation weights stay.
-  [D7]  Slices are padded, normalised per volume, and all are trained on (the paper: 100 a subject).
-  [D8]  Rivals of Tables 2 and 4 are switches of this script, without text: see --reproduce list.
+  [D6]  The recursion is read as an input x_r, in training too; rates fall; best weights are kept.
+  [D7]  Slices are padded; CT has one window; all that show enough are used (paper: 100 a subject).
+  [D8]  Some rivals of Table 2 (without text) and that of Table 4 are switches: --reproduce list.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
@@ -116,7 +116,7 @@ class Config:
     base: int = 64                              # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
-    attention: tuple[int, ...] = (16,)          # map sizes that get self-attention
+    attention: tuple[int, ...] = (16,)          # map sizes with self-attention (the middle has it)
     head_dim: int = 64                          # width of an attention head
     groups: int = 16                            # groups of every GroupNorm
     disc_base: int = 64                         # discriminator channels at full resolution
@@ -143,8 +143,8 @@ class Config:
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
     only: tuple[str, ...] = ()                  # the one direction to make: source,target
-    eta: float = 1.0                            # share of new noise: 1 Markov chain, 0 none
-    noise: float = 0.0                          # sigma, of 255, on test slices (Fig. 5, below)
+    eta: float = 1.0                            # new noise: 1 Markov chain, 0 none but at step N
+    noise: float = 0.0                          # sigma of noise on test slices, of 255 (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -173,7 +173,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -300,7 +300,7 @@ class Generator(nn.Module):
         self_attention = attention_at(
             cfg.attention, lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups))
 
-        def plug(site):                                             # what the U-Net gets at a place
+        def plug(site):     # the U-Net asks twice for a block: behind norm2, and at its end
             if site.where == "norm":
                 ours = cfg.conditioning == "ta" and site.stage != "mid"
                 return TANorm(site.channels, dim, cfg.prompts, cfg.share) if ours else None
@@ -412,8 +412,8 @@ RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of
 def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
-    hard, our default, has no noise at either end, because the paper says "x_T = y".  But its
-    constants come from SelfRDB, where x_N is y with noise of 1.08; this is soft [D2].
+    hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
+    soft is SelfRDB's q(x_t): delta is about sqrt(s2), and x_N is y with noise of 1.08 [D2].
     Both use the betas of SelfRDB, see mirrored_betas.  s2_t is the sum of the betas up to t, and
     sbar2_t the sum from t on; both contain beta_t.  The betas are scaled so that their total is
     that of N = 10.  The amount of noise then does not depend on N.
@@ -435,7 +435,7 @@ def bridge_tables(name, N):
 
 
 def mirrored_betas(N):
-    """The betas of SelfRDB for t = 0..N, (N+1,).  They rise to the middle, then they fall.
+    """The betas of SelfRDB for t = 0..N, (N+1,).  For N < 30 they rise to the middle, then fall.
 
     b1, b2, ... are N + 1 values from 0.1 to 3 / N, whose roots are equally spaced.  Half of them
     are used.  N = 4 gives 0, b1, b2, b1, 0, and N = 5 gives 0, b1, b2, b2, b1, 0.  For N = 10 the
@@ -457,7 +457,7 @@ def adversarial_loss(logits):
 
 
 def discriminator_loss(real, fake):
-    """The discriminator's side of Eq. (8) [D5]: small if real pairs have the larger logits."""
+    """The discriminator's side of Eq. (8) [D5]: small if real logits are high, fake ones low."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -542,9 +542,9 @@ def train(cfg, run, ds):
     """Both stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
-    is trained on the prompts of the training subjects, always with all four fields, although rows
-    of Table 5 leave fields out later.  Fields are masked now and then, so that it learns what
-    [MASK] and None mean.
+    is trained on the prompts of the training subjects.  Whole fields are masked now and then, so
+    that it learns what [MASK] and None mean.  It never sees prompts without a field, as in rows of
+    Table 5, nor a field masked in part, as in E_mask: there it must generalise.
     """
     meta = {subject.name: subject.meta for subject in ds.subjects}
 

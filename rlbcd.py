@@ -19,9 +19,9 @@ space of an autoencoder.  Both start from the source A (say CT).
 
 PIPELINE (B slices, H x W pixels, f = 8, z channels, h = H / f, w = W / f)
   A, B, residual (B,1,H,W) --autoencoder, frozen--> x, y, r (B,z,h,w) each
-  state, t --residual U-Net--> gradient (B,z,h,w), feature maps of 3 levels, down and up
-  state, t, feature maps --enhanced U-Net with SAM and CMA--> gradient (B,z,h,w)
-  both states, gradients --bridge step--> both states of the next time; S evaluations in all
+  state, t --residual U-Net--> x_t - x_0 (B,z,h,w), feature maps of 3 levels, down and up
+  state, t, feature maps --enhanced U-Net with SAM and CMA--> x_t - x_0 (B,z,h,w)
+  both states, both x_0 --bridge step--> both states of the next time; S evaluations in all
   y_hat --decoder--> B (B,1,H,W);  y_hat, r_hat --H_E--> x_hat;  LCS = -mean (x - x_hat)^2
 Training has the stages "autoencoder", "evaluator" (H_E) and "bridges" (both U-Nets together).
 
@@ -38,7 +38,7 @@ SYMBOLS
   x, y, r            x, y, r                latents of A, of B and of the residual; (B,z,h,w)
   x_t                states[branch]         state of the "residual" and of the "enhanced" branch
   m_t, delta_t       M[t], 2 m (1 - m)      place on the bridge (0: target, 1: source), variance
-  eps_theta          grads[branch]          what the U-Nets predict: x_t - x_0, not only noise
+  eps_theta          grads[branch]          what the U-Nets predict: x_t - x_0 (BBDM: gradient)
   F_e, F_d           h in SAM and CMA       maps of the enhanced branch on the way down and up
   F_re, F_rd         taps[stage, level]     maps of the residual branch
   lambda             lcs                    weight of Eq. (11)
@@ -50,10 +50,10 @@ COMMANDS
   python rlbcd.py --data FOLDER --source ct --target pet --train --evaluate     your own scans
   python rlbcd.py --data FOLDER --synthesize --out runs/rlbcd-FOLDER            NIfTI volumes
 
-DEPARTURES FROM THE PAPER (the reason stands where the code departs)
-  [D1]  The source is at t = T, as in the prose; the formulas of the paper have it at t = 0.
+DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
+  [D1]  The source is at the largest t, as in the prose; the paper's formulas have it at t = 0.
   [D2]  m_t runs from .001 to .999, as in BBDM's code; sampling starts at x itself, without noise.
-  [D3]  The loss is L1 without c_t, as in BBDM's code (--loss l2: as printed, c_t over its mean).
+  [D3]  The loss is L1, unweighted, as in BBDM's code (--loss l2: squared, with the weights c_t).
   [D4]  CMA adds its result to F_d (--cma-out literal: replaces it); it has norms and heads.
   [D5]  Both branches are trained together; their noise is independent.
   [D6]  The residual image is (B - A) / 2, so that it lies in [-1,1] like A and B.
@@ -62,7 +62,7 @@ DEPARTURES FROM THE PAPER (the reason stands where the code departs)
   [D9]  SAM and CMA stand behind the last block of a level; "direct combination" is the mean.
   [D10] Eq. (11) takes x_t - eps_theta at every t, and H_E is frozen; LCS = - squared error.
   [D11] Weights are averaged (EMA); layers, batch, learning rates and lambda are BBDM's or ours.
-  [D12] Tables 5 and 6: folds of the scored subjects; Fig. 4: groups of equal width, 200 slices.
+  [D12] Tables 5, 6: cross-validation on the scored subjects; Fig. 4: five equal ranges of LCS.
 
 NEEDS  data/ and these files of common/:
   autoencoder.py benchmark.py classify.py cli.py codebook.py cohort.py confidence.py device.py
@@ -164,7 +164,7 @@ SAMPLING = ("S", "samples", "select", "value", "sample_batch", "test_slices")
 PRESETS = load_presets("rlbcd")                              # sizes for phantoms: data/presets.json
 LIMITS = dict(S=(1, T), samples=(1, 100), lcs=(0, 1e3), disc_weight=(0, 1e3), ema=(0, 0.99999),
               ae_mult=(1, 16), test_subjects=(0.01, 10 ** 9))
-# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "autoencoder": (),
     "evaluator": ("evaluator_steps",),
@@ -217,7 +217,7 @@ def make_picture(cfg, run, slices, contrasts):
 
 
 def make_latents(cfg, run, ds, part, ae):
-    """x, y, r of all slices of a part.  Their variance is 1, as noise is in their unit [D8]."""
+    """x, y, r of all slices of a part, scaled to variance 1 together; so is the noise [D8]."""
     name = seed_of(ds.fingerprint, part, *ds.split[part], *pair_of(cfg, ds.contrasts))
     picture = make_picture(cfg, run, ds.part(part), ds.contrasts)
     return Latents(run, ae, picture, KINDS, len(ds.rows(part)), f"{name:x}")
@@ -319,7 +319,7 @@ class CoDiffusion(nn.Module):
             (), lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups, bias=True))
 
         def fusion(site):
-            """SAM behind the last block of each level on the way down, CMA on the way up [D9]."""
+            """For a place: SAM ends a level on the way down, CMA on the way up [D9]."""
             if site.where == "block" and site.last and site.stage == "down":
                 return SAM(site) if cfg.sam else Mean(site)
             if site.where == "block" and site.last and site.stage == "up":
@@ -343,7 +343,7 @@ class CoDiffusion(nn.Module):
         if "residual" in self.branches:
             grads["residual"] = self.branches["residual"](states["residual"], t, taps=taps)
         if "enhanced" in self.branches:
-            grads["enhanced"] = self.branches["enhanced"](states["enhanced"], t, taps)
+            grads["enhanced"] = self.branches["enhanced"](states["enhanced"], t, condition=taps)
         return grads
 
 
@@ -379,18 +379,18 @@ def q_sample(t, x0, x, eps):
     return (1 - m) * x0 + m * x + (2 * m * (1 - m)).sqrt() * eps
 
 
-def bridge_loss(target, grad, t, kind):
-    """Eqs. (3) and (6), mean over all elements.  target, grad: (B, z, h, w); t: (B,).
+def bridge_loss(wanted, grad, t, kind):
+    """Eqs. (3) and (6), mean over all elements.  wanted, grad: (B, z, h, w); t: (B,).
 
     l1 leaves out the factor c_t and the square, as BBDM's code does [D3].  l2 is as printed, with
     c_t = 1 - m_{t-1} / m_t, divided by its mean over t.  This mean is .0075.  Without the division,
     Eq. (11) would outweigh both branches.
     """
     if kind == "l1":
-        return F.l1_loss(grad, target)
+        return F.l1_loss(grad, wanted)
     before = torch.cat([torch.zeros(1, dtype=M.dtype), M[:-1]])             # (T,)
     c = 1 - before / M                                                      # (T,)
-    return (at(c / c.mean(), t, grad) * (grad - target) ** 2).mean()
+    return (at(c / c.mean(), t, grad) * (grad - wanted) ** 2).mean()
 
 
 def bridge_step(x_t, x0, x, m_t, m_n, noise, eta=1.0):
@@ -490,8 +490,8 @@ class Model:
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
         watch: a list for the states of the sampler, or None.
-        Returns u with B in place, and a dict: "A + residual" (B, C, H, W) of the first sample, and
-        "notes" with "samples" (B, K, H, W), "lcs" (B, K) and "inconsistency" (B, K, h, w).
+        Returns u with B in place, and a dict: "notes" with "samples" (B, K, H, W) and, from both
+        branches, "lcs" (B, K), "inconsistency" (B, K, h, w); then "A + residual" (B, C, H, W).
         ValueError if A is unknown in a slice, or if B is known.
         """
         src, tgt = channels(self.cfg, self.contrasts)
@@ -655,7 +655,7 @@ def beside(cfg, run, model, truth, notes):
     """Further images to score, for which the truth is needed, {name: (n, H, W)}.
 
     "autoencoder alone" is the truth, encoded and decoded.  The bridges hardly get above it.
-    Of several samples, rules make one image.  truth: (n, H, W) in [0,1].  notes: those of fill.
+    confidence.rules: first, mean, best LCS ... of samples.  truth: (n, H, W).  notes: of fill.
     """
     again = []
     for part in np.array_split(truth, -(-len(truth) // cfg.sample_batch)):

@@ -10,7 +10,7 @@ encoder, NeuroCLIP, reads them.  It was trained before to match sentences and pi
 An image encoder turns the source into feature maps.  They hold anatomy and contrast.  Each sentence
 becomes one gain alpha and one shift beta for every map.  Two lines of arithmetic take the source's
 contrast away and give the target's.  A decoder then makes the image from the maps, pixel by pixel.
-That is all: no attention (only the paper's baseline has it), no diffusion, one pass.
+That is all: one pass, no diffusion, and attention only in the text encoder.
 
 SENTENCE (data/prompts.py, in one line).  What is not known is the word None.
   Modality: T2w; Age: 63 y; Sex: F; Scanner: 3 T Siemens Prisma; Voxel: 1 x 1 x 1 mm; TR: 4000 ms;
@@ -20,7 +20,7 @@ PIPELINE (B slabs of 8 slices, H x W pixels, F features, D width of an embedding
   sentences --NeuroCLIP's text tower, frozen--> e_s, e_t (B,D) --mapper--> alpha, beta (B,F,1,1)
   x (B,8,H,W) --encoder--> f_s (B,F,H,W) --strip--> f_0 --inject--> f_t --decoder--> (B,8,H,W)
 The slices of a slab are the channels of the network, so its convolutions are two-dimensional.  A
-volume is cut into overlapping tiles.  The results of the tiles are blended.
+volume is cut into overlapping tiles, whose results are blended.
 Training has the stages "encoder" (NeuroCLIP) and "synthesis" (all the rest).
 
 EQUATIONS
@@ -43,15 +43,16 @@ COMMANDS
   python unisyn.py --data data/neuro --train --evaluate    makes phantoms on first use; minutes
   python unisyn.py --data FOLDER --train --evaluate        your own scans, best as BIDS
   python unisyn.py --data FOLDER --synthesize --out runs/unisyn-FOLDER --target "modality=T2w TE=90"
+  python unisyn.py --data FOLDER --reproduce sweep --sweep TE=60:140:9     one image for each TE
 
-DEPARTURES FROM THE PAPER (the reason stands where the code departs)
+DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  Image encoder: order of a block, its small step, a long skip, a last convolution.
   [D2]  Mapper: its layers; alpha is bounded, its geometric mean is 1 (or --alpha literal).
   [D3]  Eq. (1) compares f_0 (or --feat-loss encoded: f_s); losses are means, not sums.
   [D4]  NeuroCLIP: our small 2-D CLIP and its optimiser; several samples of a class in a batch.
-  [D5]  Start, clipping, epoch, decay of the GFM where the paper is silent; the best weights stay.
+  [D5]  First weights, clipping, epoch, decay of the GFM: the paper is silent; best weights stay.
   [D6]  Sentences are ours, because the paper shows them in a picture; some values are hidden.
-  [D7]  Pairs, places and mirroring in training; tiles, slices and the mask in sampling.
+  [D7]  Draw of pairs, places, mirroring; tiles and mask in sampling: the paper is silent.
   [D8]  The user registers the scans and removes the skull.  Intensities: data/README.md.
   [D9]  Table 2's baseline is one block of attention to words; its form is ours.
 
@@ -92,12 +93,12 @@ from data import canonical_contrast, record_of, scan_prompt
 @dataclass(frozen=True)
 class Config:
     """The paper (Sec. 2.2, 3) states width, blocks, features, decoder, epochs, batch, lr, slices,
-    patch, both lambdas and the split.  Other defaults are ours.  Phantoms take the demo."""
+    patch, both lambdas and the split.  Other defaults are ours.  Phantoms take PRESETS["demo"]."""
     # data
     contrasts: tuple[str, ...] = ()             # modalities; empty: all that two subjects have
     size: int = 256                             # height and width of a slice in pixels
     train_fraction: float = 0.7                 # share of the subjects that train
-    test_subjects: float = 0.2                  # share that is scored; the rest validates
+    test_subjects: float = 0.2                  # share that is scored (or number, from 1 on)
     test_slices: int = 1000                     # slices scored per test subject: all there are
     # networks
     encoder: Literal["neuro", "demo"] = "neuro"     # size of NeuroCLIP (common/clip.py) [D4]
@@ -112,7 +113,7 @@ class Config:
     epochs: int = 300                           # of the synthesis; one is 4 pairs per subject [D5]
     batch: int = 8                              # pairs of slabs per step, over all processes
     lr: float = 1e-4                            # learning rate at the start (Adam)
-    decay: Literal["halved", "cosine"] = "halved"   # of lr: in thirds; warm-up, cosine [D5]
+    decay: Literal["halved", "cosine"] = "halved"   # halved after each third; or a cosine [D5]
     slices: int = 8                             # slices of a slab
     patch: int = 64                             # height and width of a slab in training
     # method, in training
@@ -124,9 +125,9 @@ class Config:
     lambda_f: float = 0.1                       # weight of Eq. (1); 0 switches it off
     lambda_s: float = 1.0                       # weight of Eq. (2)
     # method, in sampling
-    only: tuple[str, ...] = ()                  # directions to score, such as t1:ct; empty: all
+    only: tuple[str, ...] = ()                  # directions to score, such as t1:ct; empty: tasks
     target: str = ""                            # what to make, such as "modality=T2w TE=90"
-    sweep: str = "TE=60:140:9"                  # figure "sweep": field=first:last:number
+    sweep: str = "TE=60:140:9"                  # --reproduce sweep: field=first:last:number
     overlap: float = 0.5                        # share of a tile that the next one covers as well
     full_slice: bool = False                    # tiles are as wide as a slice
     sample_batch: int = 16                      # tiles at once; changes rounding only
@@ -145,7 +146,7 @@ class Config:
 SAMPLING = ("only", "target", "sweep", "overlap", "full_slice", "sample_batch", "test_slices")
 PRESETS = load_presets("unisyn")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(lambda_f=(0, 1e3), overlap=(0, 0.95), slices=(1, 64), test_subjects=(0.01, 10 ** 6))
-# A field matters to the stage where it is listed and to later ones; if not listed, to all stages.
+# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "encoder": (),
     "synthesis": ("width", "blocks", "features", "decoder", "epochs", "batch", "lr", "decay",
@@ -180,7 +181,7 @@ class ResBlock(nn.Module):
 
     The paper writes conv, conv, ReLU.  Two convolutions without a ReLU between them are no more
     than one, so the ReLU stands between.  There is no normalisation.  With full steps, each of the
-    24 blocks would multiply the variance of the maps by about 3 at the start [D1].
+    24 blocks would multiply the variance of the maps by about 3, as GFM starts [D1].
     """
 
     def __init__(self, width):
@@ -219,11 +220,11 @@ class Mapper(nn.Module):
     The same mapper serves source and target.  Its layers are ours; the paper gives only the 2 x 768
     numbers at its end.  At the start alpha is 1 and beta is 0, for every sentence.
 
-    kind "exp": alpha = exp(t - mean of t over the maps), t = ln(4) tanh(a / ln 4).  It is positive,
-    so strip never divides by 0, and it lies between 1/16 and 16.  Why is the mean taken away?  If
-    all alphas were k times larger, the outputs would stay the same, but L_f would be k times
-    smaller.  Training could lower L_f in this way and learn nothing.  The overall brightness of a
-    sentence is left to beta and to the decoder.  Other ways remain, so "L_f/rms" is logged [D2].
+    kind "exp": alpha = exp(t - mean of t over the maps), t = ln(4) tanh(a / ln 4), where a is what
+    the layers make.  It is positive, so strip never divides by 0; it lies between 1/16 and 16.  Why
+    is the mean taken away?  If all alphas were k times larger, the outputs would stay the same, but
+    L_f would be k times smaller.  Training could lower L_f in this way and learn nothing.  The
+    encoder's last layer can still do it, so the size of the maps is logged; see `losses` [D2].
     kind "literal": alpha = 1 + a.  If it is nearer to 0 than 0.01, it becomes 0.01 or -0.01.
     """
 
@@ -284,8 +285,8 @@ class GFM(nn.Module):
 
     dim: width of the embedding of a sentence.  word_dim: width of its words.
 
-    With torch's own start the maps are small at first, and training takes longer.  So all
-    convolutions start by Kaiming's rule, which keeps the size of the maps [D5].
+    With torch's own first weights the maps are small, and training takes longer.  All convolutions
+    have those of Kaiming, which keep the size of the maps behind a ReLU [D5].
     """
 
     def __init__(self, cfg, dim, word_dim):
@@ -489,8 +490,8 @@ def train_neuroclip(cfg, run, ds):
     would leak.
 
     A batch takes equal shares of all classes.  A class is one contrast from one vendor.  The paper
-    takes one sample of each class.  Within a class, age and TE would then never be compared, and
-    the text tower would have no reason to read them.  Here a class has several samples [D4].
+    takes one sample of each class.  Then age and TE would never be compared within a class, and the
+    text tower would have no reason to read them.  Here a class has several samples [D4].
     """
     of_subject = {subject.name: subject for subject in ds.subjects}
 
@@ -502,7 +503,7 @@ def train_neuroclip(cfg, run, ds):
                           for c in ds.contrasts])
         return found
 
-    classes = {}                        # (contrast, vendor) -> [(number of a slice, channel)]
+    classes = {}                # (contrast, vendor) -> [(place among the training rows, channel)]
     rows_of_training = ds.rows("train")
     for number, r in enumerate(rows_of_training):
         subject = of_subject[ds.subject[r]]
@@ -529,6 +530,7 @@ def train_neuroclip(cfg, run, ds):
             without = sentences.hidden_field(contrast, record, 0.1, g)
             texts.append(scan_prompt(contrast, record, without))
         return np.array(numbers), torch.tensor(channels), texts
+    # captions give the words and tell which sentences are equal; draw is what the towers get.
     return train_encoder(run, ds, captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                          cfg.encoder_batch, cfg.encoder_lr, instance=0, draw=draw)
 
@@ -580,8 +582,7 @@ def train_synthesis(cfg, run, ds, neuroclip):
     if run.args.compile:
         network.encoder.compile()
         network.decoder.compile()
-    # run.steps continues where a checkpoint ended, shows progress, and saves.
-    for step in run.steps("synthesis", steps, parts, cfg.batch):
+    for step in run.steps("synthesis", steps, parts, cfg.batch):    # continues a run, and saves
         for group in optimiser.param_groups:
             group["lr"] = rate(cfg, step, steps)
         batch = pair_batch(cfg, run, pairs, neuroclip, records, "pairs", step, cfg.batch, 0.1, mine)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def augment(x, modality, g):
-    """A view for Eq. (4): x (B, 1, H, W) in [0,1] -> the same, slightly changed.
+    """A view for Eqs. (3) and (4): x (B, 1, H, W) in [0,1] -> the same, slightly changed.
 
     The usual recipe (flips, colours) would change what a radiologist reads: the side, the
     brightness.  Here geometry changes a little, then intensities as such scanners vary [D9].

@@ -134,8 +134,8 @@ class TextVAE(nn.Module):
         self.to_memory = nn.Linear(z, depth * width)
         self.decoder = nn.ModuleList(DecoderBlock(width, heads, depth) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width)
-        # Words are read and predicted with the same vectors.  Logits then start with variance 1; with
-        # the usual .02, learning begins several times later.
+        # Words are read and predicted with the same vectors.  Logits then start with variance 1.
+        # With the usual .02, it takes several times as many steps until learning begins.
         nn.init.normal_(self.embedding.weight, std=width ** -0.5)
         self.register_buffer("mu", torch.zeros(z))
         self.register_buffer("sigma", torch.ones(z))
@@ -241,7 +241,7 @@ class TextVAE(nn.Module):
 
 
 def kl_weight(step, steps):
-    """The weight of the divergence: 0 in the first quarter, then it rises to KL_WEIGHT in one."""
+    """The weight of the divergence: 0 in the first quarter of the steps, KL_WEIGHT from half on."""
     return KL_WEIGHT * min(1.0, max(0.0, 4 * step / steps - 1))
 
 

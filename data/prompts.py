@@ -85,7 +85,8 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
     fields: Which of PROMPT_FIELDS to write. A value that is not known is written as None. Without
         fields the text is "".
     masked: The fields whose value becomes [MASK]. The name "modality" masks all that tells the
-    contrast: its words and times in the description, and a scanner that serves this contrast alone.
+    contrast: its words and times in the description, and scanners that serve one contrast alone.
+    All scans of a person then give the same text.
     DataError if there is no field of a name.
     """
     unknown = set(fields) - set(PROMPT_FIELDS)
@@ -94,9 +95,8 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
         raise DataError(f"prompt: there is no {', '.join(sorted(unknown))}; "
                         f"there are {', '.join(PROMPT_FIELDS)}", status=2)
     hidden = "modality" in masked
-    own_scanner = f"scanner_{contrast}"             # a scanner that serves this contrast alone
-    scanner = meta.get(own_scanner, meta.get("scanner"))
-    if scanner and "field" in meta and kind_of(contrast) == "MRI":
+    scanner = meta.get(f"scanner_{contrast}", meta.get("scanner"))
+    if scanner and "field" in meta and (hidden or kind_of(contrast) == "MRI"):
         scanner = f"{scanner} {_number(meta['field'])}T"
     values = {"age": int(meta["age"]) if "age" in meta else None,
               "gender": meta.get("sex"),
@@ -106,7 +106,8 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
     for name, value in values.items():
         if name not in fields:
             continue
-        if name in masked or (name == "scanner" and hidden and own_scanner in meta):
+        telling = name == "scanner" and any(key.startswith("scanner_") for key in meta)
+        if name in masked or (hidden and telling):
             value = "[MASK]"
         parts.append(f"{name.capitalize()}: {value}")
     return "; ".join(parts)
@@ -117,8 +118,9 @@ def _describe_scan(contrast, meta, hidden):
     modality = "[MASK]" if hidden else DESCRIPTIONS[contrast]
     body = f" of the {meta['body']}" if "body" in meta else ""
     parts = [modality + body]
-    times = meta.get("times", {}).get(contrast, ())
-    for name, time in zip(("TR", "TE"), times):
+    times = meta.get("times", {})
+    own = max(times.values(), key=len, default=()) if hidden else times.get(contrast, ())
+    for name, time in zip(("TR", "TE"), own):
         value = "[MASK]" if hidden else _number(time, digits=4)
         parts.append(f"{name} {value} ms")
     return ", ".join(parts)

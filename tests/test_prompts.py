@@ -59,7 +59,11 @@ def test_prompt():
     assert prompt("t2", meta, masked=("modality",)) == (
         "Age: 35; Gender: F; Scanner: Philips 1.5T; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms")
     assert prompt("ct", pelvis, ("scanner", "description"), ("modality",)) == "Scanner: [MASK]; Description: [MASK] of the pelvis"
-    assert prompt("t1", pelvis, ("scanner",), ("modality",)) == "Scanner: GE 3T"        # shared by all contrasts that name no other
+    # What is masked must not tell which scan it is, not even by what is lacking.
+    assert prompt("t1", pelvis, ("scanner",), ("modality",)) == "Scanner: [MASK]"
+    both = {"scanner": "GE", "field": 3.0, "body": "head", "times": {"t1": (9.6,), "t2": (5726, 8)}}
+    assert {prompt(c, both, masked=("modality",)) for c in ("ct", "t1", "t2", "flair")} == {
+        "Age: None; Gender: None; Scanner: GE 3T; Description: [MASK] of the head, TR [MASK] ms, TE [MASK] ms"}
     assert prompt("t2", meta, masked=("age", "scanner", "description")) == \
         "Age: [MASK]; Gender: F; Scanner: [MASK]; Description: [MASK]"
     for options, word in (({"fields": ("sex",)}, "no sex"), ({"fields": ("modality",)}, "no modality"),
