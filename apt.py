@@ -62,7 +62,7 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
   encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py schedules.py
-  score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
+  score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py trained.py unet.py
 """
 import functools
 import math
@@ -494,7 +494,7 @@ class Model:
         return eps_theta
 
     def fill(self, u, known, keys, watch=None):
-        """Fill in the missing contrasts, by both stages.  common/evaluation.py calls this.
+        """Fill in the missing contrasts, by both stages.  common/trained.py calls this.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool.  keys: (subject, slice number) of each.  They
         fix the noise, so that a slice comes out the same in any batch.  watch: see eps_model.
@@ -743,7 +743,7 @@ METHOD = script.Method(
     load=load_model, outline=outline, extensible=("steps",), micro_batches=True,
     figures={"fig6": ("what z alone knows of the anatomy (a picture)", figure6)})
 
-# From Python: apt.load("runs/apt-brats") is a common.evaluation.Trained, with .fill(images, known).
+# From Python: apt.load("runs/apt-brats") is a common.trained.Trained, with .fill(images, known).
 load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ NEEDS  data/ and these files of common/:
   contrastive.py device.py downstream.py embeddings.py evaluation.py files.py kspace.py loop.py
   metrics.py multimodal.py outline.py pictures.py places.py realism.py report_scores.py rounds.py
   run.py schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py textvae.py
-  tokenizer.py unet.py vqae.py
+  tokenizer.py trained.py unet.py vqae.py
 """
 import math
 from collections import namedtuple
@@ -677,7 +677,7 @@ class Model:
     encoders: nn.Module
     flows: nn.Module
     reports: dict                                   # {subject: report}
-    # A flag of the class, for common/evaluation.py: fill is told which contrasts to make.
+    # A flag of the class, for common/trained.py: fill is told which contrasts to make.
     selective = True
 
     def decode(self, stream, z):
@@ -772,7 +772,7 @@ class Model:
         return report
 
     def fill(self, u, known, keys, watch=None, wanted=None):
-        """Make every image that is missing.  common/evaluation.py calls this.
+        """Make every image that is missing.  common/trained.py calls this.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
         watch: a list for the states of the sampler, or None; wanted: (B, C) bool, which of the
@@ -1108,7 +1108,7 @@ METHOD = script.Method(
     overall=overall,
     texts=True, figures={"joint": ("all images of a patient from a report", joint_figure)})
 
-# From Python: medm2g.load("runs/medm2g-cxr") is a common.evaluation.Trained, with .fill.
+# From Python: medm2g.load("runs/medm2g-cxr") is a common.trained.Trained, with .fill.
 load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":

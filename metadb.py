@@ -67,7 +67,8 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
   embeddings.py encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py
-  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py unet.py
+  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py tokenizer.py trained.py
+  unet.py
 """
 import math
 from dataclasses import dataclass
@@ -510,7 +511,7 @@ class Model:
     def fill(self, u, known, keys, watch=None):
         """Make every contrast that is missing and can be made from a known one.
 
-        common/evaluation.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
+        common/trained.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
         see translate.  Returns u with the made contrasts in place, and no further images.
         ValueError if a contrast could be made from two of the known ones.
         """
@@ -563,7 +564,7 @@ def train_bridge(cfg, run, ds, encoder):
     """Stage "bridge": generator, SR-Net and discriminator, by Eq. (9).
 
     The generator with the lowest validation error is kept [D6].  In every step the discriminator is
-    updated first.  Then generator and SR-Net are updated together, against the new discriminator.
+    updated first, then generator and SR-Net together, against the new discriminator.
     """
     torch.manual_seed(seed_of(run.seed, "bridge"))
     contrasts = list(ds.contrasts)
@@ -600,8 +601,7 @@ def train_bridge(cfg, run, ds, encoder):
     mine = run.shard(cfg.batch)                                    # this process's share of a batch
     subject = ds.subject[ds.rows("train")]
     steps = math.ceil(cfg.epochs * len(slices) / cfg.batch)
-    # run.steps continues where a checkpoint ended, shows progress, and saves.
-    for step in run.steps("bridge", steps, parts, cfg.batch):
+    for step in run.steps("bridge", steps, parts, cfg.batch):        # continues a run, and saves
         pick = run.order("bridge", len(slices), cfg.batch, step)[mine]      # (B,)
         # g gives the random numbers of this step.  They are drawn for the whole batch, and each
         # process takes its share.
@@ -672,9 +672,9 @@ def validation(cfg, run, ds, prompts, bridge):
         run.say("no validation subjects: the last weights are kept")
         return None
     pairs = torch.tensor(all_directions(cfg.source, cfg.target, ds.contrasts))
-    src, tgt = pairs[torch.arange(len(rows)) % len(pairs)].unbind(1)        # (V,) each
+    each = torch.arange(len(rows))                                          # (V,)
+    src, tgt = pairs[each % len(pairs)].unbind(1)                           # (V,) each
     u = run.fetch(ds.images, rows)                                          # (V, C, H, W)
-    each = torch.arange(len(rows))
     text = prompts(ds.subject[rows], src, tgt)
     keys = ds.keys(rows)
 
@@ -696,8 +696,8 @@ def load_model(cfg, run, subjects):
 
 
 # ---- 7. Figures and tables -----------------------------------------------------------------------
-# The rows of the paper's tables are data: data/paper_tables/metadb.json.  A table of the paper has
-# several directions: run it once for each, with --source, --target and an --out of its own.
+# The rows of tables are data: data/paper_tables/metadb.json.  A table has several directions: run
+# it once for each, with --source, --target and an --out of its own.
 
 
 def spoil(cfg, run, u, keys):
@@ -743,7 +743,7 @@ METHOD = script.Method(
     patterns=patterns, train=train, load=load_model, outline=outline, disturb=spoil,
     segmenters=segmenters, choice="--only source,target")
 
-# From Python: metadb.load("runs/metadb-ixi") is a common.evaluation.Trained: .fill(images, known).
+# From Python: metadb.load("runs/metadb-ixi") is a common.trained.Trained: .fill(images, known).
 load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
 NEEDS  data/ and these files of common/:
   autoencoder.py benchmark.py classify.py cli.py codebook.py cohort.py confidence.py device.py
   downstream.py evaluation.py features.py files.py loop.py metrics.py outline.py pictures.py run.py
-  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py unet.py value.py vqae.py
+  schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py trained.py unet.py
+  value.py vqae.py
 """
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -486,7 +487,7 @@ class Model:
         return images, inconsistency(x, self.evaluator(ends["enhanced"], ends["residual"]))
 
     def fill(self, u, known, keys, watch=None):
-        """Make B from A in every slice.  common/evaluation.py calls this.
+        """Make B from A in every slice.  common/trained.py calls this.
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
         watch: a list for the states of the sampler, or None.
@@ -551,8 +552,7 @@ def train_evaluator(cfg, run, latents):
     optimiser = torch.optim.Adam(H_E.parameters(), lr=1e-3)
     parts = {"H_E": H_E, "optimiser": optimiser}
     batch = min(64, latents.count)
-    # run.steps continues where a checkpoint ended, shows progress, and saves.
-    for step in run.steps("evaluator", cfg.evaluator_steps, parts, batch):
+    for step in run.steps("evaluator", cfg.evaluator_steps, parts, batch):    # continues; saves
         x, y, r = latents(run.order("evaluator", latents.count, batch, step))   # (B, z, h, w) each
         loss = F.mse_loss(H_E(y, r), x)
         # run.update is zero_grad, backward, clipping of the gradient, and optimiser.step.
@@ -743,7 +743,7 @@ METHOD = script.Method(
     figures={"fig2": ("are the maps of both branches alike?", figure2),
              "fig4": ("does the LCS find good samples?", figure4)})
 
-# From Python: rlbcd.load("runs/rlbcd-petct") is a common.evaluation.Trained: .fill(images, known).
+# From Python: rlbcd.load("runs/rlbcd-petct") is a common.trained.Trained: .fill(images, known).
 load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
   encoder.py evaluation.py files.py loop.py metrics.py outline.py pictures.py run.py
   score_volumes.py script.py sentences.py slabs.py studies.py table_pages.py tables.py tasks.py
-  tiles.py tokenizer.py unet.py
+  tiles.py tokenizer.py trained.py unet.py
 """
 import math
 from dataclasses import dataclass
@@ -417,7 +417,7 @@ class Model:
     neuroclip: clip.CLIP
     network: nn.Module
     records: sentences.Records
-    volumes = True          # fill gets all slices of a subject at once (common/evaluation.py)
+    volumes = True          # fill gets all slices of a subject at once (common/trained.py)
 
     def source_of(self, known):
         """The contrast to start from: T1w, to which the others are registered, or the first."""
@@ -443,7 +443,7 @@ class Model:
 
         u: (B, C, H, W) in [0,1], B slices of subjects; known: (B, C) bool; keys: (subject, slice
         number) of each.  All slices of a subject must be given together, in order, because the
-        neighbours of a slice are needed (common/evaluation.py does so).
+        neighbours of a slice are needed (common/trained.py does so).
         The sentence about a target: the record of that scan if there is one, else a typical record;
         fields that --target names replace others.
         Returns u with the made contrasts in place, and no further images.
@@ -693,7 +693,7 @@ METHOD = script.Method(
     figures={"sweep": ("one field of the target's sentence takes many values", sweep_figure),
              "text": ("is the text read? sentences of others, and shorter ones", text_figure)})
 
-# From Python: unisyn.load("runs/unisyn-neuro") is a common.evaluation.Trained, with .fill.
+# From Python: unisyn.load("runs/unisyn-neuro") is a common.trained.Trained, with .fill.
 load, main = script.entrances(METHOD, __doc__)
 
 if __name__ == "__main__":

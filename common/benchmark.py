@@ -11,8 +11,8 @@ import torch
 
 import data
 from common.device import peak_gigabytes
-from common.evaluation import fill
 from common.run import about_of
+from common.trained import fill
 
 
 def benchmark(method, cfg, run, ds, seconds=3.0):

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 import data
-from common import metrics, pictures
+from common import metrics, pictures, table_pages
 from common.files import replace
 
 GROUPS = 5              # equal widths of the normalised score
@@ -187,7 +187,7 @@ def report(run, name, title, score, samples, truth, subjects, task, rules, sourc
             f"{title} with minus the error: within slices {found['within_slice']:.2f}, within "
             f"subjects {found['within_subject']:.2f}, over all slices {found['across']:.2f}.")
     run.say(verdict(found))
-    run.say(metrics.markdown_table(metrics.score_table(task, rules, truth, subjects)))
+    run.say(table_pages.markdown_table(metrics.score_table(task, rules, truth, subjects)))
     drawn = []
     labels = []
     most = np.percentile(places, 99)

@@ -1,6 +1,5 @@
-"""What a trained model is asked for: to fill missing contrasts of arrays, subjects and volumes.
+"""What a trained model is asked for by commands: to fill the test subjects, and whole volumes.
 
-Trained      the model as Python sees it: numpy or torch in, the same out
 evaluate     every test subject once, scored beside the standing baselines; pictures
 synthesize   missing contrasts as NIfTI volumes or pictures, and missing reports
 
@@ -8,177 +7,27 @@ synthesize   missing contrasts as NIfTI volumes or pictures, and missing reports
 
 scores volumes that anybody made; see common/score_volumes.py.
 
-Everything here calls the model's `fill` and nothing else. What is scored is therefore what is used.
-fill(u, known, keys, watch) gets
-
-    u       (B, C, H, W) in [0,1], zero where a contrast is missing
-    known   (B, C) bool
-    keys    (subject, slice number) of each slice; they fix the noise
-    watch   a list for the steps of the sampler, or None
-    wanted  (B, C) bool, only for a model whose .selective is True: which of the missing contrasts
-            to make. Other models make all
-
-and returns (B, C, H, W) in [0,1] and a dict of extras, {name: images (B, C, H, W)}. Extras are
-scored and drawn beside the result, for example the prior that a sampler started from. An extra
-called "notes" is a dict of its own, {name: (B, ...)}, for example with a score of confidence.
-
-A model with the contrast "text" also has generate(given, make, keys), from {contrast: images
-(B, 1, H, W)} to {contrast: B texts}. It makes reports, which `fill` does not.
+Everything here calls `fill` of common/trained.py and nothing else. What is scored is therefore
+what is used.
 """
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
 
 import data
-from common import downstream, metrics, pictures, score_volumes
+from common import downstream, metrics, pictures, score_volumes, table_pages
 from common.cli import as_command
 from common.cohort import TrainingSlices, stored_baselines
 from common.files import replace
 from common.table_pages import SCORES, SHOWN, scores_csv
-from data import TEXT, canonical_contrast
+from common.trained import fill, in_parts
+from data import TEXT
 
-TOLERANCE = 1e-3        # rounding may lead so far outside of [0,1]
 # The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart
 # (Okabe and Ito). 1 is necrosis (vermilion), 2 is oedema (yellow). Enhancing tumour (blue) is 4,
 # and 3 in BraTS from 2023 on.
 CLASS_COLOURS = {1: (213, 94, 0), 2: (240, 228, 66), 3: (0, 114, 178), 4: (0, 114, 178)}
-
-
-# ---- from Python ---------------------------------------------------------------------------------
-
-
-class Trained:
-    """A trained model, for use from Python.
-
-    contrasts   names in the order of the channels
-    size        height and width of a slice in pixels
-    """
-
-    def __init__(self, model, cfg):
-        self.model = model
-        self.config = cfg
-        self.contrasts = tuple(model.contrasts)
-        self.size = cfg.size
-
-    def fill(self, images, known, keys=None, extras=False):
-        """Fill in the contrasts that are missing.
-
-        images   (B, C, H, W) in [0,1], numpy or torch, with H = W = .size. Channels are in the
-                 order of .contrasts. Missing contrasts may hold anything, also NaN
-        known    (B, C) or (C,) bool, or the names of the known contrasts, such as ("t1", "t2")
-        keys     one (subject, slice number) per slice. They fix the noise, so that a slice always
-                 comes out the same. By default the slices are numbered
-        extras   True: also return a dict of what the method made on the way, such as its prior
-
-        Returns images of the same kind, float32. Known contrasts come back as they are.
-        ValueError for other shapes or names, for values outside of [0,1], and if nothing is known
-        or missing.
-        """
-        u = self._checked_images(images)
-        known = self._checked_known(known, len(u))
-        self._check_values(u, known)
-        if keys is None:
-            keys = [("array", number) for number in range(len(u))]
-        if len(keys) != len(u):
-            raise ValueError(f"fill: {len(keys)} keys for {len(u)} slices; "
-                             "give one (subject, slice) for each")
-        made = []
-        notes = []
-        numbers = list(range(len(u)))
-        for part in in_parts(self.model, numbers, self.config.sample_batch, lambda b: keys[b][0]):
-            result, found = fill(self.model, u[part], known[part], [keys[b] for b in part])
-            made.append(result)
-            notes.append(found)
-        filled = self._like(images, torch.cat(made))
-        if not extras:
-            return filled
-        more = {}
-        for name in notes[0]:
-            parts = [found[name] for found in notes]
-            if name != "notes":
-                more[name] = self._like(images, torch.cat(parts))
-                continue
-            for title in parts[0]:
-                more[title] = self._like(images, torch.cat([part[title] for part in parts]))
-        return filled, more
-
-    def _checked_images(self, images):
-        """(B, C, H, W) float32 on the model's device."""
-        u = torch.as_tensor(images).detach().float()
-        C = len(self.contrasts)
-        S = self.size
-        if u.dim() != 4 or tuple(u.shape[1:]) != (C, S, S) or len(u) == 0:
-            raise ValueError(f"fill: images are {tuple(u.shape)}; this model needs "
-                             f"(B, {C}, {S}, {S}), B slices of the contrasts "
-                             f"{', '.join(self.contrasts)} "
-                             "(data.load_scans brings files to this size)")
-        return u.to(self.model.run.device)
-
-    def _checked_known(self, known, B):
-        """(B, C) bool on the model's device."""
-        C = len(self.contrasts)
-        if isinstance(known, (set, frozenset, dict)) or known is None:
-            known = list(known or ())
-        words = not torch.is_tensor(known) and np.asarray(known).dtype.kind in "US"
-        if words or np.size(known) == 0:
-            names = [canonical_contrast(str(name)) for name in np.atleast_1d(np.asarray(known))]
-            unknown = [name for name in names if name not in self.contrasts]
-            if unknown:
-                raise ValueError(f"fill: known names {', '.join(unknown)}; "
-                                 f"this model knows {', '.join(self.contrasts)}")
-            known = [contrast in names for contrast in self.contrasts]
-        known = torch.as_tensor(known)
-        if known.dtype != torch.bool or tuple(known.shape) not in ((C,), (B, C)):
-            raise ValueError(f"fill: known is {tuple(known.shape)} of {known.dtype}; give bool of "
-                             f"shape (B, C) = {(B, C)} or (C,), or names of "
-                             f"{', '.join(self.contrasts)}")
-        known = known.expand(B, C).to(self.model.run.device)
-        for b, row in enumerate(known.tolist()):
-            if all(row) or not any(row):
-                count = "all" if all(row) else "no"
-                raise ValueError(f"fill: slice {b} has {count} contrasts known; "
-                                 "at least one must be known and one missing")
-        return known
-
-    def _check_values(self, u, known):
-        """ValueError if a known contrast has values that are not finite, or outside of [0,1]."""
-        for c, contrast in enumerate(self.contrasts):
-            values = u[:, c][known[:, c]]
-            if values.numel() == 0:
-                continue
-            if not torch.isfinite(values).all():
-                raise ValueError(f"fill: the known contrast {contrast} has values that are not "
-                                 "finite; replace them (background is 0)")
-            low = float(values.min())
-            high = float(values.max())
-            if low < -TOLERANCE or high > 1 + TOLERANCE:
-                raise ValueError(f"fill: the known contrast {contrast} has values from "
-                                 f"{low:.4g} to {high:.4g}, outside [0,1]; divide a 0 to 255 image "
-                                 "by 255, or read a scan with data.load_scans")
-
-    @staticmethod
-    def _like(images, tensor):
-        """The result as numpy if the images were numpy, and otherwise on their device."""
-        if torch.is_tensor(images):
-            return tensor.to(images.device)
-        return tensor.cpu().numpy()
-
-
-@torch.no_grad()
-def fill(model, u, known, keys, watch=None, wanted=None):
-    """Call model.fill, after everything in u (B, C, H, W) that is not known (B, C) was set to zero.
-
-    watch: a list, or None. It gets (title, state, estimate of x0) at each evaluation of the
-    network. State and estimate are images (B, C, H, W) in [-1,1].
-    wanted: (B, C) bool, what the caller needs of the missing contrasts; None: all.
-    """
-    mask = known[:, :, None, None]                                          # (B, C, 1, 1)
-    u = torch.where(mask, u, 0)                                             # (B, C, H, W)
-    if getattr(model, "selective", False):
-        return model.fill(u, known, keys, watch, wanted)
-    return model.fill(u, known, keys, watch)
 
 
 # ---- test subjects -------------------------------------------------------------------------------
@@ -306,17 +155,6 @@ def evaluate(method, cfg, run, ds, model, home=None):
                                "unit: subject, the mean of its slices", further)
 
 
-def in_parts(model, items, size, subject_of):
-    """Divide items into parts that the model is given at once, as lists.
-
-    They have up to `size` items. A model that needs whole volumes (.volumes is True) gets all
-    neighbours of one subject together.
-    """
-    if not getattr(model, "volumes", False):
-        return [items[start:start + size] for start in range(0, len(items), size)]
-    return [list(part) for _, part in groupby(items, subject_of)]
-
-
 def fill_test(method, cfg, run, ds, model, wanted, targets):
     """Fill rows of the data set from some of their contrasts -> {(sources, row): (images, notes)}.
 
@@ -411,7 +249,7 @@ def report(run, tasks, simple, protocol, further=()):
              and row["metric"] in SCORES and row.get("unit") != "set"]
     # Many tasks from one source each fit into a square; scores.csv holds all numbers.
     many = len(tasks) > 12 and all(len(task.sources) == 1 for task in tasks)
-    table = metrics.matrix_table if many else metrics.markdown_table
+    table = table_pages.matrix_table if many else table_pages.markdown_table
     if tasks:
         run.say("\n" + table(whole) + "\n")
     for region in tasks[0].regions if tasks else ():

@@ -14,7 +14,6 @@ kept: images (n, H, W) give n values.  Images lie in [0,1] with background 0, an
 float64.  The slices of one subject are not independent.  The unit of all statistics is therefore
 the subject.
 """
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -419,96 +418,3 @@ def baselines(train, sources, target):
     """
     count = len(next(iter(sources.values())))
     return learn_baselines(train, sources, target).predict(sources, count)
-
-
-# ---- table ---------------------------------------------------------------------------------------
-
-
-def markdown_table(rows, region="whole slice"):
-    """The rows of score_table as a Markdown table (str) of methods and tasks.
-
-    A cell holds PSNR in dB, mean ± std over subjects (n), then the mean SSIM, then the mean Dice if
-    there is one.  region: which pixels count, in words.
-    """
-    cells = {(_label(r), r["task"], r["metric"]): r for r in rows}
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    methods = list(dict.fromkeys(_label(r) for r in rows))
-    counts = [r["n"] for r in rows if r["metric"] == "psnr"]
-    fewest = min(counts)
-    most = max(counts)
-    n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    dice = " / Dice, mean of the classes" if any(r["metric"] == "dice" for r in rows) else ""
-    header = (f"PSNR in dB, mean ± std over subjects (n) / SSIM, mean{dice}.  Unit: subject, the "
-              f"mean of its slices; n = {n}; {region}; range [0,1].")
-    body = [["method", *tasks]]
-    for method in methods:
-        line = [method]
-        for task in tasks:
-            found = [cells.get((method, task, metric)) for metric in ("psnr", "ssim", "dice")]
-            line.append(_cell(*found))
-        body.append(line)
-    if len(tasks) > 6:                                      # too wide to read: one line per task
-        body = [list(line) for line in zip(*body)]
-    body.insert(1, ["---"] * len(body[0]))
-    lines = [header, ""]
-    for line in body:
-        lines.append("| " + " | ".join(line) + " |")
-    excluded = sum(r.get("excluded_slices", 0) for r in rows if r["metric"] == "psnr")
-    if excluded:
-        lines.append("")
-        lines.append(f"Left out of PSNR: {excluded} slice values that are infinite (identical "
-                     f"images) or undefined.")
-    return "\n".join(lines)
-
-
-def matrix_table(rows, region="whole slice"):
-    """The PSNR of many tasks with one source each, as a Markdown table of sources and targets.
-
-    rows: as for markdown_table; the method of the first row is the model.  A cell holds the model's
-    mean PSNR and, in brackets, that of the best baseline.
-    """
-    model = _label(rows[0])
-    ours = {}
-    best = {}
-    for r in rows:
-        if r["metric"] != "psnr" or not r["n"]:
-            continue
-        place = tuple(r["task"].split("->"))
-        if _label(r) == model:
-            ours[place] = r["mean"]
-        else:
-            best[place] = max(r["mean"], best.get(place, -math.inf))
-    targets = sorted({target for _, target in ours})
-    lines = [f"PSNR in dB of {model} (of the best of the simple methods), mean over subjects; "
-             f"{region}; range [0,1].", "",
-             "| from \\ to | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]
-    for source in sorted({source for source, _ in ours}):
-        cells = [source]
-        for target in targets:
-            place = (source, target)
-            text = f"{ours[place]:.2f}" if place in ours else ""
-            cells.append(text + (f" ({best[place]:.2f})" if place in best else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    above = sum(ours[place] > best[place] for place in ours if place in best)
-    lines += ["", f"Above the best simple method in {above} of {len(ours)} tasks."]
-    return "\n".join(lines)
-
-
-def _label(r):
-    """The name of a row's method, with its variant."""
-    return r["method"] + (f" ({r['variant']})" if r.get("variant") else "")
-
-
-def _cell(psnr_row, ssim_row, dice_row):
-    """The text of one cell; each row may be None."""
-    text = "–"
-    if psnr_row and psnr_row["n"]:
-        spread = f" ± {psnr_row['std']:.2f}" if psnr_row["n"] > 1 else ""
-        text = f"{psnr_row['mean']:.2f}{spread} ({psnr_row['n']})"
-    if ssim_row and ssim_row["n"]:
-        text += f" / {ssim_row['mean']:.3f}"
-    else:
-        text += " / –"
-    if dice_row and dice_row["n"]:
-        text += f" / {dice_row['mean']:.3f}"
-    return text

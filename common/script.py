@@ -22,12 +22,13 @@ from common import pictures
 from common.benchmark import benchmark
 from common.cli import parse
 from common.cohort import keep_baselines, other_cohort, served
-from common.evaluation import Trained, evaluate, fill, synthesize
+from common.evaluation import evaluate, synthesize
 from common.files import RunError, lock, tell
 from common.loop import ENDINGS, handled
 from common.outline import draw, dry_run, require_memory
 from common.run import Run, stored_config
 from common.tables import list_tables, load_tables, reproduce
+from common.trained import Trained, fill
 from data.files import read_json
 from data.layouts.words import few
 
@@ -44,7 +45,7 @@ class Method:
     patterns    (cfg, contrasts) -> [(known contrasts, contrasts to make from them)], the tasks
     train       (cfg, run, ds) trains all stages
     load        (cfg, run, subjects) -> the trained model, with .contrasts, .run and .fill
-                (common/evaluation.py)
+                (common/trained.py)
     outline     (cfg, ds) -> Outline
     disturb     (cfg, run, u, keys) -> u, changed as the model shall see test slices; or None
     beside      (cfg, run, model, truth, notes) -> {name: images}, scored beside the results of
@@ -158,7 +159,7 @@ def load(method, folder, device="auto", precision="auto", **sampling):
     training, such as M=200.  A run that is still in training is loaded as far as it is, with a
     notice.
 
-    Returns a common.evaluation.Trained.
+    Returns a common.trained.Trained.
 
     Raises RunError if the folder holds no model or `sampling` names another field.
     """

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from common import evaluation, metrics, table_pages
-from common.evaluation import Trained
 from common.files import RunError
 from common.tasks import all_directions, chosen_direction, missing_patterns
+from common.trained import Trained
 from data import Subject
 from scans import head, save
 

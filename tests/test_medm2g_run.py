@@ -15,7 +15,7 @@ from toys import call
 
 import medm2g
 from common import multimodal
-from common.evaluation import Trained
+from common.trained import Trained
 from data import phantom
 
 TINY = ("--preset demo --size 32 --ae-steps 3 --ae-batch 4 --ae-base 8 --text-steps 4 "

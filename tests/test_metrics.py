@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from common import metrics as M
+from common import table_pages
 
 
 def picture(height, width, phase=0.0):
@@ -391,7 +392,7 @@ def test_markdown_table():
              + rows("t1->t2", "copy", {"a": 11.0, "b": 11.0}, {"a": 0.5, "b": 0.5})
              + rows("t2->t1", "model", {"a": 30.0}, {"a": 0.95})
              + rows("t2->t1", "model", {"a": np.inf}, {"a": 1.0}, variant="max"))
-    lines = M.markdown_table(every, region="foreground").splitlines()
+    lines = table_pages.markdown_table(every, region="foreground").splitlines()
     assert lines[0] == ("PSNR in dB, mean ± std over subjects (n) / SSIM, mean.  "
                         "Unit: subject, the mean of its slices; n = 0 to 2; foreground; range [0,1].")
     assert lines[1:] == ["", "| method | t1->t2 | t2->t1 |", "| --- | --- | --- |",
@@ -403,10 +404,10 @@ def test_markdown_table():
 def test_markdown_table_says_what_was_left_out():
     images = B3.copy()
     images[1] = A3[1]
-    text = M.markdown_table(M.score_table("t1->t2", {"model": images, "copy": B3}, A3, list("aabb")))
+    text = table_pages.markdown_table(M.score_table("t1->t2", {"model": images, "copy": B3}, A3, list("aabb")))
     assert "n = 2; whole slice;" in text
     assert text.splitlines()[-1].startswith("Left out of PSNR: 1 slice values")
-    assert "Left out" not in M.markdown_table(M.score_table("t1->t2", {"copy": B3}, A3, list("aabb")))
+    assert "Left out" not in table_pages.markdown_table(M.score_table("t1->t2", {"copy": B3}, A3, list("aabb")))
 
 
 def test_volume_table_has_one_error_for_all_slices():
@@ -421,7 +422,7 @@ def test_matrix_table_by_hand():
     rows = [M.row(task, method, "psnr", {"s": value})
             for task, method, value in (("t1->ct", "M", 30.0), ("t1->ct", "copy-source", 12.0), ("t1->ct", "intensity-lookup", 31.0),
                                         ("ct->t1", "M", 25.0), ("ct->t1", "copy-source", 12.0))]
-    lines = M.matrix_table(rows).splitlines()
+    lines = table_pages.matrix_table(rows).splitlines()
     assert lines[2] == "| from \\ to | ct | t1 |" and lines[3] == "| --- | --- | --- |"
     assert lines[4] == "| ct |  | 25.00 (12.00) |" and lines[5] == "| t1 | 30.00 (31.00) |  |"
     assert lines[-1] == "Above the best simple method in 1 of 2 tasks."
