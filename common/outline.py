@@ -22,6 +22,12 @@ from common.device import memory_bytes
 from common.files import RunError
 
 GB = 2 ** 30
+# Operations whose result has the shape that its arguments have together.
+POINTWISE = ("add", "sub", "rsub", "mul", "div", "pow", "exp", "log", "sqrt", "sin", "cos", "clamp",
+             "silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "where")
+OVERLOADS = ("default", "Tensor", "Scalar", "Tensor_Scalar", "self")    # not those with out=
+IN_PLACE = ("add_", "mul_", "fill_", "zero_", "normal_", "uniform_", "clamp_", "erfinv_")
+RANGES = ("arange", "linspace")
 # Fields of a config that make its networks large.
 WIDTHS = ("base", "ae_base", "width", "features", "decoder", "mult", "blocks")
 
@@ -83,7 +89,7 @@ class Need:
 def draw(method, cfg, ds):
     """Return the Outline of a method.  Raises RunError if its networks cannot be built."""
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), LiveBytes():
             outline = method.outline(cfg, ds)
             outline.live_bytes_of(outline.forward)
             return outline
@@ -203,6 +209,10 @@ class LiveBytes(TorchDispatchMode):
     now, most    bytes at this moment, and the most so far
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False                    # torch would import its compiler, which takes two seconds
+
     def __init__(self):
         super().__init__()
         self.now = 0
@@ -212,7 +222,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.known.update(map(address, storages((args, kwargs))))
-        made = func(*args, **kwargs)
+        made = empty_result(func, args, kwargs)
+        if made is None:
+            made = func(*args, **kwargs)
         for storage in storages(made):
             if address(storage) not in self.known:
                 self.known.add(address(storage))
@@ -224,6 +236,44 @@ class LiveBytes(TorchDispatchMode):
     def free(self, place, size):
         self.known.discard(place)
         self.now -= size
+
+
+def empty_result(func, args, kwargs):
+    """What some frequent operations return, as empty tensors; None for all others.
+
+    torch finds out the shapes of results by computing with Python, which would take a second.
+    """
+    name, _, overload = func.__name__.partition(".")
+    if name in IN_PLACE:
+        return args[0]
+    if name in RANGES:
+        return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+    tensors = [arg for arg in args if torch.is_tensor(arg)]
+    if name in POINTWISE and overload in OVERLOADS and tensors[-1].is_floating_point():
+        return tensors[-1].new_empty(torch.broadcast_shapes(*(t.shape for t in tensors)))
+    if name == "mean":
+        x = args[0]
+        axes = args[1] if len(args) > 1 else range(x.dim())
+        kept = len(args) > 2 and args[2]
+        gone = {axis % x.dim() for axis in axes}
+        return x.new_empty([1 if axis in gone else n for axis, n in enumerate(x.shape)
+                            if kept or axis not in gone])
+    if name == "cat":
+        parts = args[0]
+        axis = args[1] if len(args) > 1 else 0
+        shape = list(parts[0].shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        return parts[0].new_empty(shape)
+    if name == "addmm":
+        return args[1].new_empty(len(args[1]), args[2].shape[1])
+    if name == "native_group_norm":
+        x, _, _, samples, _, _, groups = args[:7]
+        return torch.empty_like(x), x.new_empty(samples, groups), x.new_empty(samples, groups)
+    if name == "native_layer_norm":
+        x, normalised = args[:2]
+        places = [*x.shape[:-len(normalised)], *[1] * len(normalised)]
+        return torch.empty_like(x), x.new_empty(places), x.new_empty(places)
+    return None
 
 
 def storages(tree):

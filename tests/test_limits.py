@@ -17,7 +17,7 @@ import metadb
 from common import device, outline
 from common.device import memory_bytes
 from common.files import RunError
-from common.outline import Outline, live_bytes, needs, require_memory
+from common.outline import LiveBytes, Outline, live_bytes, needs, require_memory
 from data import phantom
 
 TINY = ("--preset demo --size 32 --base 8 --mult 1,1 --attention 16 --head-dim 8 --groups 4 --encoder-steps 1 --encoder-batch 2 --mif-epochs 1 "
@@ -66,6 +66,29 @@ def test_attention_is_counted_without_the_matrix_of_all_pairs():
         mask = torch.ones(1, 1, 1, 4096, dtype=torch.bool)
     for more in ({}, {"attn_mask": mask}):
         assert 4096 * 32 * 4 <= counted(lambda more=more: F.scaled_dot_product_attention(q, q, q, **more)) < 2 * MB
+
+
+OPERATIONS = {
+    "add": lambda x: x + x[:, :1], "scalar": lambda x: 2 - x / 3, "power": lambda x: x ** 2, "power of a number": lambda x: 2 ** x,
+    "where": lambda x: torch.where(x > 0, x, x[0]), "whole numbers": lambda x: x.long() * 2 / 3, "in place": lambda x: x.clone().mul_(2),
+    "cat": lambda x: torch.cat([x, x[:, :2]], dim=1), "cat of rows": lambda x: torch.cat([x, x]), "arange": lambda x: torch.arange(3, 9, 2),
+    "linspace": lambda x: torch.linspace(0, 1, 5), "mean": lambda x: x.mean(), "mean of axes": lambda x: x.mean((-1, 2)),
+    "mean kept": lambda x: x.mean(1, keepdim=True), "linear": lambda x: nn.Linear(8, 5, device=x.device)(x),
+    "group norm": lambda x: F.group_norm(x, 3), "layer norm": lambda x: F.layer_norm(x, x.shape[2:]), "gelu": F.gelu}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_results_have_the_shapes_that_torch_computes(name):
+    """They are made without computing, also backwards; a number gives a number of the same type."""
+    wanted = OPERATIONS[name](torch.ones(4, 6, 7, 8))
+    with torch.device("meta"):
+        x = torch.ones(4, 6, 7, 8, requires_grad=True)
+        with LiveBytes():
+            found = OPERATIONS[name](x)
+            if found.requires_grad:
+                found.sum().backward()
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype and found.device.type == "meta"
+    assert x.grad is None or x.grad.shape == x.shape
 
 
 def needed(world=1, precision="fp32", train=True, evaluate=False, micro_batch=None, finished=False, rows=(), micro_batches=True, before=None,
