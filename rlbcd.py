@@ -53,12 +53,12 @@ COMMANDS
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The source is at the largest t, as in the prose; the paper's formulas have it at t = 0.
   [D2]  m_t runs from .001 to .999, as in BBDM's code; sampling starts at x itself, without noise.
-  [D3]  The loss is L1, unweighted, as in BBDM's code (--loss l2: squared, with the weights c_t).
+  [D3]  The loss is L1, unweighted, as in BBDM's code (--loss l2: squared, c_t over its mean).
   [D4]  CMA adds its result to F_d (--cma-out literal: replaces it); it has norms and heads.
   [D5]  Both branches are trained together; their noise is independent.
   [D6]  The residual image is (B - A) / 2, so that it lies in [-1,1] like A and B.
   [D7]  One autoencoder for A, B and residual, of this folder alone; see common/autoencoder.py.
-  [D8]  Latents are those before quantisation, scaled to variance 1; the decoder quantises them.
+  [D8]  Latents are those before quantisation; channels get mean 0, variance 1 over A, B, residual.
   [D9]  SAM and CMA stand behind the last block of a level; "direct combination" is the mean.
   [D10] Eq. (11) takes x_t - eps_theta at every t, and H_E is frozen; LCS = - squared error.
   [D11] Weights are averaged (EMA); layers, batch, learning rates and lambda are BBDM's or ours.
@@ -670,7 +670,7 @@ def beside(cfg, run, model, truth, notes):
 
 
 def figure2(cfg, run, ds, model):
-    """Fig. 2: are the encoder's maps alike in both branches, and the decoder's maps different?
+    """Fig. 2 shows maps of both branches; this measures how alike they are, level by level.
 
     As in the paper, the bridges run on images.  Each branch is trained alone.
     """

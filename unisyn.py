@@ -49,8 +49,8 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  Image encoder: order of a block, its small step, a long skip, a last convolution.
   [D2]  Mapper: its layers; alpha is bounded, its geometric mean is 1 (or --alpha literal).
   [D3]  Eq. (1) compares f_0 (or --feat-loss encoded: f_s); losses are means, not sums.
-  [D4]  NeuroCLIP: our small 2-D CLIP and its optimiser; several samples of a class in a batch.
-  [D5]  First weights, clipping, epoch, decay of the GFM: the paper is silent; best weights stay.
+  [D4]  NeuroCLIP is 2-D, learns from the training subjects alone, in steps; classes of our own.
+  [D5]  First weights, clipping, what an epoch is: the paper is silent.  The best weights stay.
   [D6]  Sentences are ours, because the paper shows them in a picture; some values are hidden.
   [D7]  Draw of pairs, places, mirroring; tiles and mask in sampling: the paper is silent.
   [D8]  The user registers the scans and removes the skull.  Intensities: data/README.md.
@@ -99,7 +99,7 @@ class Config:
     size: int = 256                             # height and width of a slice in pixels
     train_fraction: float = 0.7                 # share of the subjects that train
     test_subjects: float = 0.2                  # share that is scored (or number, from 1 on)
-    test_slices: int = 1000                     # slices scored per test subject: all there are
+    test_slices: int = 1000                     # slices scored per subject: all that show enough
     # networks
     encoder: Literal["neuro", "demo"] = "neuro"     # size of NeuroCLIP (common/clip.py) [D4]
     width: int = 1024                           # channels of the image encoder
@@ -489,9 +489,9 @@ def train_neuroclip(cfg, run, ds):
     It is trained on training subjects only; the paper does not say so, and text of test subjects
     would leak.
 
-    A batch takes equal shares of all classes.  A class is one contrast from one vendor.  The paper
-    takes one sample of each class.  Then age and TE would never be compared within a class, and the
-    text tower would have no reason to read them.  Here a class has several samples [D4].
+    A batch takes equal shares of all classes.  The paper has a class for each set of imaging
+    parameters, and one sample of each.  Here a class is one contrast from one vendor, with several
+    samples, so that also ages and echo times within it are compared [D4].
     """
     of_subject = {subject.name: subject for subject in ds.subjects}
 
@@ -666,21 +666,20 @@ def outline(cfg, ds):
     """For a dry run: the networks, a slab through them, and the sentences about a subject."""
     size = clip.SIZES[cfg.encoder]
     network = GFM(cfg, size["embed"], size["text"]["width"])
-    x = torch.zeros(1, cfg.slices, cfg.patch, cfg.patch)
-    text = Features(torch.zeros(1, 8, size["text"]["width"]),
-                    torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, size["embed"]))
+    x = torch.zeros(2, cfg.slices, cfg.patch, cfg.patch)                    # both slabs of a pair
+    text = Features(torch.zeros(2, 8, size["text"]["width"]),
+                    torch.ones(2, 8, dtype=torch.bool), torch.zeros(2, size["embed"]))
     subject = ds.complete[0]
-    lines = [f"slab {tuple(x.shape)} -> features (1, {cfg.features}, {cfg.patch}, {cfg.patch}) -> "
-             f"slab {tuple(x.shape)}"]
+    lines = [f"slab {tuple(x[:1].shape)} -> features (1, {cfg.features}, {cfg.patch}, {cfg.patch})"
+             f" -> slab {tuple(x[:1].shape)}"]
     lines += [f"sentence: {scan_prompt(c, record_of(subject, c))}" for c in subject.files]
     named = {"image encoder": network.encoder, "decoder": network.decoder}
     if network.mapper is not None:
         named["mapper"] = network.mapper
     if network.attention is not None:
         named["attention"] = network.attention
-    slabs = 2 * 4 * cfg.epochs * len(ds.split["train"])                     # two of each pair
-    return Outline(named, lambda: network(x, text, text), slabs, lines, encoder_at_work(cfg),
-                   depth=cfg.slices)
+    return Outline(named, lambda: network(x, text, text), 4 * cfg.epochs * len(ds.split["train"]),
+                   lines, encoder_at_work(cfg), depth=cfg.slices)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ Letters in shape comments: B batch, C channels, H W height and width.
 import math
 
 import numpy as np
+import scipy  # scipy.stats is imported when it is needed: it takes a second
 import torch
-from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -103,7 +103,7 @@ def auc(labels, scores):
     Returns a float.  NaN if one class is absent.
     """
     positive = np.asarray(labels).astype(bool)
-    ranks = stats.rankdata(scores)                          # ties share their mean rank
+    ranks = scipy.stats.rankdata(scores)                          # ties share their mean rank
     m = int(positive.sum())
     n = len(positive) - m
     if m == 0 or n == 0:
@@ -125,8 +125,8 @@ def average_precision(labels, scores):
         return float("nan")
     falling = -np.asarray(scores, np.float64)
     # the highest rank of a tie is the number of cases that score at least as high
-    chosen = stats.rankdata(falling, "max")[positive]
-    true = stats.rankdata(falling[positive], "max")
+    chosen = scipy.stats.rankdata(falling, "max")[positive]
+    true = scipy.stats.rankdata(falling[positive], "max")
     return float((true / chosen).mean())
 
 

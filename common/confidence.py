@@ -13,7 +13,7 @@ Only the first one supports the selection of a sample.
 import json
 
 import numpy as np
-from scipy import stats
+import scipy  # scipy.stats is imported when it is needed: it takes a second
 
 import data
 from common import metrics, pictures, table_pages
@@ -33,7 +33,7 @@ def rank_correlation(score, error):
     error = np.asarray(error, np.float64)
     if len(score) < 3 or np.ptp(score) == 0 or np.ptp(error) == 0:
         return float("nan")
-    return float(stats.spearmanr(score, -error).statistic)
+    return float(scipy.stats.spearmanr(score, -error).statistic)
 
 
 def judge(score, error, subjects):

@@ -21,7 +21,7 @@ from common.cli import as_command
 from common.cohort import TrainingSlices, stored_baselines
 from common.files import replace
 from common.table_pages import SCORES, SHOWN, scores_csv
-from common.trained import fill, in_parts
+from common.trained import fill, in_parts, selects
 from data import TEXT
 
 # The labels are those of Fig. 6 of MetaDB, in colours that colour-blind readers can tell apart
@@ -101,12 +101,14 @@ def evaluate(method, cfg, run, ds, model, home=None):
     for _, absent in patterns:
         missing |= set(absent)
     segmenters = method.segmenters(cfg, run, ds, missing) if method.segmenters else {}
-    # Tasks with the same sources are made together.
+    # Tasks with the same sources are made together.  In a selective model, contrasts that are made
+    # together influence each other, so each task is made by itself.
+    groups = [(sources, absent if selects(model) else ()) for sources, absent in patterns]
     wanted = {}
     targets = {}
-    for (sources, absent), rows in zip(patterns, rows_of):
-        wanted[sources] = np.union1d(wanted.get(sources, rows), rows)
-        targets.setdefault(sources, set()).update(absent)
+    for group, (_, absent), rows in zip(groups, patterns, rows_of):
+        wanted[group] = np.union1d(wanted.get(group, rows), rows)
+        targets.setdefault(group, set()).update(absent)
     done = fill_test(method, cfg, run, ds, model, wanted, targets)
     if run.rank > 0:
         return
@@ -124,11 +126,11 @@ def evaluate(method, cfg, run, ds, model, home=None):
         for target in absent:
             c = contrasts.index(target)
             results = {}
-            for name in done[sources, int(rows[0])][0]:
-                results[name] = np.stack([done[sources, int(r)][0][name][c] for r in rows])
+            for name in done[groups[p], int(rows[0])][0]:
+                results[name] = np.stack([done[groups[p], int(r)][0][name][c] for r in rows])
             notes = {}
-            for name in done[sources, int(rows[0])][1]:
-                found = [done[sources, int(r)][1][name] for r in rows]
+            for name in done[groups[p], int(rows[0])][1]:
+                found = [done[groups[p], int(r)][1][name] for r in rows]
                 notes[name] = np.stack(found)                               # (n, ...)
             if method.beside:
                 results.update(method.beside(cfg, run, model, truth[here, c], notes))
@@ -156,9 +158,10 @@ def evaluate(method, cfg, run, ds, model, home=None):
 
 
 def fill_test(method, cfg, run, ds, model, wanted, targets):
-    """Fill rows of the data set from some of their contrasts -> {(sources, row): (images, notes)}.
+    """Fill rows of the data set from some of their contrasts -> {(group, row): (images, notes)}.
 
-    wanted: {names of the known contrasts: rows}. targets: {the same: what is made of these}.
+    A group begins with the names of the known contrasts. wanted: {group: rows}. targets: {group:
+    what is made}.
 
     images: {name: (C, H, W)}, with the names of the method and of its extras. notes: {name: array}.
     The processes share the work, and each of them gets the results of all.
@@ -167,16 +170,20 @@ def fill_test(method, cfg, run, ds, model, wanted, targets):
     mine = set(ds.split["test"][run.rank::run.world])
     present = ds.present                                                    # (n, C)
     todo = []
-    for sources, rows in wanted.items():
-        todo += [(sources, int(r)) for r in rows if ds.subject[r] in mine]
+    for group, rows in wanted.items():
+        todo += [(group, int(r)) for r in rows if ds.subject[r] in mine]
     parts = in_parts(model, todo, cfg.sample_batch, lambda item: (item[0], ds.subject[item[1]]))
     done = []
-    for (part,) in run.batches("sampling", parts, 1):
+    for (asked,) in run.batches("sampling", parts, 1):
+        part = asked
+        if getattr(model, "volumes", False):                # the neighbours of a slice are needed
+            group, r = asked[0]
+            part = [(group, int(other)) for other in np.flatnonzero(ds.subject == ds.subject[r])]
         known = []
         needed = []
-        for sources, _ in part:
-            known.append([c in sources for c in contrasts])
-            needed.append([c in targets[sources] for c in contrasts])
+        for group, _ in part:
+            known.append([c in group[0] for c in contrasts])
+            needed.append([c in targets[group] for c in contrasts])
         known = torch.tensor(known, device=run.device)                      # (B, C)
         chosen = np.array([r for _, r in part])
         needed = torch.tensor(needed & present[chosen], device=run.device)  # (B, C)
@@ -186,6 +193,8 @@ def fill_test(method, cfg, run, ds, model, wanted, targets):
             u = method.disturb(cfg, run, u, keys)
         images, notes = as_arrays(method.name, *fill(model, u, known, keys, wanted=needed))
         for b, key in enumerate(part):
+            if key not in asked:
+                continue
             here = ({name: x[b] for name, x in images.items()},
                     {name: x[b] for name, x in notes.items()})
             done.append((key, here))

@@ -17,7 +17,8 @@ the subject.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage, stats
+import scipy  # scipy.stats is imported when it is needed: it takes a second
+from scipy import ndimage
 
 from data import TEXT
 
@@ -289,7 +290,7 @@ def wilcoxon(a_by_subject, b_by_subject):
     if n < FEWEST:
         return {**result, "reason": f"n = {n} < {FEWEST}: no two-sided p below .05 exists"}
     ranked = differences[differences != 0]                  # Wilcoxon's own rule: a tie has no sign
-    result["p"] = float(stats.wilcoxon(ranked).pvalue) if ranked.size else 1.0
+    result["p"] = float(scipy.stats.wilcoxon(ranked).pvalue) if ranked.size else 1.0
     return result
 
 

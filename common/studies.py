@@ -12,12 +12,13 @@ import time
 
 import nibabel as nib
 import numpy as np
+import scipy  # scipy.stats is imported when it is needed: it takes a second
 import torch
-from scipy import stats
 
 from common import metrics, pictures
 from common.files import RunError, replace
 from common.sentences import require_fields
+from common.tiles import starts
 from data import normalise, phantom
 from data.volumes import fit
 
@@ -156,8 +157,8 @@ def report_ratio(run, target, field, values, followed):
     ranks = []
     for ratios in followed:
         moves = np.ptp(ratios[:, 0]) > 0                    # a model that does not read the field
-        ranks.append(stats.spearmanr(*ratios.T).statistic if moves else 0.0)
-    slopes = [stats.linregress(ratios[:, 1], ratios[:, 0]).slope for ratios in followed]
+        ranks.append(scipy.stats.spearmanr(*ratios.T).statistic if moves else 0.0)
+    slopes = [scipy.stats.linregress(ratios[:, 1], ratios[:, 0]).slope for ratios in followed]
     run.say(f"{target}, {names} over {field}, mean of {len(followed)} subjects:")
     for value, (made, true) in zip(values, mean):
         run.say(f"  {field} {value:g}: made {made:.3f}, truth {true:.3f}")
@@ -240,23 +241,24 @@ def seconds(model, task, method):
 def speed(cfg, run, model, shape=(182, 218, 182), values=9):
     """Say how long a head of 1 mm takes, for one target and for a sweep of nine values.
 
-    The time for a part of the slices is measured and scaled up.  What large convolutions of the
-    same kind reach on this machine is said beside it.
+    The time for a part of the slices is measured and scaled up by the number of tiles.  What large
+    convolutions of the same kind reach on this machine is said beside it.
     """
     slab = min(shape[2], 2 * cfg.slices)
+    layers = [len(starts(n, cfg.slices, cfg.overlap)) for n in (shape[2], slab)]    # of tiles
     head = np.random.default_rng(0).random((slab, *shape[:2])).astype(np.float32)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in head.shape), indexing="ij")
     head *= y ** 2 + x ** 2 < 1                                             # as wide as a head
     target = model.contrasts[-1]
     record = model.records.typical.get(target, {})
     spent = []
-    for count in (1, values):
+    for count in (1, 1, values):                            # the first call warms up
         begin = time.perf_counter()
         model.make("", model.contrasts[0], head, [(target, record)] * count)
         spent.append(time.perf_counter() - begin)
-    whole = spent[0] * shape[2] / slab
+    whole = spent[1] * layers[0] / layers[1]
     run.say(f"a volume of {' x '.join(map(str, shape))}: about {whole:.3g} s (from {slab} slices); "
-            f"{values} values of a sweep take {spent[1] / spent[0]:.2f} times as long as one")
+            f"{values} values of a sweep take {spent[2] / spent[1]:.2f} times as long as one")
     width = cfg.width
     conv = torch.nn.Conv2d(width, width, 3, padding=1)
     conv.to(run.device, memory_format=torch.channels_last)

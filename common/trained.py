@@ -153,9 +153,14 @@ def fill(model, u, known, keys, watch=None, wanted=None):
     """
     mask = known[:, :, None, None]                                          # (B, C, 1, 1)
     u = torch.where(mask, u, 0)                                             # (B, C, H, W)
-    if getattr(model, "selective", False):
+    if selects(model):
         return model.fill(u, known, keys, watch, wanted)
     return model.fill(u, known, keys, watch)
+
+
+def selects(model):
+    """True for a model that is told which of the missing contrasts to make."""
+    return getattr(model, "selective", False)
 
 
 def in_parts(model, items, size, subject_of):

@@ -252,7 +252,7 @@ class FakeData:
     labels = None
 
     def spread(self, part, per_subject):
-        return np.arange(6)
+        return np.arange(6)[::2 if per_subject == 1 else 1]
 
     def rows(self, part, most=None):
         return np.arange(6, 10)
@@ -295,6 +295,64 @@ def test_evaluate_scores_every_test_subject_for_every_pattern_by_what_fill_gives
     assert list(found["flair->t2", "copy-source", "psnr"].values()) == pytest.approx(copied.tolist(), rel=1e-5)
     assert np.array_equal(kept["images"]["flair->t1|truth"], ds.images[3, 1].astype(np.float16))
     assert "slices per subject: 2" in kept["protocol"] and (tmp_path / "scores.csv").exists()
+
+
+class Whole(FakeModel):
+    """Needs the neighbours of a slice: its images depend on all slices that it is given."""
+    volumes = True
+
+    def fill(self, u, known, keys, watch=None):
+        made, extras = super().fill(u, known, keys)
+        return torch.where(known[:, :, None, None], u, made * 0 + 0.1 * len(u)), extras
+
+
+class Choosing(FakeModel):
+    """Is told what to make."""
+    selective = True
+
+    def fill(self, u, known, keys, watch=None, wanted=None):
+        self.calls += zip(known.tolist(), wanted.tolist(), keys)
+        return torch.where(known[:, :, None, None], u, 0.5), {}
+
+
+def evaluated(tmp_path, monkeypatch, model, patterns, test_slices):
+    """{task: images} of an evaluation of FakeData."""
+    kept = {}
+
+    def keep(rows, images, protocol):
+        kept.update(rows=rows)
+    made = {}
+    score_table = metrics.score_table
+
+    def score(task, methods, truth, subjects, *rest, **more):
+        made[task] = np.array(methods["M"])
+        return score_table(task, methods, truth, subjects, *rest, **more)
+    monkeypatch.setattr(metrics, "score_table", score)
+    run = SimpleNamespace(
+        out=tmp_path, rank=0, world=1, device=torch.device("cpu"), say=lambda text: None, results=keep, gather=lambda done: done,
+        batches=lambda name, todo, size: [todo[i:i + size] for i in range(0, len(todo), size)],
+        fetch=lambda images, rows: torch.from_numpy(images[rows]))
+    method = SimpleNamespace(name="M", patterns=lambda cfg, contrasts: patterns, segmenters=None, disturb=None, beside=None, judge=None, overall=None,
+                             regions=())
+    monkeypatch.setattr(evaluation, "draw_steps", lambda *what: None)
+    evaluation.evaluate(method, SimpleNamespace(test_slices=test_slices, sample_batch=4), run, FakeData(), model)
+    return made
+
+
+def test_a_model_of_volumes_gets_all_slices_of_a_subject_although_few_are_scored(tmp_path, monkeypatch):
+    model = Whole()
+    made = evaluated(tmp_path, monkeypatch, model, [(("t1", "t2"), ("flair",))], 1)
+    assert [len(u) for u, _, _ in model.calls] == [2, 2, 2] and [keys for _, _, keys in model.calls][0][1][1] == 1
+    assert made["t1+t2->flair"].shape[0] == 3 and np.allclose(made["t1+t2->flair"], 0.2)
+
+
+def test_a_selective_model_makes_each_task_by_itself(tmp_path, monkeypatch):
+    """What is made together influences each other, so a score must not depend on what else is scored."""
+    model = Choosing()
+    evaluated(tmp_path, monkeypatch, model, [(("t1",), ("flair",)), (("t1",), ("t2",))], 2)
+    keys = FakeData().keys(range(6))
+    assert sorted(model.calls) == sorted(([False, True, False], wanted, key) for wanted in ([True, False, False], [False, False, True])
+                                         for key in keys)
 
 
 # ---- synthesis -------------------------------------------------------------------------------------------------------

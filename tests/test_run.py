@@ -130,6 +130,7 @@ def start_loop(out, total):
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
     """Killed three times at different moments, mostly while saving, then left alone: the same bits as an undisturbed run."""

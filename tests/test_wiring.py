@@ -94,6 +94,13 @@ def trained_on(world):
         return world.call(patch, *world.flags, "--train")
 
 
+@pytest.fixture(scope="module")
+def scored(world, trained_on):
+    """An evaluation, as World.evaluate returns it."""
+    with pytest.MonkeyPatch.context() as patch:
+        return world.evaluate(patch)
+
+
 def test_training_reads_no_test_slice(world, trained_on):
     """All training slices are read, all of validation too, and none of the test subjects, whatever for."""
     expected = {*trained_on.rows("train").tolist(), *trained_on.rows("val").tolist()}
@@ -104,22 +111,22 @@ def test_training_reads_no_test_slice(world, trained_on):
         assert asked == expected and len(trained_on.rows("test")) == 8
 
 
-def test_baselines_learn_from_training_slices_alone(world, trained_on, monkeypatch):
-    _, _, learned, ds = world.evaluate(monkeypatch)
+def test_baselines_learn_from_training_slices_alone(scored):
+    _, _, learned, ds = scored
     rows = ds.having(ds.rows("train"), list(learned))
     for name, images in learned.items():
         own = {image.astype(np.float32).tobytes() for image in ds.images.images[rows, ds.contrasts.index(name)]}
         assert {np.asarray(image, np.float32).tobytes() for image in images} == own
 
 
-def test_truth_never_enters_what_is_scored(world, trained_on, monkeypatch):
+def test_truth_never_enters_what_is_scored(world, trained_on, scored, monkeypatch):
     """With noise in the place of every true target, each method's images stay as they are, to the bit."""
     target = trained_on.contrasts.index(world.target)
 
     def spoil(images, test):
         images[test, target] = np.random.default_rng(0).random(images[test, target].shape)
         return images
-    before, truth, _, _ = world.evaluate(monkeypatch)
+    before, truth, _, _ = scored
     after, noise, _, _ = world.evaluate(monkeypatch, change=spoil)
     assert np.abs(truth - noise).mean() > 0.1 and len(before) >= 4
     for method, images in before.items():
