@@ -49,8 +49,7 @@ COMMANDS
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
   [D2]  Eq. (4): double sum as in Barlow Twins; divided by the width d; a projector; L_VI + L_AB.
-  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; the contrastive term
-        of its model CoDi (Tang et al., 2023) is off.
+  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; CoDi's loss is off.
   [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net.  AdamW with
         warm-up and cosine, clipping, no EMA.  Latents are means, brought to variance 1.
   [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds), though Sec. 4
@@ -68,12 +67,12 @@ NEEDS  data/ and these files of common/:
   contrastive.py device.py downstream.py embeddings.py evaluation.py files.py kspace.py loop.py
   metrics.py multimodal.py outline.py pictures.py places.py realism.py report_scores.py rounds.py
   run.py schedules.py score_volumes.py script.py table_pages.py tables.py tasks.py textvae.py
-  tokenizer.py trained.py unet.py vqae.py
+  tokenizer.py towers.py trained.py unet.py vqae.py
 """
 import math
 from collections import namedtuple
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -81,47 +80,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import multimodal, script
+from common import multimodal, rounds, schedules, script
 from common.augment import augment, shuffled
 from common.cli import load_presets
-from common.clip import SIZES, Block, ImageEncoder, TextEncoder
-from common.codecs import (
-    TEXT_FIELDS,
-    CodecConfig,
-    Codecs,
-    load_codecs,
-    make_autoencoder,
-    train_codecs,
-)
+from common.clip import SIZES, Block
+from common.codecs import TEXT_FIELDS, CodecConfig, Codecs, at_work, load_codecs, train_codecs
 from common.contrastive import contrastive_loss, cosines, groups_of
 from common.device import seed_of
-from common.kspace import central_kspace
+from common.kspace import as_scanned, disturb
 from common.outline import Outline
 from common.places import sine_positions, squared_distances
-from common.rounds import (
-    MODALITIES,
-    Phases,
-    Samples,
-    at,
-    batch_of,
-    checked_rounds,
-    draws,
-    fresh_of,
-    modality_of,
-    retrieval,
-    there,
-    usual_tasks,
-)
-from common.schedules import (
-    ddim_step,
-    linear_alpha_bar,
-    q_sample,
-    scaled_linear_alpha_bar,
-    x0_from_eps,
-)
-from common.tasks import named_directions
+from common.rounds import Phases, Samples, modality_of, there
 from common.textvae import VectorUNet
-from common.tokenizer import Tokenizer, Tokens
+from common.towers import build_encoders, make_projector
 from common.unet import ResBlock, SpatialTransformer, UNet, sinusoid, zeroed
 from data import TEXT, canonical_contrast, clean_report
 
@@ -168,10 +139,10 @@ class Config(CodecConfig):
     lcag: bool = True                           # cross-guidance, Eqs. (5) and (6) (Table 7)
     rounds: tuple[str, ...] = ("text-xray", "text-ct", "ct-mri")    # pairs, in order [D5]
     guide: Literal["learned", "resampled", "off"] = "learned"   # f_B, Eq. (5)
-    prompt_tokens: int = 8                      # tokens of a prompt; 1: as CoDi [D6]
+    prompt_tokens: int = 8                      # 1: as CoDi (Tang et al., 2023) [D6]
     place_bias: bool = True                     # near places attract each other [D7]
     couple_t: bool = False                      # the partner is always at the same t [D3]
-    ctx_contrast: float = 0.0                   # weight of CoDi's contrastive term on V [D3]
+    ctx_contrast: float = 0.0                   # weight of a contrastive loss on V, as CoDi [D3]
     schedule: Literal["scaled", "linear"] = "scaled"            # noise schedule [D1]
     accelerate: int = 1                         # 4: MR from a 16th of k-space (Table 6)
     # method, in sampling
@@ -188,23 +159,16 @@ class Config(CodecConfig):
         if self.size % factor:
             raise ValueError(f"--size {self.size}: must be a multiple of {factor}, for "
                              f"{len(self.ae_mult)} --ae-mult and {len(self.mult)} --mult")
-        if self.text_width % self.text_heads:
-            raise ValueError(f"--text-width {self.text_width} must be divisible by --text-heads "
-                             f"{self.text_heads}")
-        for name in self.rounds:
-            pair = name.split("-")
-            if len(pair) != 2 or not set(pair) <= set(MODALITIES) or name == "text-text":
-                raise ValueError(f"--rounds {name}: a round is two of {', '.join(MODALITIES)} "
-                                 "with a dash, such as text-ct or mri-mri")
+        super().__post_init__()
+        rounds.check_names(self.rounds)
 
 
 # These fields may change after the training.  All others need training in another --out.
 SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_slices")
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
-# rounds are words.  That they have limits means that there must be one at least.
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
-              rounds=(0, 0), test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536),
-              batch_text=(1, 65536), align_batch=(2, 65536))
+              test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536), batch_text=(1, 65536),
+              align_batch=(2, 65536), rounds=(0, 0))                # (0, 0): at least one word
 # A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
 STAGES = {
     "autoencoder": (),
@@ -220,95 +184,10 @@ STAGES = {
 T = 1000                                        # steps of the noise process
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-
-
-def patterns(cfg, streams):
-    """The tasks to score, as pairs (known streams, streams to make).
-
-    Tasks that make a report are scored elsewhere; see overall.
-    """
-    if cfg.only:
-        named = named_directions(cfg.only, streams)
-        return [(known, make) for known, make in named if TEXT not in make]
-    tasks = usual_tasks(cfg.rounds, streams)
-    if cfg.accelerate > 1:              # MR is then degraded, and no target
-        tasks = [task for task in tasks if "mri" not in map(modality_of, task[1])]
-    return tasks
-
-
-def disturbed(cfg, streams):
-    """A function u (B, C, H, W) -> u with MR as an accelerated scan gives it (--accelerate)."""
-    mr = [c for c, stream in enumerate(streams) if modality_of(stream) == "mri"]
-
-    def change(u):
-        if cfg.accelerate > 1:
-            u = u.clone()
-            u[:, mr] = central_kspace(u[:, mr], cfg.accelerate)
-        return u
-    return change
-
+# A data.Dataset gives slices and reports; Samples (common/rounds.py) makes pairs of them.  With
+# --accelerate, MR is as an accelerated scan gives it (common/kspace.py).
 
 # ---- 3. Model ------------------------------------------------------------------------------------
-
-
-class PromptEncoders(nn.Module):
-    """C_M of Sec. 3.2: one tower per modality, all into one space of width D (common/clip.py)."""
-
-    def __init__(self, size_name, modalities, tokenizer, image_size, rounds):
-        super().__init__()
-        size = SIZES[size_name]
-        self.dim = size["embed"]
-        self.tokenizer = tokenizer
-        self.towers = nn.ModuleDict()
-        for modality in modalities:
-            if modality == "text":
-                self.context = size["text"]["context"]
-                text = {**size["text"], "vocab": len(tokenizer)}
-                tower = TextEncoder(**text, embed=self.dim)
-                # With CLIP's .02, a small tower needs several times as many steps to begin.
-                nn.init.normal_(tower.embedding.weight, std=text["width"] ** -0.5)
-                self.towers[modality] = tower
-            else:
-                self.towers[modality] = ImageEncoder(2, 1, image_size, **size["image"],
-                                                     embed=self.dim)
-            self.register_buffer(f"mean_{modality}", torch.zeros(self.dim))
-        start = math.log(1 / 0.07)                                          # that of CLIP
-        self.log_scale = nn.ParameterList(torch.tensor(start) for _ in range(rounds))
-
-    def forward(self, modality, x):
-        """x: images (B, 1, H, W) in [0,1], or a list of str.  Returns (B, D), not normalised."""
-        if modality == "text":
-            device = self.log_scale[0].device
-            parts = (torch.as_tensor(part, device=device) for part in self.tokenizer(x))
-            x = Tokens(*(part[:, :self.context] for part in parts))         # (B, L) each, cut
-        return self.towers[modality](x).pooled.float()                      # (B, D)
-
-    def prompt(self, modality, x):
-        """What the diffusers are told: C(x) without the mean of its modality, (B, D) of length 1.
-
-        In a contrastive space, all vectors of one modality share an offset.  Without it, a diffuser
-        that learned from CT prompts also understands text prompts [D6].
-        """
-        e = F.normalize(self(modality, x), dim=1)                           # (B, D)
-        return F.normalize(e - getattr(self, f"mean_{modality}"), dim=1)    # (B, D)
-
-    @torch.no_grad()
-    def centre(self, samples):
-        """Measure the mean vector of each modality over the training samples [D6]."""
-        self.eval()
-        for modality in self.towers:
-            # encoded calls self(modality, x) for all samples of a stream.
-            found = [samples.encoded(self, c) for c in samples.of_modality(modality)]
-            mean = F.normalize(torch.cat(found), dim=1).mean(0)             # (D,)
-            getattr(self, f"mean_{modality}").copy_(mean)
-
-
-def make_projector(dim, width):
-    """The head on which Eq. (4) is computed.  It has BatchNorm and is thrown away afterwards."""
-    return nn.Sequential(nn.Linear(dim, width), nn.BatchNorm1d(width), nn.ReLU(),
-                         nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(),
-                         nn.Linear(width, width))
-
 
 # What a U-Net listens to.  prompt: (B, L, W).  partners: list of Partner.  keep: (B,) bool, False
 # where a sample must not see its partners; None: all see them.  cross: CrossGuides of the U-Net.
@@ -321,11 +200,10 @@ Partner = namedtuple("Partner", "tokens side")
 class CrossGuide(nn.Module):
     """The cross-attention sub-layer of Eq. (6): the map of A looks at the tokens of its partners.
 
-    Its last layer starts at zero, so an untrained sub-layer changes nothing.
-
-    Partner tokens at distant places are penalised: -g |p_i - p_j|^2 is added to the logits, with
-    one g > 0 per head, from wide to narrow.  The paper has no such term.  Without it, attention
-    must discover from nothing that a CT and an MR of one slice lie on one grid [D7].
+    Its last layer starts at zero, so an untrained sub-layer changes nothing.  Partner tokens at
+    distant places are penalised: -g |p_i - p_j|^2 is added to the logits, with one g > 0 per head,
+    from wide to narrow.  The paper has no such term.  Without it, attention must discover from
+    nothing that a CT and an MR of one slice lie on one grid [D7].
     """
 
     def __init__(self, channels, heads, width, place_bias):
@@ -348,16 +226,14 @@ class CrossGuide(nn.Module):
         if self.falloff is not None and partner.side is not None:
             d = squared_distances(height, width, partner.side, x.device)    # (n, N)
             d = F.pad(d, (0, k.shape[2] - d.shape[1]))                      # (n, N+K)  guides: 0
-            bias = -F.softplus(self.falloff)[:, None, None] * d             # (heads, n, N+K)
-            bias = bias.to(q.dtype)
+            bias = (-F.softplus(self.falloff)[:, None, None] * d).to(q.dtype)   # (heads, n, N+K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)         # (B, heads, n, C/heads)
         return self.out(a.transpose(1, 2).flatten(2))                       # (B, n, C)
 
     def forward(self, h, condition):
         """h: (B, C, H, W).  Several partners are averaged; training shows one at a time [D8].
 
-        The tokens may be of the first b samples only.  The others have no partners.  In guidance
-        these are the unconditional half.
+        The first b samples have partners.  In guidance, the others are the unconditional half.
         """
         height, width = h.shape[2:]
         b = len(condition.partners[0].tokens)
@@ -478,8 +354,7 @@ class Guide(nn.Module):
     def start(self, prompts, g):
         """phi_s: 64 random rows of prompt vectors (n, D).  The first K start the guide.
 
-        With --guide resampled, training draws K of the 64; sampling takes the first K, because
-        `vectors` then get no gradient.
+        --guide resampled: training draws K of the 64, and `vectors` stay the first K, for sampling.
         """
         rows = torch.randperm(len(prompts), generator=g, device=g.device)[:64]
         self.pool.copy_(prompts[rows.repeat(64)[:64]])      # a small data set has fewer than 64
@@ -534,10 +409,7 @@ class Context(nn.Module):
 
 
 class Flows(nn.Module):
-    """All diffusers, context encoders and guides.
-
-    shapes: {modality: shape of its latent}.
-    """
+    """All diffusers, context encoders and guides.  shapes: {modality: shape of its latent}."""
 
     def __init__(self, cfg, streams, dim, shapes):
         super().__init__()
@@ -592,11 +464,8 @@ class Flows(nn.Module):
 
 
 def alpha_bar_of(schedule):
-    """alpha_bar_t of Eq. (1), (T,).  .00085 and .0120 are the paper's.
-
-    Latent diffusion has the same numbers.  What it calls linear is "scaled" here [D1].
-    """
-    make = {"scaled": scaled_linear_alpha_bar, "linear": linear_alpha_bar}[schedule]
+    """alpha_bar_t of Eq. (1), (T,).  What latent diffusion calls linear is "scaled" here [D1]."""
+    make = schedules.linear_alpha_bar if schedule == "linear" else schedules.scaled_linear_alpha_bar
     return make(T, 0.00085, 0.0120)
 
 
@@ -659,11 +528,11 @@ def sample(predict, start, times, alpha_bar, eta, noise, watch=None):
         ends = {}
         for stream, z_t in states.items():
             # Latents have deviation 1.  What lies outside of 4 is an error that would grow [D8].
-            ends[stream] = x0_from_eps(z_t, a, predicted[stream]).clamp(-4, 4)
+            ends[stream] = schedules.x0_from_eps(z_t, a, predicted[stream]).clamp(-4, 4)
         if watch is not None:
             watch.append((time, states, ends))
-        states = {stream: ddim_step(states[stream], ends[stream], a, a_next, eta, noise[stream]())
-                  for stream in states}
+        states = {stream: schedules.ddim_step(z_t, ends[stream], a, a_next, eta, noise[stream]())
+                  for stream, z_t in states.items()}
     return states
 
 
@@ -677,21 +546,12 @@ class Model:
     encoders: nn.Module
     flows: nn.Module
     reports: dict                                   # {subject: report}
-    # A flag of the class, for common/trained.py: fill is told which contrasts to make.
-    selective = True
+    selective = True        # fill is told which contrasts to make (common/trained.py)
 
     def decode(self, stream, z):
         """Images (B, 1, H, W) in [0,1], or a list of str.  z: whitened latents."""
         diffuser = self.flows.diffusers[modality_of(stream)]
         return self.codecs.decode(stream, z * diffuser.std + diffuser.mean)
-
-    def as_scanned(self, stream, x):
-        """What is given, with MR as an accelerated scan gives it (--accelerate).
-
-        An image that is as blurred already hardly changes.
-        """
-        accelerated = self.cfg.accelerate > 1 and modality_of(stream) == "mri"
-        return central_kspace(x, self.cfg.accelerate) if accelerated else x
 
     def partners_of(self, stream, others):
         """Those of the others that guide a stream: pairs of modalities that were a round [D8]."""
@@ -709,7 +569,7 @@ class Model:
         """
         B = len(keys)
         device = self.run.device
-        given = {stream: self.as_scanned(stream, x) for stream, x in given.items()}
+        given = {stream: as_scanned(self.cfg, stream, x) for stream, x in given.items()}
         clean = {}
         for stream, x in given.items():
             diffuser = self.flows.diffusers[modality_of(stream)]
@@ -718,8 +578,7 @@ class Model:
         for stream, x in given.items():
             e = e + self.encoders.prompt(modality_of(stream), x)            # (B, D)
         e = F.normalize(e, dim=1)                                           # (B, D)  their mean
-        yes = torch.ones(B, dtype=torch.bool, device=device)                # (B,)
-        told = yes if given else ~yes                                       # (B,)
+        told = torch.full((B,), bool(given), device=device)                 # (B,)
         zero = torch.zeros(B, dtype=torch.long, device=device)              # (B,)
 
         def guides_of(stream, others):
@@ -752,10 +611,7 @@ class Model:
         return {stream: self.decode(stream, z) for stream, z in ends.items()}
 
     def noise_of(self, stream, z_t, t, e, told, partners):
-        """The guided noise of a stream.  Both halves of the guidance are one batch.
-
-        The second half has neither prompt nor partners.
-        """
+        """The guided noise of a stream.  Its second half has neither prompt nor partners."""
         with self.run.autocast():
             if self.cfg.w == 1:
                 return self.flows.predict(stream, z_t, t, e, told, partners).float()
@@ -763,45 +619,9 @@ class Model:
                                       torch.cat([told, torch.zeros_like(told)]), partners).float()
         return guided(*both.chunk(2), self.cfg.w)
 
-    def report_of(self, subject):
-        """The report of a subject, or --given.  ValueError if there is none."""
-        report = self.reports.get(subject) or clean_report(self.cfg.given, mimic=True)
-        if not report.strip(" ."):                                         # "" is cleaned to "."
-            raise ValueError(f"fill: text is known, but there is no report of {subject}; "
-                             "give one with --given, from Python as load(..., given=\"...\")")
-        return report
-
     def fill(self, u, known, keys, watch=None, wanted=None):
-        """Make every image that is missing.  common/trained.py calls this.
-
-        u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
-        watch: a list for the states of the sampler, or None; wanted: (B, C) bool, which of the
-        missing streams to make, by default all.  The channel "text" of u is empty; where it is
-        known, the report of the subject is used, or --given.
-        Returns u with the images in place, and no further images.
-        """
-        filled = u.clone()                                                  # (B, C, H, W)
-        missing = ~known if wanted is None else wanted & ~known
-        kinds = {}
-        for b in range(len(u)):
-            kinds.setdefault((tuple(known[b].tolist()), tuple(missing[b].tolist())), []).append(b)
-        for (here, absent), rows in kinds.items():
-            given = {}
-            for c, stream in enumerate(self.contrasts):
-                if here[c] and stream == TEXT:
-                    given[stream] = [self.report_of(keys[b][0]) for b in rows]
-                elif here[c]:
-                    given[stream] = u[rows, c, None]                        # (b, 1, H, W)
-            make = [s for s, gone in zip(self.contrasts, absent) if gone and s != TEXT]
-            seen = None if watch is None else []
-            made = self.generate(given, make, [keys[b] for b in rows], seen)
-            for stream, images in made.items():
-                filled[rows, self.contrasts.index(stream)] = images[:, 0].clamp(0, 1)
-            if watch is not None and make:                      # only the first stream is watched
-                for time, states, ends in seen:
-                    pair = [2 * self.decode(make[0], part[make[0]]) - 1 for part in (states, ends)]
-                    watch.append((f"t = {time}", *pair))        # images in [-1,1]
-        return filled, {}
+        """Make the missing images by `generate`.  common/trained.py tells what u and so on are."""
+        return multimodal.fill_images(self, u, known, keys, watch, wanted), {}
 
 
 # ---- 6. Training ---------------------------------------------------------------------------------
@@ -809,32 +629,20 @@ class Model:
 
 def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again."""
-    rounds = checked_rounds(cfg.rounds, ds.contrasts, ds.present[ds.rows("train")])
+    pairs = rounds.checked_rounds(cfg.rounds, ds.contrasts, ds.present[ds.rows("train")])
     codecs = train_codecs(cfg, run, ds)
-    samples = Samples(run, ds, "train", codecs, disturbed(cfg, ds.contrasts),
-                      str(cfg.accelerate))
-    encoders = align(cfg, run, samples, rounds)
-    unseen = Samples(run, ds, "val", codecs, disturbed(cfg, ds.contrasts), str(cfg.accelerate))
-    for pair, share in retrieval(unseen, encoders).items():
-        run.say(f"shared space: of 32 validation samples, {share:.2f} find their own, "
-                f"{' - '.join(pair)} (chance .03)")
+    change = partial(as_scanned, cfg)
+    samples = Samples(run, ds, "train", codecs, change, str(cfg.accelerate))
+    encoders = align(cfg, run, samples, pairs)
+    unseen = Samples(run, ds, "val", codecs, change, str(cfg.accelerate))
+    rounds.say_retrieval(run, unseen, encoders)
     shapes = {m: codecs.shape(TEXT if m == "text" else "") for m in there(ds.contrasts)}
     run.about["shapes"] = {m: list(shape) for m, shape in shapes.items()}
-    flows = train_diffusers(cfg, run, samples, encoders, rounds)
-    train_flow(cfg, run, samples, encoders, flows, rounds)
+    flows = train_diffusers(cfg, run, samples, encoders, pairs)
+    train_flow(cfg, run, samples, encoders, flows, pairs)
 
 
-def build_encoders(cfg, run, streams, texts):
-    """Fresh prompt encoders.  texts: those on which the pieces of words are learned, or None."""
-    if texts is not None:
-        # Long reports are cut by the encoder, so the tokenizer takes any length.
-        tokenizer = Tokenizer.train(texts, SIZES[cfg.encoder]["text"]["vocab"], context=10 ** 6)
-        run.about["tokenizer"] = tokenizer.state()
-    tokenizer = Tokenizer.from_state(run.about["tokenizer"])
-    return PromptEncoders(cfg.encoder, there(streams), tokenizer, cfg.size, len(cfg.rounds))
-
-
-def align(cfg, run, samples, rounds):
+def align(cfg, run, samples, pairs):
     """Stage "alignment": Eq. (3) in rounds, each with Eq. (4) on the image encoders it trains.
 
     Both losses read the same views.  With unchanged images and reports, Eq. (3) would soon be small
@@ -847,16 +655,16 @@ def align(cfg, run, samples, rounds):
     heads = nn.ModuleDict({m: make_projector(encoders.dim, cfg.projector) for m in there(streams)
                            if m != "text"})
     networks = {"encoders": encoders.to(run.device), "heads": heads.to(run.device)}
-    fresh = fresh_of(cfg.rounds)                                # what each round trains
+    fresh = rounds.fresh_of(cfg.rounds)                         # what each round trains
     opened = []
     for r, modalities in enumerate(fresh):
         opened.append([*(encoders.towers[m] for m in modalities), encoders.log_scale[r],
                        *(heads[m] for m in modalities if m in heads)])
     each = cfg.align_steps if cfg.ca or cfg.vi else 0
-    phases = Phases(run, "alignment", [each] * len(rounds), networks, opened,
-                    [cfg.align_lr] * len(rounds), cfg.align_batch)
+    phases = Phases(run, "alignment", [each] * len(pairs), networks, opened,
+                    [cfg.align_lr] * len(pairs), cfg.align_batch)
     for r, local, step, optimiser in phases:
-        pair, rows = batch_of(run, f"align {r}", rounds[r], cfg.align_batch, local)
+        pair, rows = rounds.batch_of(run, f"align {r}", pairs[r], cfg.align_batch, local)
         g = run.generator("views", step)
         u = {}                                                              # {channel: (B, D)}
         loss = torch.zeros((), device=run.device)
@@ -887,12 +695,12 @@ def align(cfg, run, samples, rounds):
         run.log(loss=loss)
         with torch.no_grad():
             encoders.log_scale[r].clamp_(0, math.log(100))
-        if cfg.ca and step + 1 == each * len(rounds):
+        if cfg.ca and step + 1 == each * len(pairs):
             encoders.centre(samples)
     return encoders
 
 
-def train_diffusers(cfg, run, samples, encoders, rounds):
+def train_diffusers(cfg, run, samples, encoders, pairs):
     """Stage "diffusers": each modality alone, Eq. (2).
 
     The prompt is the other half of a pair, never the sample itself.
@@ -905,9 +713,10 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
     flows.to(run.device, memory_format=torch.channels_last)
     order = [m for m in ("xray", "ct", "mri", "text") if m in flows.diffusers]
     sources = {m: {} for m in order}                        # modality -> {(target, source): rows}
-    for (a, b), rows in chain.from_iterable(pairs.items() for pairs in rounds):
-        sources[modality_of(streams[a])][a, b] = rows
-        sources[modality_of(streams[b])][b, a] = rows
+    for of_round in pairs:
+        for (a, b), rows in of_round.items():
+            sources[modality_of(streams[a])][a, b] = rows
+            sources[modality_of(streams[b])][b, a] = rows
     order = [m for m in order if sources[m]]
     opened = []
     taught = set() if not cfg.ca else set(encoders.towers)  # prompt encoders that are trained
@@ -928,9 +737,10 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
         diffuser = flows.diffusers[modality]
         batch = cfg.batch_text if modality == "text" else cfg.batch
         mine = run.shard(batch)
-        (target, source), rows = batch_of(run, f"ldm {modality}", sources[modality], batch, local)
+        (target, source), rows = rounds.batch_of(run, f"ldm {modality}", sources[modality], batch,
+                                                 local)
         rows = rows[mine]
-        draw = draws(run.generator("ldm", step), batch, run.device, mine)
+        draw = rounds.draws(run.generator("ldm", step), batch, run.device, mine)
         z = diffuser.whiten(samples.latent(rows, target))                   # (B, ...)
         other = modality_of(streams[source])
         if other in own[modality]:
@@ -942,7 +752,7 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
         eps = draw("normal", z)                                             # (B, ...)
         keep = draw("uniform") >= 0.1                                       # (B,)
         with run.autocast():
-            z_t = q_sample(z, at(alpha_bar, t, z), eps)                     # (B, ...)
+            z_t = schedules.q_sample(z, rounds.at(alpha_bar, t, z), eps)    # (B, ...)
             noise = flows.predict(streams[target], z_t, t, e, keep)         # (B, ...)
         loss = F.mse_loss(noise.float(), eps)
         run.update(loss, optimiser)
@@ -950,7 +760,7 @@ def train_diffusers(cfg, run, samples, encoders, rounds):
     return flows
 
 
-def train_flow(cfg, run, samples, encoders, flows, rounds):
+def train_flow(cfg, run, samples, encoders, flows, pairs):
     """Stage "flow": Eqs. (5) and (6), one round after the other (Sec. 3.5, Fig. 3).
 
     A round trains V, f and the sub-layers of the modalities that are new to it.  The U-Nets stay as
@@ -965,13 +775,13 @@ def train_flow(cfg, run, samples, encoders, flows, rounds):
         found = [samples.prompt(encoders, np.flatnonzero(samples.present[:, c]), c)
                  for c in samples.of_modality(m)]
         guide.start(torch.cat(found), run.generator("guide", m))
-    opened = [[flows.crossing(m) for m in fresh] for fresh in fresh_of(cfg.rounds)]
+    opened = [[flows.crossing(m) for m in fresh] for fresh in rounds.fresh_of(cfg.rounds)]
     alpha_bar = alpha_bar_of(cfg.schedule).to(run.device)                   # (T,)
-    phases = Phases(run, "flow", [cfg.flow_steps] * len(rounds),
-                    {"crossing": flows.every_crossing()}, opened, [cfg.flow_lr] * len(rounds),
+    phases = Phases(run, "flow", [cfg.flow_steps] * len(pairs),
+                    {"crossing": flows.every_crossing()}, opened, [cfg.flow_lr] * len(pairs),
                     cfg.batch, decay=1e-4)
     for r, local, step, optimiser in phases:
-        pair, rows = batch_of(run, f"flow {r}", rounds[r], cfg.batch, local)
+        pair, rows = rounds.batch_of(run, f"flow {r}", pairs[r], cfg.batch, local)
         loss, facts = cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar)
         run.update(loss, optimiser)
         run.log(loss=loss, **facts)
@@ -987,7 +797,7 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
     a, b = (samples.streams[c] for c in pair)
     g = run.generator("flow", step)
     mine = run.shard(len(rows))
-    draw = draws(g, len(rows), run.device, mine)
+    draw = rounds.draws(g, len(rows), run.device, mine)
     lot = int(torch.randint(3, (), generator=g, device=run.device))
     mode = "joint" if cfg.couple_t else ("joint", "a", "b")[lot]            # what is made
     rows = rows[mine]
@@ -1000,7 +810,8 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
         z = flows.diffusers[modality_of(stream)].whiten(samples.latent(rows, c))
         noise[stream] = draw("normal", z)                                   # (B, ...)
         times[stream] = t if made else zeros
-        states[stream] = q_sample(z, at(alpha_bar, t, z), noise[stream]) if made else z
+        noisy = schedules.q_sample(z, rounds.at(alpha_bar, t, z), noise[stream])    # (B, ...)
+        states[stream] = noisy if made else z
     # A tenth of the samples has neither prompt nor partner; the guidance needs such a model.  If
     # both are noisy, half of the samples have no prompt, as streams that are made from nothing.
     keep = draw("uniform") >= 0.1                                           # (B,)
@@ -1043,59 +854,26 @@ def load_model(cfg, run, subjects):
 # The rows of the paper's tables are data: data/paper_tables/medm2g.json.
 
 
-def beside(cfg, run, model, truth, notes):
-    """The truth through the autoencoder, the best that can be done with it.  "": of any stream."""
-    images = []
-    for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
-        x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
-        x_hat = model.codecs.decode("", model.codecs.encode("", x))         # (b, 1, H, W)
-        images.append(x_hat[:, 0].cpu().numpy())
-    return {"autoencoder alone": np.concatenate(images)}
-
-
-def overall(cfg, run, ds, model, tasks):
-    """Rows about reports, about how real the images look, and about streams that are made together.
-
-    With --only, streams are not made together, and reports are made from the named streams alone.
-    """
-    sources = [(stream,) for stream in model.partners_of(TEXT, ds.contrasts)]
-    if cfg.only:
-        named = named_directions(cfg.only, ds.contrasts)
-        sources = [known for known, make in named if TEXT in make]
-    rows = multimodal.report_rows(cfg, run, ds, model, sources)
-    rows += multimodal.finding_rows(run, ds, tasks)
-    rows += multimodal.realism_rows(run, ds, tasks)
-    return rows if cfg.only else rows + multimodal.joint_rows(cfg, run, ds, model)
-
-
-def joint_figure(cfg, run, ds, model):
-    """Fig. 4 (c): all images of a patient from a report."""
-    multimodal.draw_joint(cfg, run, ds, model, run.out / "joint.png")
-
-
 def outline(cfg, ds):
     """For a dry run: the networks, and a latent through the diffuser of the first image stream."""
     streams = ds.contrasts
-    side = cfg.size // 2 ** (len(cfg.ae_mult) - 1)
-    shapes = {m: (cfg.text_z,) if m == "text" else (4, side, side) for m in there(streams)}
+    autoencoder, shape, before = at_work(cfg)
+    shapes = {m: (cfg.text_z,) if m == "text" else shape for m in there(streams)}
     dim = SIZES[cfg.encoder]["embed"]
     flows = Flows(cfg, streams, dim, shapes)
+    networks = {"image autoencoder": autoencoder}
+    for m, diffuser in flows.diffusers.items():
+        networks[f"diffuser of {m}"] = diffuser
+        networks[f"cross-guidance of {m}"] = flows.crossing(m)
     stream = next(s for s in streams if s != TEXT)
-    shape = shapes[modality_of(stream)]
     z = torch.zeros(1, *shape)
     t = torch.zeros(1, dtype=torch.long)
-    yes = torch.ones(1, dtype=torch.bool)
-    ae = make_autoencoder(cfg)
-    image = torch.zeros(1, 1, cfg.size, cfg.size)
-    named = {"image autoencoder": ae}
-    named.update({f"diffuser of {m}": network for m, network in flows.diffusers.items()})
-    named.update({f"V and f of {m}": nn.ModuleList([flows.contexts[m], *(
-        [flows.guides[m]] if m in flows.guides else [])]) for m in flows.contexts})
+    told = torch.ones(1, dtype=torch.bool)
     lines = [f"{stream} (1, 1, {cfg.size}, {cfg.size}) -> latent {tuple(z.shape)}",
              f"rounds: {', '.join(cfg.rounds)}"]
-    count = cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds)
-    return Outline(named, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), yes),
-                   slices=count, lines=lines, before={"ae_batch": (False, lambda: ae(image))})
+    return Outline(networks, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), told),
+                   slices=cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds), lines=lines,
+                   before=before)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------
@@ -1103,10 +881,10 @@ def outline(cfg, ds):
 METHOD = script.Method(
     "MedM2G", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
     contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
-    patterns=patterns, outline=outline, beside=beside,
-    disturb=lambda cfg, run, u, keys: disturbed(cfg, run.about["contrasts"])(u), gaps=True,
-    overall=overall,
-    texts=True, figures={"joint": ("all images of a patient from a report", joint_figure)})
+    patterns=rounds.patterns, outline=outline, beside=multimodal.autoencoder_alone,
+    disturb=disturb, gaps=True,
+    overall=multimodal.overall, texts=True,
+    figures={"joint": ("all images of a patient from a report", multimodal.draw_joint)})
 
 # From Python: medm2g.load("runs/medm2g-cxr") is a common.trained.Trained, with .fill.
 load, main = script.entrances(METHOD, __doc__)

@@ -45,6 +45,11 @@ class CodecConfig:
     text_batch: int = 128                       # reports per step of it
     text_lr: float = 1e-4                       # its peak learning rate
 
+    def __post_init__(self):
+        if self.text_width % self.text_heads:
+            raise ValueError(f"--text-width {self.text_width} must be divisible by --text-heads "
+                             f"{self.text_heads}")
+
 
 @dataclass
 class Codecs:
@@ -81,6 +86,14 @@ def make_autoencoder(cfg):
     """A fresh KL-autoencoder, for images of all kinds.  Small ones have no attention."""
     return VQAE(cfg.ae_base, cfg.ae_mult, cfg.ae_blocks, 0, cfg.size, middle=cfg.ae_base >= 64,
                 bottleneck="kl")
+
+
+def at_work(cfg):
+    """For an Outline: the image autoencoder, the shape of its latents, and what `before` tells."""
+    ae = make_autoencoder(cfg)
+    image = torch.zeros(1, 1, cfg.size, cfg.size)
+    side = cfg.size // ae.f
+    return ae, (ae.z, side, side), {"ae_batch": (False, lambda: ae(image))}
 
 
 def make_textvae(cfg, words):

@@ -4,6 +4,8 @@ Part of Reference implementations of five medical-image-synthesis papers; MIT li
 """
 import torch
 
+from common.rounds import modality_of
+
 
 def central_kspace(x, factor):
     """What a scan gives that measures 1 / factor of the lines of k-space, along both axes.
@@ -21,3 +23,17 @@ def central_kspace(x, factor):
     left = (width - width // factor) // 2
     keep[top:top + height // factor, left:left + width // factor] = 1
     return torch.fft.ifft2(torch.fft.ifftshift(k * keep, dim=(-2, -1))).abs().clamp(0, 1)
+
+
+def as_scanned(cfg, stream, x):
+    """Images x of a stream.  With --accelerate, MR is as an accelerated scan gives it.
+
+    An image that is as blurred already hardly changes.
+    """
+    return central_kspace(x, cfg.accelerate) if modality_of(stream) == "mri" else x
+
+
+def disturb(cfg, run, u, keys):
+    """as_scanned of all streams of u (B, C, H, W), for the standing baselines."""
+    streams = run.about["contrasts"]
+    return torch.stack([as_scanned(cfg, s, u[:, c]) for c, s in enumerate(streams)], dim=1)

@@ -1,7 +1,9 @@
-"""What several modalities say of one patient: reports scored as text, and findings in images.
+"""Patients with several modalities: images from any streams, reports scored, findings in images.
 
 Part of Reference implementations of five medical-image-synthesis papers; MIT licence, see LICENSE.
 
+fill_images    missing images from the streams that there are, also from reports
+overall        all that is scored beside the images themselves:
 report_rows    reports made from images: BLEU, ROUGE-L, beside standing answers
 finding_rows   does an image show what the report says?  Read by a classifier of real images
 realism_rows   are images made from reports like real ones, as a set?
@@ -12,6 +14,7 @@ Findings are known for the phantoms cxr only, from findings.csv.  On other data,
 and realism_rows have something to say.  All this is done by the first process.
 """
 import csv
+import math
 from collections import Counter
 
 import numpy as np
@@ -20,7 +23,8 @@ import torch
 from common import metrics, pictures
 from common.realism import frechet_distance, pooled_pixels
 from common.report_scores import bleu, rouge_l
-from data import TEXT
+from common.tasks import named_directions
+from data import TEXT, clean_report
 from data.phantom import cxr_findings_in
 
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
@@ -30,6 +34,76 @@ FINDINGS = {"lesion": ("left", "right"), "effusion": ("left", "right"),
             "heart": ("enlarged", "normal")}
 TOGETHER = 64           # patients that joint_rows invents
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge regression; the best on held-out images
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def report_of(model, subject):
+    """The report of a subject, or --given.  ValueError if there is none."""
+    report = model.reports.get(subject) or clean_report(model.cfg.given, mimic=True)
+    if not report.strip(" ."):                                         # "" is cleaned to "."
+        raise ValueError(f"fill: text is known, but there is no report of {subject}; "
+                         "give one with --given, from Python as load(..., given=\"...\")")
+    return report
+
+
+def fill_images(model, u, known, keys, watch=None, wanted=None):
+    """Make every image that is missing, with model.generate: once for all slices of equal streams.
+
+    u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
+    watch: a list for the states of the sampler, or None; wanted: (B, C) bool, which of the
+    missing streams to make, by default all.  The channel "text" of u is empty; where it is
+    known, the report of the subject is used, or --given.
+    Returns u with the images in place.
+    """
+    filled = u.clone()                                                  # (B, C, H, W)
+    missing = ~known if wanted is None else wanted & ~known
+    kinds = {}
+    for b in range(len(u)):
+        kinds.setdefault((tuple(known[b].tolist()), tuple(missing[b].tolist())), []).append(b)
+    for (here, absent), rows in kinds.items():
+        given = {}
+        for c, stream in enumerate(model.contrasts):
+            if here[c] and stream == TEXT:
+                given[stream] = [report_of(model, keys[b][0]) for b in rows]
+            elif here[c]:
+                given[stream] = u[rows, c, None]                        # (b, 1, H, W)
+        make = [s for s, gone in zip(model.contrasts, absent) if gone and s != TEXT]
+        seen = None if watch is None else []
+        made = model.generate(given, make, [keys[b] for b in rows], seen)
+        for stream, images in made.items():
+            filled[rows, model.contrasts.index(stream)] = images[:, 0].clamp(0, 1)
+        if watch is not None and make:                      # only the first stream is watched
+            for time, states, ends in seen:
+                pair = [2 * model.decode(make[0], part[make[0]]) - 1 for part in (states, ends)]
+                watch.append((f"t = {time}", *pair))        # images in [-1,1]
+    return filled
+
+
+def autoencoder_alone(cfg, run, model, truth, notes):
+    """The truth through the autoencoder, the best that can be done with it.  "": of any stream."""
+    images = []
+    for part in np.array_split(truth, math.ceil(len(truth) / cfg.sample_batch)):
+        x = torch.from_numpy(part).to(run.device)[:, None]                  # (b, 1, H, W)
+        x_hat = model.codecs.decode("", model.codecs.encode("", x))         # (b, 1, H, W)
+        images.append(x_hat[:, 0].cpu().numpy())
+    return {"autoencoder alone": np.concatenate(images)}
+
+
+def overall(cfg, run, ds, model, tasks):
+    """Rows about reports, about how real the images look, and about streams that are made together.
+
+    With --only, streams are not made together, and reports are made from the named streams alone.
+    """
+    sources = [(stream,) for stream in model.partners_of(TEXT, ds.contrasts)]
+    if cfg.only:
+        named = named_directions(cfg.only, ds.contrasts)
+        sources = [known for known, make in named if TEXT in make]
+    rows = report_rows(cfg, run, ds, model, sources)
+    rows += finding_rows(run, ds, tasks)
+    rows += realism_rows(run, ds, tasks)
+    return rows if cfg.only else rows + joint_rows(cfg, run, ds, model)
 
 
 # ---- reports -------------------------------------------------------------------------------------
@@ -301,8 +375,8 @@ def joint_rows(cfg, run, ds, model):
     return rows
 
 
-def draw_joint(cfg, run, ds, model, path, count=4):
-    """Draw what is made of some test reports, all images together, beside the true images."""
+def draw_joint(cfg, run, ds, model, count=4):
+    """Fig. 4 (c), joint.png: all images made of some test reports, beside the true images."""
     shown = [s for s in ds.contrasts if s != TEXT]
     rows = ds.having(ds.rows("test"), ds.contrasts)
     if TEXT not in ds.contrasts or len(rows) == 0:
@@ -315,4 +389,5 @@ def draw_joint(cfg, run, ds, model, path, count=4):
         true = np.asarray(ds.images[[r]], np.float32)[0]                    # (C, H, W)
         grid.append([made[s][i] for s in shown] + [true[ds.contrasts.index(s)] for s in shown])
     titles = [f"{s}, made" for s in shown] + [f"{s}, true" for s in shown]
-    pictures.grid(path, grid, titles, ds.reports(rows), note="made together, from the report alone")
+    pictures.grid(run.out / "joint.png", grid, titles, ds.reports(rows),
+                  note="made together, from the report alone")

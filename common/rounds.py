@@ -25,6 +25,7 @@ from common.clip import warmup_cosine
 from common.contrastive import groups_of, nearest
 from common.device import seed_of
 from common.files import RunError
+from common.tasks import named_directions
 from data import TEXT, evenly
 from data.layouts.words import kind_of
 
@@ -45,6 +46,15 @@ def modality_of(stream):
 def there(streams):
     """The modalities of these streams, in the order of MODALITIES."""
     return [m for m in MODALITIES if m in map(modality_of, streams)]
+
+
+def check_names(names):
+    """ValueError if one of the names of rounds is not like text-ct."""
+    for name in names:
+        pair = name.split("-")
+        if len(pair) != 2 or not set(pair) <= set(MODALITIES) or name == "text-text":
+            raise ValueError(f"--rounds {name}: a round is two of {', '.join(MODALITIES)} with a "
+                             "dash, such as text-ct or mri-mri")
 
 
 def pairs_of(name, streams, present):
@@ -99,11 +109,11 @@ class Samples:
     Both are computed once, because codecs and prompt encoders are frozen.  A sample is one stream
     of one row; rows are counted within the part.
 
-    change   a function u (B, C, H, W) -> u that is applied to all images
+    change   a function (stream, images (B, 1, H, W)) -> images that is applied to all images
     tag      stands for the change, in the name of the file that keeps latents
     """
 
-    def __init__(self, run, ds, part, codecs, change=lambda u: u, tag=""):
+    def __init__(self, run, ds, part, codecs, change=lambda stream, x: x, tag=""):
         self.run = run
         self.streams = ds.contrasts
         self.images = ds.part(part)
@@ -129,7 +139,7 @@ class Samples:
 
     def pictures(self, rows, c):
         """Images (B, 1, H, W) in [0,1] of stream c."""
-        return self.change(self.run.fetch(self.images, rows))[:, c, None]
+        return self.change(self.streams[c], self.run.fetch(self.images, rows)[:, c, None])
 
     def raw(self, rows, c):
         """What a prompt encoder reads: images, or a list of str."""
@@ -202,6 +212,20 @@ def usual_tasks(names, streams):
     if TEXT in streams and mr and "mri" in linked:
         found.append(((TEXT,), mr))
     return list(dict.fromkeys(found))
+
+
+def patterns(cfg, streams):
+    """The tasks to score, as pairs (known streams, streams to make).
+
+    Tasks that make a report are scored elsewhere; see multimodal.overall.
+    """
+    if cfg.only:
+        named = named_directions(cfg.only, streams)
+        return [(known, make) for known, make in named if TEXT not in make]
+    tasks = usual_tasks(cfg.rounds, streams)
+    if cfg.accelerate > 1:              # MR is then degraded, and no target
+        tasks = [task for task in tasks if "mri" not in map(modality_of, task[1])]
+    return tasks
 
 
 class Phases:
@@ -323,3 +347,10 @@ def retrieval(samples, encoders):
             both = found_again(e_a, e_b, groups), found_again(e_b, e_a, groups)
             found[samples.streams[a], samples.streams[b]] = sum(both) / 2
     return found
+
+
+def say_retrieval(run, samples, encoders):
+    """Tell the user what retrieval finds."""
+    for pair, share in retrieval(samples, encoders).items():
+        run.say(f"shared space: of 32 validation samples, {share:.2f} find their own, "
+                f"{' - '.join(pair)} (chance .03)")

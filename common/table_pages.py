@@ -285,8 +285,8 @@ def picture(path, found, method):
 def markdown_table(rows, region="whole slice"):
     """The rows of metrics.score_table as a Markdown table (str) of methods and tasks.
 
-    A cell holds PSNR in dB, mean ± std over subjects (n), then the mean SSIM, then the mean Dice if
-    there is one. region: which pixels count, in words.
+    A cell holds PSNR in dB, mean ± std over subjects (n), then the mean SSIM, then the mean Dice
+    if there is one. region: which pixels count, in words.
     """
     cells = {(label_of(r), r["task"], r["metric"]): r for r in rows}
     tasks = list(dict.fromkeys(r["task"] for r in rows))

@@ -13,11 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import medm2g
 from common.codecs import Codecs
 from common.device import Machine
-from common.kspace import central_kspace
+from common.kspace import as_scanned, central_kspace
 from common.loop import Loop
-from common.rounds import MODALITIES, Samples, fresh_of, modality_of, pairs_of
+from common.multimodal import report_of
+from common.rounds import MODALITIES, Samples, fresh_of, modality_of, pairs_of, patterns
 from common.schedules import q_sample
 from common.tokenizer import Tokenizer
+from common.towers import PromptEncoders
 from data import TEXT
 from medm2g import (
     Condition,
@@ -29,11 +31,9 @@ from medm2g import (
     Guide,
     Model,
     Partner,
-    PromptEncoders,
     alpha_bar_of,
     guided,
     info_nce,
-    patterns,
     roughly,
     sample,
     visual_invariant,
@@ -869,19 +869,19 @@ def test_tasks():
 def test_an_accelerated_scan_degrades_mr_and_nothing_else():
     x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     model = toy_model(config(accelerate=4))
-    assert torch.equal(model.as_scanned("ct", x), x)
-    degraded = model.as_scanned("t2", x)
+    assert torch.equal(as_scanned(model.cfg, "ct", x), x)
+    degraded = as_scanned(model.cfg, "t2", x)
     assert torch.equal(degraded, central_kspace(x, 4)) and (degraded - x).abs().max() > 0.1
-    assert torch.equal(toy_model(config()).as_scanned("t2", x), x)
+    assert torch.equal(as_scanned(config(), "t2", x), x)
 
 
 def test_a_report_must_be_known():
     model = toy_model(config(given="The HEART is large."))
     model.reports = {"a": "no effusion ."}
-    assert model.report_of("a") == "no effusion ."
-    assert model.report_of("b") == "the heart is large ."
+    assert report_of(model, "a") == "no effusion ."
+    assert report_of(model, "b") == "the heart is large ."
     with pytest.raises(ValueError, match="there is no report of b; give one with --given"):
-        toy_model(config()).report_of("b")
+        report_of(toy_model(config()), "b")
 
 
 # ---- order and freezing --------------------------------------------------------------------------

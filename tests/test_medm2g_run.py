@@ -249,7 +249,7 @@ def test_dry_run_and_check(cxr, trained, monkeypatch, capsys, tmp_path):
     cache = trained[1].parent / "cache"
     status, text = call(medm2g, monkeypatch, capsys, "--data", cxr, "--out", tmp_path / "dry",
                         "--cache", cache, *TINY)
-    assert status == 0 and "diffuser of mri: " in text and "V and f of text: " in text, text
+    assert status == 0 and "diffuser of mri: " in text and "cross-guidance of text: " in text, text
     assert "latent (1, 4, 8, 8)" in text and not (tmp_path / "dry").exists()
     status, text = call(medm2g, monkeypatch, capsys, "--data", cxr, "--check")
     assert status == 0 and "usable" in text.splitlines()[-1], text

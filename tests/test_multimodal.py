@@ -401,12 +401,12 @@ def test_the_picture_sets_what_is_made_beside_the_truth(tmp_path, monkeypatch):
             assert given == {"text": [ds.reports([number])[0] for _, number in keys]} and make == ["xray", "ct"]
             return {"xray": torch.full((len(keys), 1, 32, 32), 0.25), "ct": torch.full((len(keys), 1, 32, 32), 0.75)}
     run = begin(tmp_path / "run")
-    multimodal.draw_joint(CFG, run, ds, Painter(), "joint.png", count=2)
+    multimodal.draw_joint(CFG, run, ds, Painter(), count=2)
     (path, grid, columns, labels), = drawn
-    assert path == "joint.png" and columns == ["xray, made", "ct, made", "xray, true", "ct, true"] and labels == [LEFT, RIGHT]
+    assert path == run.out / "joint.png" and columns == ["xray, made", "ct, made", "xray, true", "ct, true"] and labels == [LEFT, RIGHT]
     for row, r in zip(grid, (4, 6)):                                        # s5 has no CT
         assert (row[0] == 0.25).all() and (row[1] == 0.75).all()
         assert np.array_equal(row[2], ds.images[r, 1]) and np.array_equal(row[3], ds.images[r, 2])
     ds.split["test"] = ["s5"]
-    multimodal.draw_joint(CFG, run, ds, None, "joint.png")
+    multimodal.draw_joint(CFG, run, ds, None)
     assert len(drawn) == 1 and "no test subject has all streams" in (tmp_path / "run" / "log.txt").read_text()

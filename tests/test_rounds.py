@@ -158,7 +158,7 @@ def test_a_stream_without_samples_has_no_latents(tmp_path):
 
 def test_changed_images_are_encoded_and_kept_apart(tmp_path):
     plain = samples_of(tmp_path)
-    changed = samples_of(tmp_path, change=lambda u: u / 2, tag="half")
+    changed = samples_of(tmp_path, change=lambda stream, x: x / 2, tag="half")
     rows = np.array([2, 4])
     assert changed.pictures(rows, 2)[:, 0, 0, 0].tolist() == [11 / 128, 21 / 128]
     assert changed.latent(rows, 2)[:, 0, 0, 0].tolist() == pytest.approx([22 / 128 - 1, 42 / 128 - 1], abs=1e-3)
