@@ -659,7 +659,7 @@ def make_samples(run, streams=STREAMS, n=24):
     samples = Samples.__new__(Samples)
     samples.run = run
     samples.streams = tuple(streams)
-    samples.change = lambda u: u
+    samples.change = lambda stream, x: x
     samples.images = rng.random((n, len(streams), 32, 32), dtype=np.float32)
     kinds = np.arange(n) % 3
     members = {"text": kinds < 2, "xray": kinds == 0, "ct": kinds > 0, "mri": kinds == 2}
@@ -1056,7 +1056,7 @@ def test_the_loss_of_a_diffuser_by_hand(monkeypatch):
         def noted(z, a, eps, seen=seen):
             seen.append((z, a, eps))
             return q_sample(z, a, eps)
-        monkeypatch.setattr(medm2g, "q_sample", noted)
+        monkeypatch.setattr(medm2g.schedules, "q_sample", noted)
         monkeypatch.setattr(Flows, "predict", lambda self, stream, z_t, t, e, keep, f=factor,
                             seen=seen: f * seen[-1][2] + 0 * next(
                                 self.diffusers[modality_of(stream)].parameters()).sum())

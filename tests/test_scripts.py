@@ -74,7 +74,7 @@ def test_the_same_command_again_says_that_it_is_finished(trained, monkeypatch, c
 def test_another_configuration_is_refused_and_a_sampling_switch_is_not(trained, monkeypatch, capsys):
     data, out, _ = trained
     status, text = call(monkeypatch, capsys, "--data", data, "--out", out, *TINY, "--train", "--lr", "0.5")
-    assert status == 1 and "lr was 0.003, now 0.5" in text and "Traceback" not in text
+    assert status == 1 and "lr was 0.001, now 0.5" in text and "Traceback" not in text
     first = json.loads((out / "results.json").read_text())["rows"]
     status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--evaluate", "--prior", "noise")
     second = json.loads((out / "results.json").read_text())
