@@ -558,7 +558,7 @@ def train_mif(cfg, run, ds, features):
     matrices = [p for p in mif.parameters() if p.dim() > 1]
     others = [p for p in mif.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=cfg.mif_lr, betas=(0.9, 0.98), eps=1e-6)
+    optimiser = torch.optim.AdamW(groups, lr=cfg.mif_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     ids = np.unique(ds.subject[ds.rows("train")], return_inverse=True)[1]   # (n,)
     subject = torch.from_numpy(ids).to(run.device)
     batch = min(cfg.mif_batch, n)
@@ -604,7 +604,7 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
     unet = unet.to(run.device, memory_format=torch.channels_last)
     ema = EMA(unet, cfg.ema)
     best = Best(unet)
-    optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
+    optimiser = torch.optim.Adam(unet.parameters(), lr=cfg.lr, fused=True)
     network = torch.compile(unet) if run.args.compile else unet             # the same weights
     alpha_bar = SCHEDULES[cfg.schedule](T).to(run.device)                   # (T,)
     context = []                                                        # z is frozen: computed once

@@ -48,18 +48,22 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
-  [D2]  Eq. (4): double sum as in Barlow Twins; divided by the width d; a projector; L_VI + L_AB.
-  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps; CoDi's loss is off.
-  [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net.  AdamW with
-        warm-up and cosine, clipping, no EMA.  Latents are means, brought to variance 1.
-  [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds), though Sec. 4
-        has text-MR; cosines, one temperature per round; groups of equal reports.
+  [D2]  Eq. (4): double sum as in Barlow Twins, over the d outputs of a projector.  L_VI + L_AB is
+        minimised in the alignment, and nowhere else.
+  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps, and then one loss
+        counts.  V itself is not aligned (--ctx-contrast: as in CoDi).
+  [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net; the paper's depth
+        4 (image) is read as levels, its depth 2 (text) as blocks.  Losses are means.  AdamW with
+        warm-up and cosine, clipping, EMA in the autoencoder only.  Latents have variance 1.
+  [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds); Secs. 3.2 and
+        4 have others.  Cosines, one temperature per round; equal reports share the target.
   [D6]  Prompts: mean-centred, several tokens from one vector, moved a little in training; several
         given streams: their mean.
-  [D7]  V, f and the sub-layer in our form; near places attract each other (or --no-place-bias).
+  [D7]  V, f and the sub-layer in our form: one f_B for all readers, trained by Eq. (6) alone; near
+        places attract each other (or --no-place-bias).
   [D8]  Sampler: times from 999 to 0, clamping; a stream listens only to partners that it was
         trained with; several are averaged.
-  [D9]  Views for Eqs. (3) and (4) suit each modality: no flips, no colours, sentences shuffled.
+  [D9]  Views for Eqs. (3) and (4) suit each modality: no flips, little brightness, sentences moved.
   [D10] A contrast token tells the MR diffuser which contrast to make.
 
 NEEDS  data/ and these files of common/:
@@ -472,7 +476,7 @@ def alpha_bar_of(schedule):
 def info_nce(u, v, scale, groups):
     """Eq. (3) in both directions, L_AB + L_BA, ().  u, v: (B, D).  groups: (B,) integers.
 
-    Reports of healthy patients are often equal.  Such samples are no negatives [D5].
+    Reports of healthy patients are often equal.  Equal ones are all right answers [D5].
     """
     return 2 * contrastive_loss(scale * cosines(u, v), groups)
 
@@ -674,9 +678,9 @@ def align(cfg, run, samples, pairs):
             if modality == "text":
                 u[c] = encoders(modality, [shuffled(report, g) for report in x])
                 continue
-            views = torch.cat([augment(x, modality, g), augment(x, modality, g)])
+            views = torch.cat([augment(x, modality, g) for _ in range(1 + cfg.vi)])
             with run.autocast():
-                features = encoders(modality, views)                        # (2B, D)
+                features = encoders(modality, views)                        # (2B, D), or (B, D)
             u[c] = features[:len(x)]                                        # (B, D)
             if cfg.vi and modality in fresh[r]:
                 z1, z2 = (heads[modality](part) for part in features.chunk(2))  # (B, d) each
@@ -871,9 +875,13 @@ def outline(cfg, ds):
     told = torch.ones(1, dtype=torch.bool)
     lines = [f"{stream} (1, 1, {cfg.size}, {cfg.size}) -> latent {tuple(z.shape)}",
              f"rounds: {', '.join(cfg.rounds)}"]
-    return Outline(networks, lambda: flows.predict(stream, z, t, torch.zeros(1, dim), told),
-                   slices=cfg.flow_steps * cfg.batch * 2 * len(cfg.rounds), lines=lines,
-                   before=before)
+    e = torch.zeros(1, dim)
+
+    def step():
+        partners = [flows.show(stream, stream, z, t)] if cfg.lcag else []
+        return flows.predict(stream, z, t, e, told, partners)
+    return Outline(networks, step, slices=2 * cfg.flow_steps * cfg.batch * len(cfg.rounds),
+                   lines=lines, before=before)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------
@@ -882,8 +890,7 @@ METHOD = script.Method(
     "MedM2G", Config, PRESETS, LIMITS, SAMPLING, STAGES, train=train, load=load_model,
     contrasts=lambda cfg: tuple(map(canonical_contrast, cfg.contrasts)) or None,
     patterns=rounds.patterns, outline=outline, beside=multimodal.autoencoder_alone,
-    disturb=disturb, gaps=True,
-    overall=multimodal.overall, texts=True,
+    disturb=disturb, overall=multimodal.overall, gaps=True, texts=True,
     figures={"joint": ("all images of a patient from a report", multimodal.draw_joint)})
 
 # From Python: medm2g.load("runs/medm2g-cxr") is a common.trained.Trained, with .fill.

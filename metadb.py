@@ -591,10 +591,9 @@ def train_bridge(cfg, run, ds, encoder):
     D = None
     if cfg.lambda_adv:
         D = PairDiscriminator(cfg.disc_base, cfg.N).to(device, memory_format=torch.channels_last)
-        optimiser_d = torch.optim.Adam(D.parameters(), lr=cfg.lr_d, betas=(0.5, 0.9),
-                                       fused=device.type == "cuda")
+        optimiser_d = torch.optim.Adam(D.parameters(), lr=cfg.lr_d, betas=(0.5, 0.9), fused=True)
         parts.update(discriminator=D, optimiser_d=optimiser_d)
-    optimiser = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.5, 0.9), fused=device.type == "cuda")
+    optimiser = torch.optim.Adam(learned, lr=cfg.lr, betas=(0.5, 0.9), fused=True)
     parts["optimiser"] = optimiser
     network = torch.compile(G) if run.args.compile else G                   # the same weights
     validate = validation(cfg, run, ds, prompts, bridge)

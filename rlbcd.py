@@ -549,7 +549,7 @@ def train_evaluator(cfg, run, latents):
     """Stage "evaluator": H_E learns x from the true y and r (Sec. 3.5); then it is frozen [D10]."""
     torch.manual_seed(seed_of(run.seed, "evaluator"))
     H_E = Evaluator(latents.shape[0]).to(run.device)
-    optimiser = torch.optim.Adam(H_E.parameters(), lr=1e-3)
+    optimiser = torch.optim.Adam(H_E.parameters(), lr=1e-3, fused=True)
     parts = {"H_E": H_E, "optimiser": optimiser}
     batch = min(64, latents.count)
     for step in run.steps("evaluator", cfg.evaluator_steps, parts, batch):    # continues; saves
@@ -571,8 +571,7 @@ def train_bridges(cfg, run, stage, latents, of_validation, H_E):
     networks = CoDiffusion(cfg, z, height).to(run.device, memory_format=torch.channels_last)
     ema = EMA(networks, cfg.ema)
     best = Best(networks)
-    optimiser = torch.optim.Adam(networks.parameters(), lr=cfg.lr,
-                                 fused=run.device.type == "cuda")
+    optimiser = torch.optim.Adam(networks.parameters(), lr=cfg.lr, fused=True)
     parts = {"networks": networks, "ema": ema, "best": best, "optimiser": optimiser}
     network = torch.compile(networks) if run.args.compile else networks     # the same weights
     mine = run.shard(cfg.batch)                                    # this process's share of a batch

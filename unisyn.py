@@ -574,7 +574,7 @@ def train_synthesis(cfg, run, ds, neuroclip):
     network = GFM(cfg, **run.about["text"])
     network.to(run.device, memory_format=torch.channels_last)
     best = Best(network)
-    optimiser = torch.optim.Adam(network.parameters(), lr=cfg.lr, fused=run.device.type == "cuda")
+    optimiser = torch.optim.Adam(network.parameters(), lr=cfg.lr, fused=True)
     parts = {"network": network, "best": best, "optimiser": optimiser}
     steps = math.ceil(cfg.epochs * 4 * len(pairs.rows) / cfg.batch)
     mine = run.shard(cfg.batch)                                    # this process's share of a batch

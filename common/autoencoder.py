@@ -186,10 +186,9 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
     if ae.bottleneck == "none":
         run.skip(STAGE)
         return load_autoencoder(run, make)
-    fused = device.type == "cuda"
     ema = EMA(ae, decay)
     best = Best(ae)
-    optimiser = torch.optim.Adam(ae.parameters(), lr=lr, betas=(0.5, 0.9), fused=fused)
+    optimiser = torch.optim.Adam(ae.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
     parts = {"ae": ae, "ema": ema, "best": best, "optimiser": optimiser}
     use = None
     codebooks = []
@@ -204,7 +203,7 @@ def train_autoencoder(run, picture, count, val, make, steps, batch, lr, disc_wei
         channels = ae.decoder.head[-1].out_channels
         D = PatchDiscriminator(channels, disc_base, disc_layers)
         D = D.to(device, memory_format=torch.channels_last)
-        optimiser_d = torch.optim.Adam(D.parameters(), lr=lr, betas=(0.5, 0.9), fused=fused)
+        optimiser_d = torch.optim.Adam(D.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
         parts.update(discriminator=D, optimiser_d=optimiser_d)
     warm_up = max(1, min(500, steps // 10))
     validate = validation(run, val)

@@ -235,7 +235,7 @@ def train_classifier(run, images, targets, rows, stage, epochs, batch, lr, width
     """
     torch.manual_seed(seed_of(run.seed, stage))
     model = ResNet18(images.shape[1], width).to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     positives = float(targets[rows].sum())
     weight = torch.tensor((len(rows) - positives) / positives, device=run.device)      # ()
     for (step,) in run.batches(stage, range(steps_of(epochs, len(rows), batch)), 1):

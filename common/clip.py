@@ -416,7 +416,8 @@ def train_clip(run, clip, images, captions, subjects, steps, batch, lr=1e-3, ins
         raise ValueError("the instance term draws two contrasts itself; with draw, use instance=0")
     clip.to(run.device)
     clip.subjects = sorted({str(name) for name in subjects})            # state() needs plain types
-    optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    optimiser = torch.optim.AdamW(parameter_groups(clip), lr=lr, betas=(0.9, 0.98), eps=1e-6,
+                                  fused=True)
     for step in run.steps(stage, steps, {"clip": clip, "optimiser": optimiser}, batch):
         texts = None
         if draw:

@@ -156,7 +156,7 @@ def train_segmenter(run, images, labels, classes, steps, batch, lr=1e-3, stage="
     places = class_places(labels, classes)                              # (n, H, W)
     torch.manual_seed(seed_of(run.seed, stage))
     model = Segmenter(classes).to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for step in run.steps(stage, steps, {"model": model, "optimiser": optimiser}, batch):
         rows = run.order(stage, len(images), batch, step)               # (B,)
         loss, facts = step_loss(run, model, images[:, None], places, rows, stage, step)
@@ -359,7 +359,7 @@ def cross_validate_segmenter(run, images, masks, subjects, epochs=50, batch=16, 
         torch.manual_seed(seed_of(run.seed, stage))
         model = Segmenter((0, 1), channels, base, mult)
         model = model.to(run.device, memory_format=torch.channels_last)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=lr)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
         for (step,) in run.batches(stage, range(steps_of(epochs, len(train), batch)), 1):
             rows = train[run.order(stage, len(train), batch, step)]     # (B,)
             loss, _ = step_loss(run, model, images, places, rows, stage, step)

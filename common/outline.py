@@ -289,12 +289,14 @@ def address(storage):
 class FusedAttention(TorchFunctionMode):
     """Counts attention as CPUs and GPUs compute it, without the large matrix of all pairs.
 
-    The meta device would make this matrix.
+    The meta device would make this matrix.  With a mask that is trained, the others make it, too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        mask = kwargs.get("attn_mask")
+        trained = mask is not None and mask.requires_grad
+        if func is F.scaled_dot_product_attention and not trained:
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             return fused(*args, **kwargs)[0]
         return func(*args, **kwargs)

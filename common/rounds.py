@@ -253,7 +253,8 @@ class Phases:
         self.optimisers = []
         for parts, peak in zip(opened, peaks):
             weights = [p for part in parts for p in weights_of(part)]
-            self.optimisers.append(torch.optim.AdamW(weights, lr=peak, weight_decay=decay))
+            self.optimisers.append(torch.optim.AdamW(weights, lr=peak, weight_decay=decay,
+                                                     fused=True))
 
     def __iter__(self):
         named = {f"optimiser {i}": each for i, each in enumerate(self.optimisers)}

@@ -260,7 +260,7 @@ def train_textvae(run, texts, val_texts, make, steps, batch, lr):
     torch.manual_seed(seed_of(run.seed, STAGE))
     vae = make().to(run.device)
     best = Best(vae)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.01, fused=True)
     parts = {"vae": vae, "best": best, "optimiser": optimiser}
     unseen = val_texts[:VALIDATION]
     for step in run.steps(STAGE, steps, parts, batch):
