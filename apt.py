@@ -54,8 +54,8 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
   [D6]  Curves: printed numbers are x (--curves scalar: y); decreasing ones spare the background.
   [D7]  The codebook is one table, from cosines within slices, with gains of whole contrasts.
-  [D8]  The paper does not say how: "zero" is mid-grey, "noise" is pure noise at step M.
-  [D9]  Stage 1 takes S + 1 evaluations.  N counts all of stage 2; N - 2 of them, at t_2, average.
+  [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
+  [D9]  Stage 1 takes S + 1 evaluations, at t_j = j M / S.  Of N in stage 2, all but two average.
   [D10] Small slices are padded (resizing would blur them); slices with little tissue are left out.
   [D11] Where the paper is silent: clamp, clipping, means as losses, EMA, weights kept, U-Net, tau.
 
@@ -120,7 +120,7 @@ class Config:
     lr: float = 1e-4                            # learning rate of the diffusion model (Adam)
     ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
-    schedule: Literal["cosine", "linear"] = "cosine"            # noise (linear: released scripts)
+    schedule: Literal["cosine", "linear"] = "cosine"    # noise (linear: the authors' released code)
     context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z scaled; one z per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z is fused; mean of features; 0
     # method, in sampling
@@ -152,7 +152,7 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
+# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -224,7 +224,7 @@ def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
     f: one pooled feature per contrast; the paper has feature maps [D1].  L is 1 (tokens: C).
-    Training uses z of all contrasts; sampling has the known ones only.  So does the release.
+    Training uses z of all contrasts; sampling has the known ones only.  The release does the same.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -280,7 +280,7 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give the identity.  We reverse y instead of x: the same curve, run from its end.
+# Equal x and y give a straight line.  We reverse y instead of x: the same curve, from its end.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
@@ -316,8 +316,8 @@ def warp(u, points):
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table, made from at most 2,000 training slices, as released; the contrasts of a slice
-    are compared by a cosine.  The paper: attention maps of all pairs of images, a gain each [D7].
+    It is one table, made from at most 2,000 training slices, as released: a cosine says how alike
+    two contrasts of a slice are.  The paper compares attention maps of any two images [D7].
     votes        (C, C, K) [target, source, curve]: in how many slices this pair was the most alike
     similarity   (C, C, K): the sum of the cosines over the slices
     level        (C,): the sum of the mean intensities of each contrast over the slices
@@ -411,8 +411,8 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
     start = y if prior is None else A * y + (1 - A) * prior                 # (B, C, H, W)
     x_t = q_sample(start, alpha_bar[grid[-1]], eps)                         # (B, C, H, W)  step M
     if prior is None:
-        # Table 3: the missing contrasts are pure noise.  This is our reading, because at M < 1000
-        # the network expects to find something of an image in them [D8].
+        # Table 3 says no more than "noise".  We take pure noise at step M, although at M < 1000 the
+        # network expects to find something of an image in the missing contrasts [D8].
         x_t = A * x_t + (1 - A) * eps                                       # (B, C, H, W)
     for j in reversed(range(len(grid))):                  # j = S, ..., 0; step 0 has a little noise
         x0 = guided_x0(eps_model, x_t, grid[j], alpha_bar, y, A, alpha)
@@ -501,25 +501,25 @@ class Model:
         Returns (B, C, H, W) in [0,1], and {"prior alone": (B, C, H, W)} if there is a prior.
         """
         cfg = self.cfg
-        _, noise = self.run.noise(keys, u)
+        _, noise = self.run.noise(keys, u)               # noise(): fresh N(0,1) like u
         generators = [self.run.generator("prior", *key) for key in keys]    # for --prior random
         A = known[:, :, None, None].float()                                 # (B, C, 1, 1)
         u = torch.where(A > 0, u, 0)                                        # (B, C, H, W)
         context = condition(cfg, self.mif, encode(self.encoder, u), known)  # (B, L, D)  once
         eps_model = self.eps_model(context, watch)
         extras = {}
-        start = None
+        prior = None
         if cfg.prior != "noise":
             codebook = self.codebooks[cfg.curves]
-            prior = prior_images(cfg, codebook, u, known, generators)       # (B, C, H, W)
-            extras["prior alone"] = prior
-            start = 2 * prior - 1                                           # (B, C, H, W)
+            guess = prior_images(cfg, codebook, u, known, generators)       # (B, C, H, W)
+            extras["prior alone"] = guess
+            prior = 2 * guess - 1                                           # (B, C, H, W)
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
         # The gradient of a norm is a vector of about the same length for every image size.  If an
         # image has fewer pixels, each of them moves further.  So alpha falls with the size [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
-        x0 = stage1(eps_model, y, A, start, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
+        x0 = stage1(eps_model, y, A, prior, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
             x0 = stage2(eps_model, x0, y, A, noise, self.alpha_bar, grid, alpha, cfg.N, cfg.w,
                         cfg.paste == "both")                                # (B, C, H, W)
@@ -534,8 +534,8 @@ def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].
-    instance_loss there, of weight 0.5, makes two contrasts of one slice find each other.  Captions
-    say little about anatomy (where a tumour is, if there are masks), and it would be forgotten.
+    One of them, of weight 0.5, makes two contrasts of one slice find each other.  Captions say
+    little about anatomy (where a tumour is, if there are masks); the encoder would forget it.
     """
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
@@ -598,7 +598,7 @@ def make_codebooks(cfg, run, ds, slices, encoder):
 
 
 def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
-    """Stage "diffusion", Eq. (2).  Averaged weights of lowest validation loss are kept [D11]."""
+    """Stage "diffusion", Eq. (2).  The averaged weights of lowest validation loss stay [D11]."""
     torch.manual_seed(seed_of(run.seed, "diffusion"))
     unet = make_unet(cfg, len(ds.contrasts), features.shape[2])
     unet = unet.to(run.device, memory_format=torch.channels_last)
@@ -629,7 +629,7 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
         loss = run.update(loss_of, optimiser, samples=len(x0))
         ema.update(unet, step)
         run.log(loss=loss)
-        if validate and (step + 1) % max(1, cfg.steps // 20) == 0:
+        if validate and (step + 1) % max(1, cfg.steps // 10) == 0:
             value = validate(ema.model)
             run.log(validation=value)
             best.offer(ema.model, value)

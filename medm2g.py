@@ -20,9 +20,9 @@ latent, K = 8 guide tokens)
   any y  --prompt encoder C, frozen--> (B,D) --LayerNorm, linear map--> C(y) (B,L,W)
   z_t of B, f_B (K,W) --context encoder V_B--> (B,N+K,W)
   z_t of A, t, C(y), V_B(...) --U-Net of A--> noise, like z_t
-Training has the stages "autoencoder", "text", "alignment" (Align, Extract), "diffusers" and "flow".
+Training: stages "autoencoder", "text", "alignment", "diffusers", "flow" (cross-guidance in rounds).
 
-EQUATIONS
+EQUATIONS (as used here)
   Eq. (1)    z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps                           [D1]
   Eq. (2)    L = || eps - eps_theta(z_t, t, C(y)) ||^2
   Eq. (3)    L_AB = -log( exp(u_i v_i / tau) / sum_j exp(u_i v_j / tau) ),  used as L_AB + L_BA
@@ -50,7 +50,7 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
   [D2]  Eq. (4): double sum as in Barlow Twins, over the d outputs of a projector.  L_VI + L_AB is
         minimised in the alignment, and nowhere else.
-  [D3]  Eq. (6) keeps C(y); the partner is clean in two thirds of the steps, and then one loss
+  [D3]  Eq. (6): C(y) is kept; the partner is clean in two thirds of the steps, and then one loss
         counts.  V itself is not aligned (--ctx-contrast: as in CoDi).
   [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net; the paper's depth
         4 (image) is read as levels, its depth 2 (text) as blocks.  Losses are means.  AdamW with
@@ -172,8 +172,8 @@ SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
               test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536), batch_text=(1, 65536),
-              align_batch=(2, 65536), rounds=(0, 0))                # (0, 0): at least one word
-# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
+              align_batch=(2, 65536), rounds=(0, 0))                # rounds: must not be empty
+# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
 STAGES = {
     "autoencoder": (),
     "text": TEXT_FIELDS,
@@ -394,7 +394,7 @@ class Context(nn.Module):
             self.stem = nn.Sequential(*layers)
             self.block = ResBlock(width // 2, width, width, cfg.groups)
         self.norm = nn.LayerNorm(width)
-        self.mix = Block(width, cfg.heads, 1)
+        self.mix = Block(width, cfg.heads, depth=1)                         # a transformer block
 
     def forward(self, z, t, guides, stream):
         """z: latent of B.  t: (B,).  guides: (K, W), or None.  Returns (B, N + K, W)."""
@@ -478,7 +478,7 @@ def info_nce(u, v, scale, groups):
 
     Reports of healthy patients are often equal.  Equal ones are all right answers [D5].
     """
-    return 2 * contrastive_loss(scale * cosines(u, v), groups)
+    return 2 * contrastive_loss(scale * cosines(u, v), groups)              # of the mean of both
 
 
 def roughly(e, noise):
@@ -615,7 +615,7 @@ class Model:
         return {stream: self.decode(stream, z) for stream, z in ends.items()}
 
     def noise_of(self, stream, z_t, t, e, told, partners):
-        """The guided noise of a stream.  Its second half has neither prompt nor partners."""
+        """The guided noise of a stream.  In the batch, the second half is told nothing."""
         with self.run.autocast():
             if self.cfg.w == 1:
                 return self.flows.predict(stream, z_t, t, e, told, partners).float()
@@ -817,7 +817,7 @@ def cross_loss(cfg, run, samples, encoders, flows, pair, rows, step, alpha_bar):
         noisy = schedules.q_sample(z, rounds.at(alpha_bar, t, z), noise[stream])    # (B, ...)
         states[stream] = noisy if made else z
     # A tenth of the samples has neither prompt nor partner; the guidance needs such a model.  If
-    # both are noisy, half of the samples have no prompt, as streams that are made from nothing.
+    # both are noisy, half of the samples have no prompt, like streams that are made from nothing.
     keep = draw("uniform") >= 0.1                                           # (B,)
     told = keep & (draw("uniform") >= (0.5 if mode == "joint" else 0))      # (B,)
     total = 0.0
@@ -846,7 +846,7 @@ def load_model(cfg, run, subjects):
     encoders = run.trained(build_encoders(cfg, run, streams, None), "diffusers", "encoders")
     flows = Flows(cfg, streams, encoders.dim, run.about["shapes"])
     run.trained(flows.diffusers, "diffusers", "diffusers")
-    if cfg.lcag and run.stages.get("flow", {}).get("step"):     # else it is still in training
+    if cfg.lcag and run.stages.get("flow", {}).get("step"):     # else they are still as if absent
         run.trained(flows.every_crossing(), "flow", "crossing")
     flows.to(run.device).requires_grad_(False).eval()
     reports = {subject.name: clean_report(subject.report, mimic=True) for subject in subjects

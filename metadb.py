@@ -19,7 +19,7 @@ PROMPT, and the same with its contrast masked (data/prompts.py):
   Age: 35; Gender: F; Scanner: GE; Description: T2-weighted MRI of the brain, TR 4000 ms, TE 99 ms
   Age: 35; Gender: F; Scanner: GE; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
 
-PIPELINE (B slices, H x W pixels, D width of an embedding)
+PIPELINE (B slices, H x W pixels, D width of an embedding, L words of width K for --conditioning)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)
   x_t, y, x_r (B,1,H,W each), t, E_src, E_tgt --generator, R times--> x0_hat (B,1,H,W)
   in training: x0_hat, E_mask --SR-Net--> E_rec (B,D);  x_{t-1}, x_t --discriminator--> logits
@@ -30,10 +30,10 @@ EQUATIONS
   Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t
   Eq. (2)  x0_hat = G(x_t, t, y, E_text)                       ours: and x_r [D6]
   Eq. (3)  F <- (F - beta_src) / alpha_src * alpha_tgt + beta_tgt
-  Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat))
+  Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat))      ours: of grids of cells [D4]
   Eq. (5)  E_rec = R_M(E_mask, F_p)
   Eq. (6)  L_rec = | x0_hat - x0 |
-  Eq. (7)  L_sem = 1 - cos(E_tgt, E_rec)
+  Eq. (7)  L_sem = 1 - cos(E_tgt, E_rec)                       printed: the cosine [D4]
   Eq. (8)  L_adv = -log D(x_t, x_{t-1})
   Eq. (9)  L = L_rec + lambda_1 L_adv + lambda_2 L_sem
 
@@ -55,14 +55,14 @@ COMMANDS
   python metadb.py --data NEW --synthesize --out runs/metadb-FOLDER     new patients, as NIfTI
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
-  [D1]  A small CLIP of ours, LayerNorm at its end, replaces BiomedCLIP, which needs more packages.
-  [D2]  Betas are SelfRDB's: the paper's linear ones, up to 3.0, would bury the image in noise.
+  [D1]  A small CLIP of ours replaces BiomedCLIP, which needs more packages; embeddings are normed.
+  [D2]  The bridge's noise is SelfRDB's (Arslan et al., 2024); the paper's would bury the image.
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
-  [D4]  L_sem is 1 - cosine; Eq. (4) pools to several squares; SR-Net may ignore the image.
+  [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; SR-Net may ignore the image.
   [D5]  Losses are means over images in [-1,1]; D's real pairs come from the same x_t; R1 penalty.
-  [D6]  The recursion is read as an input x_r, in training too; rates fall; best weights are kept.
-  [D7]  Slices are padded; CT has one window; all that show enough are used (paper: 100 a subject).
-  [D8]  Some rivals of Table 2 (without text) and that of Table 4 are switches: --reproduce list.
+  [D6]  R passes are read as an estimate that is fed back, x_r; rates fall; the best weights stay.
+  [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) serve.
+  [D8]  Some rivals of Table 2 (without text) and that of Table 4 can be trained: --reproduce list.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
@@ -117,7 +117,7 @@ class Config:
     base: int = 64                              # U-Net channels at full resolution
     mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # channel multipliers, one per resolution
     blocks: int = 2                             # residual blocks per resolution
-    attention: tuple[int, ...] = (16,)          # map sizes with self-attention (the middle has it)
+    attention: tuple[int, ...] = (16,)          # map sizes with self-attention (middle: always)
     head_dim: int = 64                          # width of an attention head
     groups: int = 16                            # groups of every GroupNorm
     disc_base: int = 64                         # discriminator channels at full resolution
@@ -140,11 +140,11 @@ class Config:
     text_file: str = ""                         # .npz with your own embeddings of the prompts [D1]
     lambda_adv: float = 0.1                     # lambda_1 of Eq. (9); 0: no discriminator
     lambda_sem: float = 0.01                    # lambda_2 of Eq. (9); 0: no SR-Net (Table 3)
-    pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to 1x1, 2x2, ... squares [D4]
+    pool: tuple[int, ...] = (1, 2, 4, 8)        # Eq. (4) pools to grids of 1x1, 2x2, ... [D4]
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
     only: tuple[str, ...] = ()                  # the one direction to make: source,target
-    eta: float = 1.0                            # new noise: 1 Markov chain, 0 none but at step N
+    eta: float = 1.0                            # fresh noise: 1 as a Markov chain, 0 none (Bridge)
     noise: float = 0.0                          # sigma of noise on test slices, of 255 (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
@@ -174,7 +174,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# A field acts on its stage and on later ones; if neither here nor in SAMPLING, on all stages.
+# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -372,7 +372,7 @@ class Bridge:
     With eta = 1, c_t is that of a Markov chain.  Its step from t - 1 to t is
         x_t = (a_t / a_{t-1}) x_{t-1} + a multiple of y + noise,
     and Bayes' rule gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
-    With eta = 0, v_t is 0.  One exception: if delta_N = 0, step N adds noise, as x_N has none.
+    Else v_t is eta^2 times as large.  One exception: if delta_N = 0, all noise of step N is new.
     """
 
     def __init__(self, name, N, eta=1.0):
@@ -414,7 +414,7 @@ def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
     hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
-    soft is SelfRDB's q(x_t): delta is about sqrt(s2), and x_N is y with noise of 1.08 [D2].
+    soft is SelfRDB's q(x_t): delta is about sqrt(s2), as s2 + sbar2 is total + beta_t [D2].
     Both use the betas of SelfRDB, see mirrored_betas.  s2_t is the sum of the betas up to t, and
     sbar2_t the sum from t on; both contain beta_t.  The betas are scaled so that their total is
     that of N = 10.  The amount of noise then does not depend on N.
@@ -554,7 +554,7 @@ def train(cfg, run, ds):
     encoder = None
     if cfg.text_file:
         run.skip("encoder")
-    else:
+    else:               # instance=0: the contrasts of one slice need not find each other
         encoder = train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
                                 cfg.encoder_batch, cfg.encoder_lr, instance=0, field_dropout=0.15)
     train_bridge(cfg, run, ds, encoder)
