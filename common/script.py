@@ -169,7 +169,8 @@ def load(method, folder, device="auto", precision="auto", **sampling):
                        f"you can change {', '.join(method.sampling)}")
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"{folder} does not exist; name the folder of a run (its --out)")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise RunError(f"{folder} {problem}; name the folder of a run, such as runs/apt-brats")
     if not any((folder / name).exists() for name in ("last.pt", "last_prev.pt")):
         raise RunError(f"{folder} holds no trained model; train one with --train --out {folder}")
     args = argparse.Namespace(out=folder, seed=None, device=device, precision=precision,

@@ -98,13 +98,13 @@ class Trained:
         C = len(self.contrasts)
         if isinstance(known, (set, frozenset, dict)) or known is None:
             known = list(known or ())
-        words = not torch.is_tensor(known) and np.asarray(known).dtype.kind in "US"
+        words = not torch.is_tensor(known) and np.asarray(known).dtype.kind in "USO"
         if words or np.size(known) == 0:
             names = [canonical_contrast(str(name)) for name in np.atleast_1d(np.asarray(known))]
             unknown = [name for name in names if name not in self.contrasts]
             if unknown:
-                raise ValueError(f"fill: known names {', '.join(unknown)}; "
-                                 f"this model knows {', '.join(self.contrasts)}")
+                raise ValueError(f"fill: known holds {', '.join(map(repr, unknown))}; choose among "
+                                 f"{', '.join(self.contrasts)}")
             known = [contrast in names for contrast in self.contrasts]
         known = torch.as_tensor(known)
         if known.dtype != torch.bool or tuple(known.shape) not in ((C,), (B, C)):

@@ -82,9 +82,15 @@ class SubjectSlices:
         are arbitrary, and where there was no scan nobody knows them.
         window: The Scale that slices of CT or PET have, if it is not the usual one; see
             Dataset.windows.
-        DataError if the file exists and `overwrite` is False, or if it cannot be written.
+        DataError if there is no such contrast, if the slices are not those of one contrast, if the
+        file exists and `overwrite` is False, or if it cannot be written.
         """
         path = Path(path)
+        slices = np.asarray(slices)
+        if contrast:
+            contrast, = canonical_contrasts([contrast], CONTRASTS, CONTRASTS, "write")
+        if slices.ndim != 3:
+            raise DataError(f"write: slices are {slices.shape}; give one contrast, filled[:, 0]")
         if is_picture(path):
             for number, plane in enumerate(slices, 1):
                 name = path.name if number == 1 else f"{path.stem}_{number}{path.suffix}"
@@ -242,6 +248,8 @@ def load_scans(files, contrasts, size, picture=None):
     `contrasts`, if there is no file, or if a file cannot be used.
     """
     channels = canonical_contrasts(contrasts, (TEXT, *CONTRASTS), CONTRASTS, "load_scans")
+    if not isinstance(files, dict):
+        raise DataError("load_scans: files must be a dict, such as {'t1': 't1.nii.gz'}")
     paths = {}
     named = canonical_contrasts(files, CONTRASTS, CONTRASTS, "load_scans")
     for contrast, path in zip(named, files.values()):

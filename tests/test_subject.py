@@ -159,6 +159,14 @@ def test_scans_from_any_files(tmp_path):
     np.testing.assert_allclose(written.get_fdata(), expected, atol=1e-6)
     np.testing.assert_array_equal(written.affine, AFFINE)
     assert written.header["descrip"].item().decode() == "synthetic flair, me, normalised"
+    slices.write(tmp_path / "ct.nii", made, "synthetic", contrast="CT")      # another word for ct, which is written in HU
+    assert nib.load(tmp_path / "ct.nii").get_fdata().min() < -900
+    for wrong, contrast, sentence in ((made, "flairr", "no contrast flairr"), (slices.images, "flair", r"slices are \(9, 3, 24, 24\); give one contrast")):
+        with pytest.raises(DataError, match=sentence):
+            slices.write(tmp_path / "wrong.nii", wrong, "synthetic", contrast=contrast)
+    with pytest.raises(DataError, match="files must be a dict, such as"):
+        data.load_scans("t1.nii", ("t1", "t2"), 24)
+    assert not (tmp_path / "wrong.nii").exists()
 
 
 @pytest.mark.parametrize(("files", "contrasts", "sentence"), [
