@@ -47,15 +47,15 @@ COMMANDS
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
-  [D1]  A small CLIP of ours, with pooled features: BiomedCLIP's maps would need more packages.
-  [D2]  Eq. (1) is used in both directions, as in CLIP; z has length 1, which its tau assumes.
+  [D1]  A small CLIP of ours replaces BiomedCLIP, which needs more packages; features are pooled.
+  [D2]  Eq. (1) is used in both directions; z has length 1 and tau starts at 0.07, as in CLIP.
   [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no step if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  Curves: printed numbers are x (--curves scalar: y); decreasing ones spare the background.
+  [D6]  Curves: one number per point is printed, we take it as abscissa; the background is spared.
   [D7]  The codebook is one table, from cosines within slices, with gains of whole contrasts.
   [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
-  [D9]  Stage 1 takes S + 1 evaluations, at t_j = j M / S.  Of N in stage 2, all but two average.
+  [D9]  Stage 1: S + 1 evaluations, to t = 0.  N counts all of stage 2; all but two average, at t_2.
   [D10] Small slices are padded (resizing would blur them); slices with little tissue are left out.
   [D11] Where the paper is silent: clamp, clipping, means as losses, EMA, weights kept, U-Net, tau.
 
@@ -211,7 +211,7 @@ def make_unet(cfg, C, dim):
     """Sec. 3.2: C noisy contrasts in, C noise estimates out; attention to the context (B, L, dim).
 
     A transformer follows each block whose map has one of the sizes, and one stands in the middle.
-    With L = 1 its softmax is 1: z adds the same vector everywhere in a map, as a bias would.
+    With L = 1 the softmax over z is 1: it adds the same vector everywhere, as a bias would.
     """
     def transformer(site):
         return SpatialTransformer(site.channels, cfg.head_dim, dim, cfg.groups)

@@ -5,9 +5,9 @@ https://doi.org/10.1145/3805622.3810728
 Part of a collection of reference implementations; MIT licence, see LICENSE.
 
 THE IDEA.  A diffusion bridge does not start from noise.  Its states walk from the source image y
-(step N) to the target x0 (step 0).  A generator sees the state and y, and predicts x0.  The next
-state is drawn from the exact Gaussian posterior.  What the two images are (patient, scanner,
-contrast, echo times) is written as two prompts.  The prompts enter twice:
+(step N) to the target x0 (step 0).  A generator sees the state, y and its own last estimate, and
+predicts x0, R times in a step.  The next state is drawn from the Gaussian posterior.  What the two
+images are (patient, scanner, contrast, echo times) is written as two prompts.  They enter twice:
   1. TA-Norm: in the blocks of the U-Net, the source's look is taken away from the feature maps and
      the target's look is given to them.  Gains and shifts come from the embeddings of the prompts.
   2. SR-Net: a small network gets the prediction, pooled to 170 numbers, and the target's prompt
@@ -19,7 +19,7 @@ PROMPT, and the same with its contrast masked (data/prompts.py):
   Age: 35; Gender: F; Scanner: GE; Description: T2-weighted MRI of the brain, TR 4000 ms, TE 99 ms
   Age: 35; Gender: F; Scanner: GE; Description: [MASK] of the brain, TR [MASK] ms, TE [MASK] ms
 
-PIPELINE (B slices, H x W pixels, D width of an embedding, L words of width K for --conditioning)
+PIPELINE (B slices, H x W pixels, D width of an embedding, L words of width K for xattn)
   prompts --text encoder, frozen--> E_src, E_tgt, E_mask (B,D)
   x_t, y, x_r (B,1,H,W each), t, E_src, E_tgt --generator, R times--> x0_hat (B,1,H,W)
   in training: x0_hat, E_mask --SR-Net--> E_rec (B,D);  x_{t-1}, x_t --discriminator--> logits
@@ -55,12 +55,12 @@ COMMANDS
   python metadb.py --data NEW --synthesize --out runs/metadb-FOLDER     new patients, as NIfTI
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
-  [D1]  A small CLIP of ours replaces BiomedCLIP, which needs more packages; embeddings are normed.
-  [D2]  The bridge's noise is SelfRDB's (Arslan et al., 2024); the paper's would bury the image.
+  [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
+  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the paper's would bury the image.
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; SR-Net may ignore the image.
   [D5]  Losses are means over images in [-1,1]; D's real pairs come from the same x_t; R1 penalty.
-  [D6]  R passes are read as an estimate that is fed back, x_r; rates fall; the best weights stay.
+  [D6]  R passes (an estimate is fed back) also in training; rates fall; the best weights stay.
   [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) serve.
   [D8]  Some rivals of Table 2 (without text) and that of Table 4 can be trained: --reproduce list.
 
@@ -372,7 +372,7 @@ class Bridge:
     With eta = 1, c_t is that of a Markov chain.  Its step from t - 1 to t is
         x_t = (a_t / a_{t-1}) x_{t-1} + a multiple of y + noise,
     and Bayes' rule gives c_t = (a_t / a_{t-1}) (delta_{t-1} / delta_t)^2.
-    Else v_t is eta^2 times as large.  One exception: if delta_N = 0, all noise of step N is new.
+    With eta < 1, v_t is eta^2 times as large.  But if delta_N = 0, all noise of step N is new.
     """
 
     def __init__(self, name, N, eta=1.0):
@@ -448,7 +448,7 @@ def mirrored_betas(N):
 
 
 def semantic_loss(e_tgt, e_rec):
-    """Eq. (7).  (B, D) each.  The paper minimises a cosine; we minimise 1 - cosine [D4]."""
+    """Eq. (7).  (B, D) each.  The formula has the cosine; the text maximises it [D4]."""
     return (1 - F.cosine_similarity(e_tgt, e_rec, dim=1)).mean()
 
 
@@ -554,7 +554,7 @@ def train(cfg, run, ds):
     encoder = None
     if cfg.text_file:
         run.skip("encoder")
-    else:               # instance=0: the contrasts of one slice need not find each other
+    else:               # instance=0: no loss that pulls the contrasts of one slice together
         encoder = train_encoder(run, ds, texts, cfg.encoder, cfg.size, cfg.encoder_steps,
                                 cfg.encoder_batch, cfg.encoder_lr, instance=0, field_dropout=0.15)
     train_bridge(cfg, run, ds, encoder)
@@ -732,7 +732,8 @@ def outline(cfg, ds):
     lines = [f"x_t, y, x0_hat {tuple(image.shape)}, t (1,), E_src, E_tgt (1, {dim})"]
     lines += [f"prompt: {prompt(c, ds.subjects[0].meta, cfg.fields)}" for c in ds.contrasts]
     return Outline(networks, lambda: G(image, torch.ones(1), image, text),
-                   cfg.epochs * len(ds.part("train")), lines, encoder_at_work(cfg))
+                   cfg.epochs * len(ds.part("train")), lines,
+                   {} if cfg.text_file else encoder_at_work(cfg))
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -393,7 +393,18 @@ def synthesize(method, cfg, run, model, subjects, asked, files=None):
     pixels = run.about.get("picture")
     pixels = pixels and data.Picture(*map(tuple, pixels))
     tags = getattr(model, "tags", {})
-    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels, tags, files)
+
+    def makes(sources):
+        """What can be made of these. A method with directions makes only their ends."""
+        if not method.choice:
+            return contrasts
+        ends = []
+        for known, made in method.patterns(cfg, contrasts):
+            if set(known) <= set(sources):
+                ends += made
+        return ends
+    todo = data.to_synthesize(mine, contrasts, asked, cfg.size, home, run.say, pixels, tags, files,
+                              makes)
     for subject, sources, absent, volume, paths in todo:
         known = torch.tensor([c in sources for c in contrasts], device=run.device)      # (C,)
         out = volume.images.copy()                                          # (Z, C, H, W)

@@ -22,6 +22,7 @@ from data.dataset import (
 from data.files import DataError
 from data.intensities import Scale, denormalise, normalise
 from data.layouts import TEXT, Layout, Subject, canonical_contrast, find_layout
+from data.outputs import to_synthesize
 from data.picture_files import StoredPicture, fit_picture, read_picture, write_picture
 from data.placing import Picture, picture_of
 from data.prompts import (
@@ -40,7 +41,6 @@ from data.subject import (
     kept_slices,
     load_scans,
     load_subject,
-    to_synthesize,
 )
 from data.volumes import Volume, read_volume, write_volume
 

@@ -378,7 +378,7 @@ class Author:
         return {"text": [f"{subject} slice {z} of {level} – clear ."]}
 
 
-def synthesised(tmp_path, subjects, asked=()):
+def synthesised(tmp_path, subjects, asked=(), directions=None):
     """Call synthesize -> (model, lines said, {name of a file: path})."""
     model = Author()
     lines = []
@@ -387,7 +387,8 @@ def synthesised(tmp_path, subjects, asked=()):
         batches=lambda name, todo, size: [todo[i:i + size] for i in range(0, len(todo), size)],
         fetch=lambda images, rows: torch.from_numpy(np.ascontiguousarray(images[rows])))
     cfg = SimpleNamespace(size=20, sample_batch=4)
-    evaluation.synthesize(SimpleNamespace(name="M"), cfg, run, model, subjects, asked)
+    method = SimpleNamespace(name="M", choice="--only source,target" if directions else "", patterns=lambda cfg, contrasts: directions)
+    evaluation.synthesize(method, cfg, run, model, subjects, asked)
     return model, lines, {path.name: path for path in (tmp_path / "synthetic").rglob("*") if path.is_file()}
 
 
@@ -412,6 +413,14 @@ def test_images_of_a_subject_with_a_report_only(tmp_path, monkeypatch):
     assert lines[-1] == f"a: wrote xray, ct from text to {tmp_path / 'synthetic' / 'a'}"
     (rows, titles, labels), = drawn                                         # the report is no column, and its one slice one row
     assert len(rows) == 1 and titles == ["xray (synthetic)", "ct (synthetic)"] and labels == ["slice 0"]
+
+
+def test_a_method_with_directions_writes_only_their_ends(tmp_path):
+    """A contrast that the chosen direction does not make would be written as an empty image."""
+    subjects = [Subject("a", "a", {"xray": grey(tmp_path / "a.png", 51)}), Subject("b", "b", {"text": tmp_path / "reports.csv"}, report="clear")]
+    model, lines, files = synthesised(tmp_path, subjects, directions=[(("xray",), ("ct",))])
+    assert set(files) == {"a_ct_synthetic.png", "panel.png"} and [keys for _, keys in model.filled] == [[("a", 0)]]
+    assert "b: nothing can be made from text" in lines
 
 
 def test_a_report_of_xrays(tmp_path):
