@@ -10,7 +10,7 @@ Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
   2. Stage 1 of sampling starts from a noisy guess (the prior): another contrast, changed by an
-     intensity curve.  A codebook, made once from the training data, says which ones fit best.
+     intensity curve.  A codebook, made once in training, says which contrast and curve fit best.
   3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
      new result is averaged with the one before.  The last two are not averaged.
 
@@ -52,7 +52,7 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no step if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  Curves: one number per point is printed, we take it as abscissa; the background is spared.
+  [D6]  Curves: the number printed for a point is its abscissa; falling curves spare background.
   [D7]  The codebook is one table, from cosines within slices, with gains of whole contrasts.
   [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
   [D9]  Stage 1: S + 1 evaluations, to t = 0.  N counts all of stage 2; all but two average, at t_2.
@@ -152,7 +152,7 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
+# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),

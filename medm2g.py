@@ -173,7 +173,7 @@ PRESETS = load_presets("medm2g")                            # sizes for phantoms
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
               test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536), batch_text=(1, 65536),
               align_batch=(2, 65536), rounds=(0, 0))                # rounds: must not be empty
-# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
+# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
 STAGES = {
     "autoencoder": (),
     "text": TEXT_FIELDS,

@@ -174,7 +174,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
+# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -448,7 +448,7 @@ def mirrored_betas(N):
 
 
 def semantic_loss(e_tgt, e_rec):
-    """Eq. (7).  (B, D) each.  The formula has the cosine; the text maximises it [D4]."""
+    """Eq. (7).  (B, D) each.  The cosine is printed, and the text maximises it [D4]."""
     return (1 - F.cosine_similarity(e_tgt, e_rec, dim=1)).mean()
 
 

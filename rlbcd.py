@@ -165,7 +165,7 @@ SAMPLING = ("S", "samples", "select", "value", "sample_batch", "test_slices")
 PRESETS = load_presets("rlbcd")                              # sizes for phantoms: data/presets.json
 LIMITS = dict(S=(1, T), samples=(1, 100), lcs=(0, 1e3), disc_weight=(0, 1e3), ema=(0, 0.99999),
               ae_mult=(1, 16), test_subjects=(0.01, 10 ** 9))
-# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
+# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
 STAGES = {
     "autoencoder": (),
     "evaluator": ("evaluator_steps",),

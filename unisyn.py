@@ -146,7 +146,7 @@ class Config:
 SAMPLING = ("only", "target", "sweep", "overlap", "full_slice", "sample_batch", "test_slices")
 PRESETS = load_presets("unisyn")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(lambda_f=(0, 1e3), overlap=(0, 0.95), slices=(1, 64), test_subjects=(0.01, 10 ** 6))
-# A field acts on its stage and on later ones.  Fields named nowhere act on the first one, too.
+# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
 STAGES = {
     "encoder": (),
     "synthesis": ("width", "blocks", "features", "decoder", "epochs", "batch", "lr", "decay",

@@ -41,7 +41,8 @@ def to_synthesize(subjects, contrasts, asked, size, folder, say, picture=None, t
         if not absent or not sources:
             continue
         if makes:
-            absent = [c for c in absent if c in makes(sources)]
+            possible = makes(sources)
+            absent = [c for c in absent if c in possible]
         if not absent:
             say(f"{subject.name}: nothing can be made from {', '.join(sources)}")
             continue

@@ -102,12 +102,12 @@ def prompt(contrast, meta, fields=PROMPT_FIELDS, masked=()):
               "gender": meta.get("sex"),
               "scanner": scanner,
               "description": _describe_scan(contrast, meta, hidden)}
+    scanner_tells = any(key.startswith("scanner_") for key in meta)     # the contrast, by its name
     parts = []
     for name, value in values.items():
         if name not in fields:
             continue
-        telling = name == "scanner" and any(key.startswith("scanner_") for key in meta)
-        if name in masked or (hidden and telling):
+        if name in masked or (hidden and name == "scanner" and scanner_tells):
             value = "[MASK]"
         parts.append(f"{name.capitalize()}: {value}")
     return "; ".join(parts)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -514,3 +515,14 @@ for folder in folders:
     parts = re.split(r"listed by \w+\.py", done.stdout)
     assert done.returncode == 0 and len(parts) == 6, done.stderr
     assert all("table2" in part for part in parts[:5]), done.stdout
+
+
+@pytest.mark.parametrize("rank, made", [(0, [1]), (1, [])], ids=["first", "other"])
+def test_a_figure_is_made_by_one_process_alone(monkeypatch, rank, made):
+    """A figure that trains would otherwise wait for processes that do not take part."""
+    monkeypatch.setattr(script, "other_cohort", lambda run, ds, split: (ds, None))
+    monkeypatch.setattr(script, "say_how_far", lambda method, run: None)
+    run = SimpleNamespace(args=SimpleNamespace(external=None, split=None, reproduce="fig"), out="out", rank=rank, world=3, works_on=lambda ds: None)
+    worlds = []
+    script.score(SimpleNamespace(load=lambda *what: "model"), None, run, SimpleNamespace(subjects=[]), lambda cfg, run, ds, model: worlds.append(run.world))
+    assert worlds == made and run.world == 3
