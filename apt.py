@@ -15,10 +15,10 @@ Three things make that work well:
      new result is averaged with the one before.  The last two are not averaged.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
-  x (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
+  u (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
   training slices --encoder--> likeness of contrast c and curve(contrast c') --> codebook (C,C,K)
   x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)
-  y --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N more (stage 2) --> x0
+  u, known --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N (stage 2)
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
@@ -46,14 +46,14 @@ COMMANDS
   python apt.py --data FOLDER --train --evaluate           your own scans, the paper's sizes
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
-DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
+DEPARTURES FROM THE PAPER, with the reason here or in the code ("the release": the authors' code)
   [D1]  A small CLIP of ours replaces BiomedCLIP, which needs more packages; features are pooled.
-  [D2]  Eq. (1) is used in both directions; z has length 1 and tau starts at 0.07, as in CLIP.
+  [D2]  Eq. (1) is used in both directions, as in CLIP; z has length 1; tau starts at 0.07.
   [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no step if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
-  [D6]  Curves: the number printed for a point is its abscissa; falling curves spare background.
-  [D7]  The codebook is one table, from cosines within slices, with gains of whole contrasts.
+  [D6]  The paper prints one number per control point.  We take it as x.  Background stays dark.
+  [D7]  One codebook; contrasts are compared within a slice; a gain is a ratio of mean intensities.
   [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
   [D9]  Stage 1: S + 1 evaluations, to t = 0.  N counts all of stage 2; all but two average, at t_2.
   [D10] Small slices are padded (resizing would blur them); slices with little tissue are left out.
@@ -92,8 +92,8 @@ T = 1000                                                    # diffusion steps in
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the paper's for BraTS (Sec. 4.1), where it states them.  Its ADNI: --M 200
-    --alpha 50 --steps 350000 --test-subjects 30 --test-slices 5.  Phantoms take PRESETS["demo"]."""
+    """Defaults are the paper's for BraTS (Sec. 4.1), where it states them.  The paper's ADNI:
+    --M 200 --alpha 50 --steps 350000 --test-subjects 30 --test-slices 5.  Phantoms: PRESETS."""
     # data
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
@@ -120,7 +120,7 @@ class Config:
     lr: float = 1e-4                            # learning rate of the diffusion model (Adam)
     ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
-    schedule: Literal["cosine", "linear"] = "cosine"    # noise (linear: the authors' released code)
+    schedule: Literal["cosine", "linear"] = "cosine"    # noise (linear: the release)
     context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z scaled; one z per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z is fused; mean of features; 0
     # method, in sampling
@@ -140,19 +140,19 @@ class Config:
         maps = check_sizes(self.size, self.base, self.mult, self.groups, self.head_dim)
         if not set(maps) & set(self.attention):
             raise ValueError(f"--attention {self.attention}: no map has that size, only {maps}")
-        if self.context == "tokens" and self.mif != "trained":
-            raise ValueError("--context tokens needs --mif trained, which makes the tokens")
+        if self.context != "pooled" and self.mif != "trained":
+            raise ValueError(f"--context {self.context} needs --mif trained")
         if self.M < self.S:
             raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
 
-# Fields that may change without training again.  All others need training in another --out.
+# Fields that may change without training again.  (--steps may be raised, too, to train longer.)
 SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste",
             "sample_batch", "test_slices")
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
+# --reproduce trains a row from the first stage that lists a changed field, or wholly if none does.
 STAGES = {
     "encoder": (),
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -210,12 +210,12 @@ class MutualInformationFusion(nn.Module):
 def make_unet(cfg, C, dim):
     """Sec. 3.2: C noisy contrasts in, C noise estimates out; attention to the context (B, L, dim).
 
-    A transformer follows each block whose map has one of the sizes, and one stands in the middle.
+    A transformer stands in the middle, and after each block whose map size is in cfg.attention.
     With L = 1 the softmax over z is 1: it adds the same vector everywhere, as a bias would.
     """
     def transformer(site):
         return SpatialTransformer(site.channels, cfg.head_dim, dim, cfg.groups)
-    plug = attention_at(cfg.attention, transformer)
+    plug = attention_at(cfg.attention, transformer)         # what to put at a place (site), or None
     return UNet(C, C, cfg.base, cfg.mult, cfg.blocks, cfg.size, cfg.groups, plug)
 
 
@@ -224,7 +224,7 @@ def condition(cfg, mif, f, known):
     """The context that the U-Net attends to.  f: (B, C, D); known: (B, C) bool.  Returns (B, L, D).
 
     f: one pooled feature per contrast; the paper has feature maps [D1].  L is 1 (tokens: C).
-    Training uses z of all contrasts; sampling has the known ones only.  The release does the same.
+    Training uses z of all contrasts; sampling has the known ones only.  So does the release.
     """
     mask = known.unsqueeze(2)                                               # (B, C, 1)
     if cfg.mif == "zero":
@@ -280,7 +280,7 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give a straight line.  We reverse y instead of x: the same curve, from its end.
+# Equal x and y give a straight line.  To reverse a curve we reverse y and leave x, which must rise.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
@@ -289,7 +289,7 @@ CURVES = {
                (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # both, bright to dark
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
-FOREGROUND = 0.04                               # of the intensity range, as in the authors' release
+FOREGROUND = 0.04                               # of the intensity range, as in the release
 
 
 @functools.cache
@@ -316,8 +316,8 @@ def warp(u, points):
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    It is one table, made from at most 2,000 training slices, as released: a cosine says how alike
-    two contrasts of a slice are.  The paper compares attention maps of any two images [D7].
+    The paper compares attention maps of any two images.  As in the release, we compare features of
+    two contrasts of the same slice, by their cosine, in at most 2,000 training slices [D7].
     votes        (C, C, K) [target, source, curve]: in how many slices this pair was the most alike
     similarity   (C, C, K): the sum of the cosines over the slices
     level        (C,): the sum of the mean intensities of each contrast over the slices
@@ -420,7 +420,7 @@ def stage1(eps_model, y, A, prior, noise, alpha_bar, grid, alpha):
         # That undoes what guidance did to them.  What it did to the missing ones remains.
         x0 = A * y + (1 - A) * x0                                           # (B, C, H, W)
         if j > 0:
-            x_t = q_sample(x0, alpha_bar[grid[j - 1]], noise())      # fresh noise, as released [D5]
+            x_t = q_sample(x0, alpha_bar[grid[j - 1]], noise())      # as in the release [D5]
     return x0
 
 
@@ -429,7 +429,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
-    at step 40 ("a step close to zero"), one at 20 and one at 0.  As released, all are guided [D4].
+    at step 40 ("a step close to zero"), one at 20, one at 0.  As in the release all are guided [D4].
     """
     for _ in range(N - 2):
         x_t = q_sample(x0, alpha_bar[grid[2]], noise())                     # (B, C, H, W)
@@ -517,7 +517,7 @@ class Model:
         y = 2 * u - 1                                                       # (B, C, H, W)
         grid = time_grid(cfg.M, cfg.S)
         # The gradient of a norm is a vector of about the same length for every image size.  If an
-        # image has fewer pixels, each of them moves further.  So alpha falls with the size [D3].
+        # image has fewer pixels, each of them moves further.  So alpha shrinks with the image [D3].
         alpha = cfg.alpha * u.shape[-1] / 256
         x0 = stage1(eps_model, y, A, prior, noise, self.alpha_bar, grid, alpha)  # (B, C, H, W)
         if cfg.stage2:
@@ -534,8 +534,8 @@ def train(cfg, run, ds):
     """All stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].
-    One of them, of weight 0.5, makes two contrasts of one slice find each other.  Captions say
-    little about anatomy (where a tumour is, if there are masks); the encoder would forget it.
+    One of them, of weight 0.5, makes two contrasts of one slice find each other.  Without it the
+    encoder would forget the anatomy, because captions only say where a tumour is.
     """
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,

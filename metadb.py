@@ -56,11 +56,11 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
-  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the paper's would bury the image.
+  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the printed betas give noise of std 2.
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
-  [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; SR-Net may ignore the image.
-  [D5]  Losses are means over images in [-1,1]; D's real pairs come from the same x_t; R1 penalty.
-  [D6]  R passes (an estimate is fed back) also in training; rates fall; the best weights stay.
+  [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see sem_gain).
+  [D5]  Losses are means over images in [-1,1]; D's real and fake pairs share x_t; R1 penalty.
+  [D6]  R passes, as in SelfRDB, also in training.  Paper silent: rates fall, the best weights stay.
   [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) serve.
   [D8]  Some rivals of Table 2 (without text) and that of Table 4 can be trained: --reproduce list.
 
@@ -144,7 +144,7 @@ class Config:
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
     only: tuple[str, ...] = ()                  # the one direction to make: source,target
-    eta: float = 1.0                            # fresh noise: 1 as a Markov chain, 0 none (Bridge)
+    eta: float = 1.0                            # fresh noise: 1 as a Markov chain, 0 least (Bridge)
     noise: float = 0.0                          # sigma of noise on test slices, of 255 (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
@@ -162,8 +162,8 @@ class Config:
         if self.share and self.prompts != "both":
             raise ValueError("--share is one map for both prompts: it needs --prompts both")
         if self.size < 2 * max(self.pool):
-            raise ValueError(f"--pool {','.join(map(str, self.pool))}: more squares than "
-                             f"--size {self.size} can fill")
+            raise ValueError(f"--pool {','.join(map(str, self.pool))}: --size {self.size} "
+                             "has fewer than 2 x 2 pixels for each of so many cells")
         if not all_directions(self.source, self.target, wanted_contrasts(self)):
             raise ValueError(f"--source {','.join(self.source)} --target {','.join(self.target)}: "
                              "name two different contrasts")
@@ -174,7 +174,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
+# --reproduce trains a row from the first stage that lists a changed field, or wholly if none does.
 STAGES = {
     "encoder": (),
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -250,8 +250,8 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has an affine map of its own.  Some rows of Table 5 have two equal prompts.  With
-    one shared map, inject would then undo strip.  With both prompts TANorm starts as the identity.
+    Each prompt has its own affine map.  Without the description (rows of Table 5) both prompts are
+    equal, and with one shared map inject would undo strip.  With both, it starts as the identity.
     """
 
     def __init__(self, channels, dim, prompts, share):
@@ -413,11 +413,11 @@ RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of
 def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
-    hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
-    soft is SelfRDB's q(x_t): delta is about sqrt(s2), as s2 + sbar2 is total + beta_t [D2].
     Both use the betas of SelfRDB, see mirrored_betas.  s2_t is the sum of the betas up to t, and
-    sbar2_t the sum from t on; both contain beta_t.  The betas are scaled so that their total is
-    that of N = 10.  The amount of noise then does not depend on N.
+    sbar2_t the sum from t on; both contain beta_t, so s2_t + sbar2_t = total + beta_t.
+    hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
+    soft is SelfRDB's q(x_t).  Its delta is almost sqrt(s2), because beta_t is small beside total.
+    The betas are scaled so that their total is that of N = 10.  So N does not change the noise.
     """
     if name in RIVALS:
         return RIVALS[name](N)
@@ -448,7 +448,7 @@ def mirrored_betas(N):
 
 
 def semantic_loss(e_tgt, e_rec):
-    """Eq. (7).  (B, D) each.  The cosine is printed, and the text maximises it [D4]."""
+    """Eq. (7).  (B, D) each.  The paper prints the cosine, but wants it large [D4]."""
     return (1 - F.cosine_similarity(e_tgt, e_rec, dim=1)).mean()
 
 
@@ -543,8 +543,8 @@ def train(cfg, run, ds):
     """Both stages.  A stage that is finished is not trained again.
 
     Stage "encoder" is a CLIP on pairs (slice, prompt); its losses are in common/clip.py [D1].  It
-    is trained on the prompts of the training subjects.  Whole fields are masked now and then, so
-    that it learns what [MASK] and None mean.  It never sees prompts without a field, as in rows of
+    is trained on the prompts of the training subjects.  Now and then a whole field becomes [MASK]
+    or None, so that it learns both words.  It never sees prompts without a field, as in rows of
     Table 5, nor a field masked in part, as in E_mask: there it must generalise.
     """
     meta = {subject.name: subject.meta for subject in ds.subjects}
@@ -731,9 +731,9 @@ def outline(cfg, ds):
     text = Text(e, e, e, torch.zeros(1, 8, K), torch.ones(1, 8, dtype=torch.bool))
     lines = [f"x_t, y, x0_hat {tuple(image.shape)}, t (1,), E_src, E_tgt (1, {dim})"]
     lines += [f"prompt: {prompt(c, ds.subjects[0].meta, cfg.fields)}" for c in ds.contrasts]
-    return Outline(networks, lambda: G(image, torch.ones(1), image, text),
-                   cfg.epochs * len(ds.part("train")), lines,
-                   {} if cfg.text_file else encoder_at_work(cfg))
+    return Outline(networks, lambda: G(image, torch.ones(1), image, text), lines=lines,
+                   slices=cfg.epochs * len(ds.part("train")),
+                   before={} if cfg.text_file else encoder_at_work(cfg))
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.device import Machine, peak_gigabytes, seed_of
@@ -146,9 +147,12 @@ class Loop(Machine):
         saved = self.stages.get(stage)
         if saved:
             start = saved["step"]
+            kept = saved["parts"]
             for name, part in parts.items():
+                if saved["finished"] and name not in kept and isinstance(part, Optimizer):
+                    continue                            # run.keep does without it
                 where = f"{stage}/{name} in {self.out / 'last.pt'}"
-                restore(part, saved["parts"].get(name, {}), where)
+                restore(part, kept.get(name, {}), where)
             if saved["finished"]:
                 self.say(f"{stage}: finished ({start} steps), loaded from {self.out / 'last.pt'}")
                 return

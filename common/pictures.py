@@ -368,4 +368,4 @@ def _write(draw, x, y, lines, font):
 
 def _save(page, path):
     """Save whole or not at all; the folder is made if needed.  RunError if it cannot be written."""
-    replace(Path(path), lambda temporary: page.save(temporary, format="PNG", optimize=True))
+    replace(Path(path), lambda temporary: page.save(temporary, format="PNG"))

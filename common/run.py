@@ -65,6 +65,7 @@ class Run(Loop):
         self.facts = {}
         self.stages = {}
         self.lock = None
+        self.extensible = ()                # fields that may be raised to train further
         self.fell_back = False              # True if last_prev.pt is used, as last.pt was damaged
         self.used = set()                   # (stage, name) of the states that sampling needs
         writes = any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize"))
@@ -128,6 +129,7 @@ class Run(Loop):
 
         Raises RunError, which names what differs.
         """
+        self.extensible = extensible
         mine = {**{f: self.config_dict()[f] for f in fields}, "seed": self.seed, **about}
         stored = trained_with(self.out) if self.stages else None
         self.about = {**self.about, **about}
@@ -186,16 +188,24 @@ class Run(Loop):
     def keep(self, stage, step, total, parts):
         """Write the checkpoint, with every stage so far and this one at `step`.
 
-        The previous file stays as last_prev.pt.  Raises RunError if the file cannot be written, or
-        if a part holds values that are not finite.
+        The previous file stays as last_prev.pt.  A finished stage needs its optimisers no more, and
+        the file is much smaller without them.  The last stage keeps them if it can be trained
+        further.
+
+        Raises RunError if the file cannot be written, or if a part holds values that are not
+        finite.
         """
+        finished = step == total
+        if finished and not (self.extensible and stage == self.last_stage):
+            parts = {name: part for name, part in parts.items()
+                     if not isinstance(part, torch.optim.Optimizer)}
         states = {name: part.state_dict() for name, part in parts.items()}
         wrong = [name for name, state in states.items() if not all_finite(state)]
         if wrong:
             self.diverged(f"{stage}: {', '.join(wrong)} holds values that are not finite")
         self.stages[stage] = {"step": step,
                               "total": total,
-                              "finished": step == total,
+                              "finished": finished,
                               "parts": states}
         if self.rank > 0 or self.seconds is not None:       # a benchmark leaves nothing behind
             return

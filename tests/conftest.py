@@ -1,4 +1,5 @@
 """Tests run from the project's root; those marked slow only with --slow."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()                 # the imported libraries stay; looking through them again and again takes time
 
 
 def pytest_collection_modifyitems(config, items):

@@ -16,8 +16,10 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy import ndimage
+from toys import without_estimates
 
 import apt
+import common.script
 import data
 import medm2g
 import metadb
@@ -61,6 +63,9 @@ class Recorder:
             g = torch.Generator().manual_seed(tensor.numel())
             with torch.no_grad():
                 return tensor.copy_(0.1 * torch.randn(tensor.shape, generator=g))
+        without_estimates(monkeypatch)
+        if script is not apt:               # APT's pictures during training show that they do not change it
+            monkeypatch.setattr(common.script, "preview", lambda *about: None)
         monkeypatch.setattr(Run, "log", record)
         monkeypatch.setattr(torch.nn.init, "zeros_", small)
 

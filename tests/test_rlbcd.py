@@ -562,9 +562,7 @@ def petct(tmp_path_factory):
 def trained(petct, tmp_path_factory):
     """(data, finished run, output)."""
     out = tmp_path_factory.mktemp("runs") / "rlbcd"
-    done = subprocess.run([sys.executable, "rlbcd.py", "--data", petct, "--out", out, *TINY, "--train", "--evaluate"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return petct, out, done.stdout
+    return petct, out, toys.run(rlbcd, "--data", petct, "--out", out, *TINY, "--train", "--evaluate")
 
 
 def test_rows_of_an_evaluation(trained):

@@ -47,6 +47,27 @@ def train(run, total, stop_after=None):
     return [p.detach().clone() for p in (*model.parameters(), *ema.model.parameters())]
 
 
+def test_a_finished_stage_keeps_its_optimiser_only_if_it_can_be_trained_further(tmp_path):
+    """Adam keeps two numbers for each weight.  A finished run is opened without them."""
+    whole = {}
+    for name, extensible in (("closed", ()), ("open", ("lr",))):
+        run = start(tmp_path / name)
+        run.claim(["lr"], {"data": "abc"}, extensible)
+        run.last_stage = "fit"
+        whole[name] = train(run, 6)
+        run.close()
+        parts = torch.load(tmp_path / name / "last.pt", weights_only=True)["stages"]["fit"]["parts"]
+        assert set(parts) == {"model", "ema", *(["optimiser"] if extensible else [])}
+        again = start(tmp_path / name)
+        again.load()
+        assert all(torch.equal(a, b) for a, b in zip(whole[name], train(again, 6)))
+        again.close()
+    unfinished = start(tmp_path / "unfinished")
+    with pytest.raises(SystemExit):
+        train(unfinished, 6, stop_after=4)
+    assert "optimiser" in torch.load(tmp_path / "unfinished" / "last.pt", weights_only=True)["stages"]["fit"]["parts"]
+
+
 def test_order_passes_over_everything_and_is_shuffled_and_stateless(tmp_path):
     run = start(tmp_path)
     rows = np.concatenate([run.order("a", 10, 4, step) for step in range(5)])            # two passes over ten samples
@@ -168,7 +189,8 @@ def test_a_save_that_fails_keeps_the_previous_file(tmp_path):
 
 def damaged(tmp_path, content):
     run = start(tmp_path)
-    train(run, 3)
+    with pytest.raises(SystemExit):
+        train(run, 4, stop_after=3)
     run.close()
     (tmp_path / "last_prev.pt").unlink(missing_ok=True)
     if callable(content):
@@ -178,7 +200,7 @@ def damaged(tmp_path, content):
     again = start(tmp_path)
     try:
         again.load()
-        train(again, 3)
+        train(again, 4)
     finally:
         again.close()
 

@@ -350,7 +350,7 @@ def test_an_unfinished_run_is_used_as_far_as_it_is_and_says_so(trained, tmp_path
 def test_an_exported_model_is_smaller_and_gives_the_same(trained, tmp_path, monkeypatch, capsys):
     data, out, _ = trained
     status, text = call(monkeypatch, capsys, "--data", data, "--out", out, "--export", tmp_path / "small")
-    assert status == 0 and "exported" in text and (tmp_path / "small" / "last.pt").stat().st_size < 0.5 * (out / "last.pt").stat().st_size
+    assert status == 0 and "exported" in text and (tmp_path / "small" / "last.pt").stat().st_size < 0.7 * (out / "last.pt").stat().st_size
     u = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
     whole, small = (apt.load(folder, device="cpu").fill(u, ("t1", "t2")) for folder in (out, tmp_path / "small"))
     assert np.array_equal(whole, small) and np.abs(whole[:, 0] - u[:, 0]).max() > 0.01

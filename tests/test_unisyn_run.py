@@ -33,10 +33,7 @@ def neuro(tmp_path_factory):
 def trained(neuro, tmp_path_factory):
     """(folder of data, folder of the run, what was said)."""
     out = tmp_path_factory.mktemp("runs") / "unisyn"
-    words = [sys.executable, "unisyn.py", "--data", neuro, "--out", out, *TINY, "--train", "--evaluate"]
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return neuro, out, done.stdout
+    return neuro, out, toys.run(unisyn, "--data", neuro, "--out", out, *TINY, "--train", "--evaluate")
 
 
 def results(out):

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from test_golden import APT, MEDM2G, METADB, RLBCD, UNISYN
+from toys import without_estimates
 
 import apt
 import data
@@ -57,6 +58,7 @@ class World:
             opened.append(dataclasses.replace(ds, images=Watched(images)))
             return opened[-1]
         with monkeypatch.context() as patch:
+            without_estimates(patch)
             patch.setattr(data, "open_dataset", watched)
             patch.setattr(sys, "argv", [f"{self.script.__name__}.py", "--data", str(self.folder), "--out", str(self.out), *words])
             self.script.main()

@@ -3,11 +3,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from conftest import ROOT
 
+import common.script
 from common.run import Run
 from common.script import guarded, open_data
 
@@ -22,6 +24,19 @@ def call(script, monkeypatch, capsys, *words):
         status = end.code or 0
     seen = capsys.readouterr()
     return status, seen.out + seen.err
+
+
+def without_estimates(monkeypatch):
+    """Leaves out the estimate of memory, which takes as long as a toy training.  test_limits.py holds it."""
+    monkeypatch.setattr(common.script, "draw", lambda *about: None)
+    monkeypatch.setattr(common.script, "require_memory", lambda *about: None)
+
+
+def run(script, *words):
+    """Runs a script in this process.  Returns what its log holds, which is what it said."""
+    words = list(map(str, words))
+    script.main(words)
+    return (Path(words[words.index("--out") + 1]) / "log.txt").read_text(encoding="utf-8")
 
 
 def open_run(script, data, out):
