@@ -429,7 +429,7 @@ def stage2(eps_model, x0, y, A, noise, alpha_bar, grid, alpha, N, w, paste):
 
     x0: result of stage 1, (B, C, H, W).  paste: impose the known contrasts here too [D4].
     N counts all network evaluations of this stage [D9].  With M = 400, S = 20, N = 50 there are 48
-    at step 40 ("a step close to zero"), one at 20, one at 0.  As in the release all are guided [D4].
+    at step 40 ("a step close to zero"), one at 20, one at 0.  All are guided, as released [D4].
     """
     for _ in range(N - 2):
         x_t = q_sample(x0, alpha_bar[grid[2]], noise())                     # (B, C, H, W)
