@@ -9,8 +9,8 @@ Missing contrasts are then filled in like holes in a picture, but the holes are 
 Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
-  2. Stage 1 of sampling starts from a noisy guess (the prior): another contrast, changed by an
-     intensity curve.  A codebook, made once in training, says which contrast and curve fit best.
+  2. Stage 1 of sampling starts from a guess (the prior) with noise: another contrast, changed by
+     an intensity curve.  A codebook, made once in training, says which contrast and curve fit best.
   3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
      new result is averaged with the one before.  The last two are not averaged.
 
@@ -22,7 +22,7 @@ PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L cont
 Training has the stages "encoder", "mif" (the fusion module), "codebook" and "diffusion".
 
 EQUATIONS
-  Eq. (1)  L_anatomy   = -log e(z_sub) / sum_i e(z_sub_i),  e(z) = exp(<z_all, z> / tau)
+  Eq. (1)  L_anatomy   = -log( e(z_sub) / sum_i e(z_sub_i) ),  e(z) = exp(<z_all, z> / tau)
   Eq. (2)  L_diffusion = E || eps - eps_theta(x_t, t, z_all) ||^2
   Eq. (3)  B(r)        = sum_i binom(3,i) P_i (1-r)^(3-i) r^i,  r in [0,1]
   Eq. (4)  x0_hat     <- x0_hat - alpha * grad_{x_t} || A(x0_hat) - y ||^2    [D3]
@@ -37,6 +37,7 @@ SYMBOLS
   P_i, B(r)        P, bezier            control points and curve
   sigma (Sec 3.3)  gain                 intensity gain of the codebook
   M, S, N          M, S, N              start step, intervals of stage 1, evaluations of stage 2
+  -                grid[j]              step t_j = j M / S of stage 1, j = 0..S
   alpha, w         alpha, w             step of Eq. (4), weight of Eq. (5)
   -                u, known             slice as stored, in [0,1]; known (B,C) bool
   -                src, tgt             source and target contrast; _t always means time
@@ -47,17 +48,17 @@ COMMANDS
   python apt.py --data FOLDER --synthesize --missing flair --out runs/apt-FOLDER     NIfTI volumes
 
 DEPARTURES FROM THE PAPER, with the reason here or in the code ("the release": the authors' code)
-  [D1]  A small CLIP of ours replaces BiomedCLIP, which needs more packages; features are pooled.
-  [D2]  Eq. (1) is used in both directions, as in CLIP; z has length 1; tau starts at 0.07.
-  [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no step if alpha_bar < 0.01.
+  [D1]  A small CLIP of ours, pooled, replaces BiomedCLIP, which needs more packages.
+  [D2]  Eq. (1) has both directions, as in CLIP, and negatives of other subjects; z has length 1.
+  [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no guidance if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
   [D6]  The paper prints one number per control point.  We take it as x.  Background stays dark.
-  [D7]  One codebook; contrasts are compared within a slice; a gain is a ratio of mean intensities.
+  [D7]  Contrasts are compared within a slice, as in the release; a gain is a ratio of two means.
   [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
-  [D9]  Stage 1: S + 1 evaluations, to t = 0.  N counts all of stage 2; all but two average, at t_2.
-  [D10] Small slices are padded (resizing would blur them); slices with little tissue are left out.
-  [D11] Where the paper is silent: clamp, clipping, means as losses, EMA, weights kept, U-Net, tau.
+  [D9]  Paper unclear: stage 1 has S + 1 evaluations, to t_0; N counts stage 2 and its last two.
+  [D10] Small slices are padded (resizing would blur them); those of little tissue are left out.
+  [D11] Paper silent: clamped x0, clipped gradients, losses are means, EMA, weights, U-Net.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
@@ -146,15 +147,15 @@ class Config:
             raise ValueError(f"--S {self.S} must not exceed --M {self.M}: there is no half step")
 
 
-# Fields that may change without training again.  (--steps may be raised, too, to train longer.)
+# Fields that may change without training again.  --steps may be raised, to train further.
 SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2", "paste",
             "sample_batch", "test_slices")
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# --reproduce trains a row from the first stage that lists a changed field, or wholly if none does.
+# A row of --reproduce copies the stages before the first one that lists one of its changed fields.
 STAGES = {
-    "encoder": (),
+    "encoder": (),          # fields listed nowhere, such as encoder_steps, change all stages
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
     "codebook": (),
     "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch",
@@ -280,9 +281,9 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give a straight line.  To reverse a curve we reverse y and leave x, which must rise.
+# Equal x and y give a straight line.  x must rise, so we reverse y: the same curve from its end.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
-STEEP = (-1, -1, 1, 1)
+STEEP = (-1, -1, 1, 1)                          # steep if it is y
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
     "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
@@ -372,7 +373,7 @@ class Codebook(nn.Module):
 
 
 def time_grid(M, S):
-    """t_j = j M / S for j = 0..S.  Stage 1 uses all of them, from t_S down to t_0 [D9]."""
+    """t_j = j M / S for j = 0..S, at most T - 1.  Stage 1 goes from t_S down to t_0 [D9]."""
     return [min(round(j * M / S), T - 1) for j in range(S + 1)]
 
 
@@ -535,7 +536,7 @@ def train(cfg, run, ds):
 
     Stage "encoder" is a CLIP on pairs (slice, caption); its losses are in common/clip.py [D1].
     One of them, of weight 0.5, makes two contrasts of one slice find each other.  Without it the
-    encoder would forget the anatomy, because captions only say where a tumour is.
+    encoder would forget the anatomy, because captions tell little of it.
     """
     slices = ds.part("train")                                               # (n, C, H, W)
     encoder = train_encoder(run, ds, ds.captions, cfg.encoder, cfg.size, cfg.encoder_steps,
@@ -689,8 +690,8 @@ def draw_codebook(path, codebook, contrasts, u):
             votes = f"{codebook.votes[tgt, src, number]:.0f} of {codebook.votes[tgt].sum():.0f}"
             labels.append(f"{contrasts[tgt]} from {contrasts[src]}: {votes} votes, gain {gain:.2f}")
     pictures.grid(path, images, ["source", "curve", "prior", "truth"], labels,
-                  note="prior = gain x curve(source), on a training slice; such a slice votes for "
-                       "the entry that is most like the truth; curve: output over input, 0 to 1")
+                  note="prior = gain x curve(source), on a training slice; each such slice gave "
+                       "its vote to the pair most like the truth; curve: output over input, 0 to 1")
 
 
 def figure6(cfg, run, ds, model):
@@ -716,9 +717,8 @@ def figure6(cfg, run, ds, model):
     own = np.diag(table).mean()
     other = table[~np.eye(len(table), dtype=bool)].mean() if len(table) > 1 else float("nan")
     titles = [*ds.contrasts, *(f"{c} from z" for c in ds.contrasts)]
-    images = [[*a, *b] for a, b in zip(truth, made)]
-    pictures.grid(run.out / "fig6.png", images, titles, list(ds.subject[rows]),
-                  note="left: the slices that z was taken from")
+    pictures.grid(run.out / "fig6.png", [[*a, *b] for a, b in zip(truth, made)], titles,
+                  list(ds.subject[rows]), note="left: the slices that z was taken from")
     run.say(f"from z alone: {own:.2f} dB to the slice that z was taken from, {other:.2f} dB to "
             f"those of other subjects; written: {run.out / 'fig6.png'}")
 

@@ -60,8 +60,8 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see sem_gain).
   [D5]  Losses are means over images in [-1,1]; D's real and fake pairs share x_t; R1 penalty.
-  [D6]  R passes, as in SelfRDB, also in training.  Paper silent: rates fall, the best weights stay.
-  [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) serve.
+  [D6]  R passes, as in SelfRDB, also in training; learning rates fall; best weights are kept.
+  [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) train.
   [D8]  Some rivals of Table 2 (without text) and that of Table 4 can be trained: --reproduce list.
 
 NEEDS  data/ and these files of common/:
@@ -174,9 +174,9 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# --reproduce trains a row from the first stage that lists a changed field, or wholly if none does.
+# A row of --reproduce copies the stages before the first one that lists one of its changed fields.
 STAGES = {
-    "encoder": (),
+    "encoder": (),          # fields listed nowhere, such as encoder_steps, change all stages
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
                "batch", "lr", "lr_d", "bridge", "N", "R", "conditioning", "prompts", "share",
                "fields", "lambda_adv", "lambda_sem", "pool", "sem_real"),
@@ -250,8 +250,8 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has its own affine map.  Without the description (rows of Table 5) both prompts are
-    equal, and with one shared map inject would undo strip.  With both, it starts as the identity.
+    Each prompt has its own affine map.  Without a description (rows of Table 5) both prompts may be
+    equal, and one shared map would undo itself.  With --prompts both it starts as the identity.
     """
 
     def __init__(self, channels, dim, prompts, share):
@@ -272,7 +272,7 @@ class TANorm(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Table 4's rival, on maps up to 32 pixels: positions see the words of both prompts [D8]."""
+    """Table 4's rival, on maps up to 32 pixels, not in the middle: words of both prompts [D8]."""
 
     def __init__(self, channels, head_dim, word_dim, groups):
         super().__init__()
@@ -298,7 +298,7 @@ class Generator(nn.Module):
         super().__init__()
         self.N = cfg.N
         self.R = cfg.R
-        self_attention = attention_at(
+        self_attention = attention_at(                      # a plug: place (site) -> module or None
             cfg.attention, lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups))
 
         def plug(site):     # the U-Net asks twice for a block: behind norm2, and at its end
@@ -413,7 +413,7 @@ RIVALS = {"ddbm": ddbm_bridge, "ddpm": syndiff_schedule}                    # of
 def bridge_tables(name, N):
     """(a, m, delta) of a bridge, each (N+1,) in float64.
 
-    Both use the betas of SelfRDB, see mirrored_betas.  s2_t is the sum of the betas up to t, and
+    hard and soft use SelfRDB's betas (mirrored_betas).  s2_t is the sum of the betas up to t, and
     sbar2_t the sum from t on; both contain beta_t, so s2_t + sbar2_t = total + beta_t.
     hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
     soft is SelfRDB's q(x_t).  Its delta is almost sqrt(s2), because beta_t is small beside total.
@@ -470,7 +470,7 @@ def sample(generate, bridge, y, text, noise, watch=None):
     """From the source y (B, 1, H, W) to the target, in N steps.
 
     generate(x_t, t, y, text) -> x0_hat.  noise(): fresh N(0,1) like y.
-    watch: a list that gets each (time, x_t, x0_hat).
+    watch: a list that gets (title, x_t, x0_hat) of each step.
     """
     N = len(bridge.a) - 1
     t = torch.full((len(y),), N, device=y.device)                           # (B,)
@@ -511,8 +511,8 @@ class Model:
     def fill(self, u, known, keys, watch=None):
         """Make every contrast that is missing and can be made from a known one.
 
-        common/trained.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys, watch:
-        see translate.  Returns u with the made contrasts in place, and no further images.
+        common/trained.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: see
+        translate; watch: see sample.  Returns u with what was made, and no further images.
         ValueError if a contrast could be made from two of the known ones.
         """
         names = [name for name, _ in keys]

@@ -21,7 +21,7 @@ from data.layouts.words import BODY_CONTRASTS, TEXT
 from data.metaimage import files_of
 from data.opening import in_plain_words
 
-VERSION = 6             # raise it when load_subject returns other pixels, or when the files change
+VERSION = 7             # raise it when load_subject returns other pixels, or when the files change
 BLOCK = 1 << 20         # bytes that are read at a time
 ANNOUNCED = 1 << 28     # bytes; the user is told before so much or more is read
 

@@ -34,6 +34,7 @@ MIRRORED = (1.3, 0.1)
 ENDS = ("left and right", "front and back", "top and bottom")
 LEVELS = 8              # of the intensities in a joint histogram
 UNEQUAL = 1.2           # pixels of two subjects are unequal from this ratio of their edges on
+SQUARE = 1.05           # a pixel is square up to this ratio of its two edges
 
 
 class Placed(NamedTuple):
@@ -77,6 +78,27 @@ def finest_first(subject, read):
     return [best] + [contrast for contrast in read if contrast != best], note
 
 
+def with_square_pixels(volume, notes):
+    """The grid on which the slices of a volume are read -> Volume; the volume itself if it fits.
+
+    Sagittal and coronal scans have axial pixels that are not square. As an image, a head would be
+    too narrow, and another head, scanned otherwise, would not. Both edges become the finer one.
+
+    notes: A list that gets (file, sentence) pairs.
+    """
+    across, down, _ = volume.spacing
+    edge = min(across, down)
+    if max(across, down) < SQUARE * edge:
+        return volume
+    notes.append((volume.path.name, f"has axial pixels of {across:.2f} x {down:.2f} mm; they are "
+                  f"resampled to squares of {edge:.2f} mm"))
+    smaller = np.array([edge / across, edge / down, 1.0])
+    shape = tuple(np.ceil(volume.array.shape / smaller - 1e-6).astype(int))
+    affine = volume.affine @ np.diag([*smaller, 1.0])
+    affine[:3, 3] = apply_affine(volume.affine, (smaller - 1) / 2)      # the corner stays in place
+    return replace(volume, array=np.broadcast_to(np.float32(0), shape), affine=affine)
+
+
 def has_place(volume):
     """False if a header does not tell where its volume lies.
 
@@ -111,9 +133,10 @@ def on_its_voxels(volume, reference):
                    "tells no place; the shapes are equal, so the voxels correspond")
 
 
-def read_labels(path, reference, notes):
-    """Read a segmentation -> its labels as float32 (X, Y, Z), on the grid of `reference`.
+def read_labels(path, reference, grid, notes):
+    """Read a segmentation -> its labels as float32 (X, Y, Z), on the grid of the slices.
 
+    reference, grid: As in placed_on.
     notes: A list that gets (file, sentence) pairs.
     DataError if a label does not fit into 8 bits, as which labels are stored.
     """
@@ -126,14 +149,15 @@ def read_labels(path, reference, notes):
                         "them or move the file away")
     volume, note = on_its_voxels(replace(volume, array=whole), reference)
     notes += [(volume.path.name, note)] if note else []
-    return resample_to(volume, reference, order=0, fill=0)
+    return resample_to(volume, grid, order=0, fill=0)
 
 
 # ---- Two volumes ---------------------------------------------------------------------------------
 
-def placed_on(reference, volume, u, mask, anchor, average=False):
-    """Bring one contrast onto the grid of the reference -> Placed.
+def placed_on(reference, grid, volume, u, mask, anchor, average=False):
+    """Bring one contrast onto the grid of the slices -> Placed.
 
+    reference, grid: Volumes; the grid is that of the reference, with square pixels.
     volume: Its Volume. u, mask: (X, Y, Z), its intensities in [0, 1] and its foreground, on the
         grid of its file. anchor: What the notes call the reference.
     average: As in resample_to.
@@ -142,11 +166,13 @@ def placed_on(reference, volume, u, mask, anchor, average=False):
     shown, note = on_its_voxels(replace(volume, array=u), reference)
     found, _ = on_its_voxels(replace(volume, array=mask), reference)
     centre = apply_affine(found.affine, ndimage.center_of_mass(found.array))
-    if same_grid(shown, reference):
+    if same_grid(shown, grid):
         return Placed(shown.array, found.array, centre, [note] if note else [])
-    u = resample_to(shown, reference, fill=0, average=average)
+    u = resample_to(shown, grid, fill=0, average=average)
     found = replace(found, array=mask.astype(np.float32))
-    mask = resample_to(found, reference, order=0, fill=0) > 0
+    mask = resample_to(found, grid, order=0, fill=0) > 0
+    if same_grid(shown, reference):
+        return Placed(u, mask, centre, [note] if note else [])
     return Placed(u, mask, centre, [f"is on another grid than {anchor}; resampled by the affines"])
 
 

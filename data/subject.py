@@ -1,5 +1,5 @@
 """All slices of one subject, on one grid: load_subject, and load_scans for any files."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,14 @@ from data.intensities import (
 from data.layouts import CONTRASTS, Subject
 from data.layouts.words import BODY_CONTRASTS, TEXT, canonical_contrasts, preferred_grid
 from data.picture_files import fit_picture, read_picture, write_picture
-from data.placing import compare, finest_first, grid_of_missing_pet, placed_on, read_labels
+from data.placing import (
+    compare,
+    finest_first,
+    grid_of_missing_pet,
+    placed_on,
+    read_labels,
+    with_square_pixels,
+)
 from data.prompts import describe_lesion
 from data.volumes import (
     Volume,
@@ -28,6 +35,7 @@ from data.volumes import (
     fit_slices,
     read_stacks,
     read_volume,
+    resample_to,
     unfit,
     upright,
     write_volume,
@@ -59,7 +67,8 @@ class SubjectSlices:
     brain: np.ndarray               # (Z,) foreground of the reference as a share of the picture
     lesion: list | None             # (Z,) of str; None without a segmentation
     labels: np.ndarray | None       # (Z, S, S) uint8, the segmentation; None without one
-    reference: Volume | None        # as read; outputs are on its grid. None without a NIfTI file
+    reference: Volume | None        # outputs are on its grid; None without a NIfTI file
+    grid: Volume | None             # that of the slices: the reference's, with square pixels
     notes: list                     # (file, sentence) pairs
     pixel: float = 0.0              # edge of a pixel of a slice in mm; 0 if it is not known
 
@@ -89,7 +98,7 @@ class SubjectSlices:
                 name = path.name if number == 1 else f"{path.stem}_{number}{path.suffix}"
                 write_picture(path.with_name(name), plane, f"{description}, normalised", overwrite)
             return
-        array = unfit(slices, self.reference.array.shape)
+        array = unfit(slices, self.grid.array.shape)
         unit = "normalised"
         if contrast in WINDOWS:
             outside = array == 0
@@ -100,6 +109,7 @@ class SubjectSlices:
         elif contrast in ("pre", "post") and "pre" in self.scales:
             array = denormalise(array, self.scales["pre"])
             unit = "units of the pre scan"
+        array = resample_to(replace(self.grid, array=array), self.reference)
         if contrast:
             description = f"{description[:50]}, {unit}"         # the field in the header is short
         write_volume(path, array, self.reference, description, overwrite)
@@ -151,18 +161,21 @@ def _load_volumes(subject, contrasts, size, wanted, picture):
         read, why = finest_first(subject, read)
         notes += [(subject.files[read[0]].name, why)] if why else []
     anchor = anchor_name(read, contrasts) if reference is None else "pet"
+    grid = reference
     images = None
     first = None                                        # of the contrasts that are read: Placed
     areas = []                                          # per contrast: (Z,) pixels of foreground
     scales = {}
     for contrast in read:
         volume, u, mask, scales[contrast] = _read_normalised(subject, contrast, scales)
-        reference = reference or volume
-        placed = placed_on(reference, volume, u, mask, anchor, body)
+        if reference is None:
+            reference = volume
+            grid = with_square_pixels(volume, notes)
+        placed = placed_on(reference, grid, volume, u, mask, anchor, body)
         said = volume.notes + placed.notes
         if first is None:
             first = placed
-            images = np.zeros((reference.array.shape[2], len(contrasts), size, size), np.float32)
+            images = np.zeros((grid.array.shape[2], len(contrasts), size, size), np.float32)
         else:
             said += compare(first, placed, subject, (read[0], contrast))
         notes += [(volume.path.name, note) for note in said]
@@ -170,18 +183,18 @@ def _load_volumes(subject, contrasts, size, wanted, picture):
         areas.append(placed.mask.sum((0, 1)))
     present = np.array([contrast in wanted for contrast in contrasts])
     flat = _flat_slices(images[:, [contrasts.index(contrast) for contrast in read]])
-    width, height = reference.array.shape[:2]
+    width, height = grid.array.shape[:2]
     kept = kept_slices(np.stack(areas), width * height if body else None) & ~flat
     lesion = None
     labels = None
     if subject.segmentation:
-        planes = upright(read_labels(subject.segmentation, reference, notes))      # (Z, H, W)
-        lesion = _lesions(planes, reference, first.mask)
+        planes = upright(read_labels(subject.segmentation, reference, grid, notes))      # (Z, H, W)
+        lesion = _lesions(planes, grid, first.mask)
         labels = fit_slices(planes, size, labels=True).astype(np.uint8)
     side = max(size, width, height)                     # source pixels that the picture covers
-    pixel = float(reference.spacing[:2].mean()) * side / size
+    pixel = float(grid.spacing[:2].mean()) * side / size
     return SubjectSlices(images, present, scales, kept, int(flat.sum()), _positions(kept),
-                         areas[0] / side**2, lesion, labels, reference, notes, pixel)
+                         areas[0] / side**2, lesion, labels, reference, grid, notes, pixel)
 
 
 # ---- Pictures and reports ------------------------------------------------------------------------
@@ -195,7 +208,7 @@ def _blank_slices(subject, contrasts, size, wanted):
     images = np.zeros((views, len(contrasts), size, size), np.float32)
     present = np.array([contrast in wanted for contrast in contrasts])
     return SubjectSlices(images, present, {}, np.ones(views, bool), 0, np.full(views, 0.5),
-                         np.zeros(views), None, None, None, [])
+                         np.zeros(views), None, None, None, None, [])
 
 
 def _add_pictures(slices, subject, contrasts, wanted):
@@ -334,7 +347,7 @@ def _load_slices(subject, contrasts, size, use):
     brain = (images[:, np.argmax(present)] > 0).mean((1, 2))
     position = np.full(count, 0.5)
     return SubjectSlices(images, present, {}, ~flat, int(flat.sum()), position, brain, None, None,
-                         None, [])
+                         None, None, [])
 
 
 def _flat_slices(images):

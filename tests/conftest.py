@@ -1,6 +1,7 @@
 """Tests run from the project's root; those marked slow only with --slow."""
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # so a shell starts `pytest tests &`; Ctrl-C is tested
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
 
 

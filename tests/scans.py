@@ -13,7 +13,7 @@ from data.phantom.head import head_grid
 from data.phantom.physics import TISSUES
 
 SHAPE = (14, 18, 9)
-AFFINE = np.array([[2, 0, 0, -13], [0, 3, 0, -25], [0, 0, 4, 7], [0, 0, 0, 1]], float)
+AFFINE = np.array([[2.875, 0, 0, -13], [0, 3, 0, -25], [0, 0, 4, 7], [0, 0, 0, 1]], float)
 
 
 def head(shape=SHAPE, seed=0):

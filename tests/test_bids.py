@@ -22,7 +22,7 @@ def only_record(tmp_path, sidecar, name=T1, texts=None):
     """The record of a single scan with this sidecar, without the voxel."""
     subject = find_layout(make_bids(tmp_path, {name: sidecar}, texts)).subjects[0]
     (record,) = subject.records.values()
-    assert record.pop("voxel") == (2, 3, 4)
+    assert record.pop("voxel") == (2.88, 3, 4)
     return record
 
 
@@ -40,17 +40,17 @@ def test_sidecars_are_inherited(tmp_path):
         "sub-01/ses-1/sub-01_ses-2_T1w.json": {"FlipAngle": 99},
         "acq-fast_T2w.json": {"EchoTime": 0.1},
         "sub-03/sub-03_T1w.json": {"FlipAngle": 99}})
-    assert the_record(folder) == {"TE": 3, "TR": 2000, "FA": 9, "TI": 1000, "field": 3, "voxel": (2, 3, 4)}
-    assert the_record(folder, subject=1) == {"TE": 1, "TR": 2000, "FA": 9, "voxel": (2, 3, 4)}
-    assert the_record(folder, "t2") == {"voxel": (2, 3, 4)}  # an acq- sidecar is not for a file without acq
-    assert the_record(folder, "t2", 1) == {"TE": 100, "voxel": (2, 3, 4)}
+    assert the_record(folder) == {"TE": 3, "TR": 2000, "FA": 9, "TI": 1000, "field": 3, "voxel": (2.88, 3, 4)}
+    assert the_record(folder, subject=1) == {"TE": 1, "TR": 2000, "FA": 9, "voxel": (2.88, 3, 4)}
+    assert the_record(folder, "t2") == {"voxel": (2.88, 3, 4)}  # an acq- sidecar is not for a file without acq
+    assert the_record(folder, "t2", 1) == {"TE": 100, "voxel": (2.88, 3, 4)}
     assert not any("BIDS allows" in note for note in find_layout(folder).notes)
 
 
 def test_two_sidecars_in_one_folder(tmp_path):
     folder = make_bids(tmp_path, {"sub-01/anat/sub-01_run-1_T1w": {"EchoTime": 0.003}},
                        {"sub-01/anat/sub-01_T1w.json": {"EchoTime": 0.004, "FlipAngle": 9}})
-    assert the_record(folder) == {"TE": 3, "voxel": (2, 3, 4)}
+    assert the_record(folder) == {"TE": 3, "voxel": (2.88, 3, 4)}
     assert ("BIDS allows one JSON file per folder to hold for a scan, here are two for 1 scans: "
             "e.g. sub-01_run-1_T1w.json is used, not sub-01_T1w.json") in find_layout(folder).notes
 
@@ -108,7 +108,7 @@ def test_voxel_is_that_of_the_header(tmp_path):
     folder = make_bids(tmp_path, {})
     save(folder / f"{T1}.nii.gz", head(), AFFINE @ np.diag([0.3333, 1, -1, 1]))
     (folder / "sub-01/anat/sub-01_T2w.nii.gz").write_bytes(b"broken")
-    assert the_record(folder)["voxel"] == (0.67, 3, 4)
+    assert the_record(folder)["voxel"] == (0.96, 3, 4)
     assert the_record(folder, "t2") == {}  # the file is found damaged when it is read
 
 
@@ -298,7 +298,7 @@ def test_derivative(tmp_path):
     assert layout.name == "BIDS derivative" and [path.name for path in layout.ignored] == ["sub-01_desc-brain_mask.nii.gz"]
     assert {c: path.name for c, path in layout.subjects[0].files.items()} == {
         "t1": "sub-01_space-T1w_desc-brain_T1w.nii.gz", "t2": "sub-01_space-T1w_T2w.nii.gz"}
-    assert layout.subjects[0].records["t1"] == {"TE": 3, "TR": 2000, "FA": 8, "age": 61, "voxel": (2, 3, 4)}
+    assert layout.subjects[0].records["t1"] == {"TE": 3, "TR": 2000, "FA": 8, "age": 61, "voxel": (2.88, 3, 4)}
     assert layout.subjects[0].records["t2"]["TE"] == 100
     assert "scans in the space of T1w are used, and those of MNI are not" in layout.notes
     assert find_layout(folder / "derivatives").subjects[0].records == layout.subjects[0].records  # the only one there
@@ -452,7 +452,7 @@ def test_records(tmp_path):
     folder = make_bids(tmp_path / "bids", {T1: {"Manufacturer": "GE", "EchoTime": 0.003}}, TABLE)
     (subject,) = find_layout(folder).subjects
     record = record_of(subject, "t1")
-    assert record == {"vendor": "GE", "TR": 2000, "TE": 3, "age": 61, "voxel": (2, 3, 4)}
+    assert record == {"vendor": "GE", "TR": 2000, "TE": 3, "age": 61, "voxel": (2.88, 3, 4)}
     record["TE"] = 5
     assert record_of(subject, "t1")["TE"] == 3  # a copy
     assert record_of(subject, "t2") == {"age": 61}  # of a scan that is not there, only the person is known
@@ -481,9 +481,9 @@ def test_manifest(tmp_path):
     assert anna.files == {"t1": folder / "scans/0.nii.gz", "fdg": folder / "scans/1.nii.gz"}
     assert anna.segmentation == folder / "mask.nii.gz" and bob.segmentation is None and anna.grid == ("t1",)
     assert anna.records == {
-        "t1": {"age": 61, "sex": "F", "vendor": "Siemens", "TR": 2300, "TE": 2.98, "voxel": (2, 3, 4)},
+        "t1": {"age": 61, "sex": "F", "vendor": "Siemens", "TR": 2300, "TE": 2.98, "voxel": (2.88, 3, 4)},
         "fdg": {"age": 61, "sex": "F", "vendor": "GE", "tracer": "FDG", "dose": 185, "voxel": (1, 1, 4)}}
-    assert bob.records == {"av45": {"tracer": "AV45", "voxel": (2, 3, 4)}}
+    assert bob.records == {"av45": {"tracer": "AV45", "voxel": (2.88, 3, 4)}}
     assert anna.meta == {"age": 61, "sex": "F", "scanner_t1": "Siemens", "scanner_fdg": "GE", "times": {"t1": (2300, 2.98)}}
     assert "manifest.csv: the columns colour are not known and not read" in layout.notes and layout.ignored == []
 

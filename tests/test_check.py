@@ -16,7 +16,7 @@ def test_check_reports_every_problem(tmp_path):
     assert "4 complete subjects of 4 persons (2 needed), 0 errors: usable" in lines[-1]
     row = next(line for line in lines if line.startswith("BraTS2021_00000") and " t1 " in line)
     values = f"0..{head(seed=1).max():.4g}"
-    assert row.split()[:6] == ["BraTS2021_00000", "t1", "14x18x9", "2.00x3.00x4.00", "RAS", values]
+    assert row.split()[:6] == ["BraTS2021_00000", "t1", "14x18x9", "2.88x3.00x4.00", "RAS", values]
     assert float(row.split()[-1]) == pytest.approx((head() > 0).mean(), abs=1e-3)
     one, two = (folder / f"BraTS2021_0000{s}" / f"BraTS2021_0000{s}_t1.nii.gz" for s in (1, 2))
     one.write_bytes(one.read_bytes()[:-500])

@@ -86,8 +86,8 @@ def test_lesions_stay_with_their_slice(tmp_path):
     labels[7, 9, 3] = 1
     save(folder / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz", labels)
     dataset, _ = opened(folder)
-    expected = [None] * 7 + ["none", "none", "right, 6 mm2", "none", "none", "none", "none"]
-    assert dataset.lesion == expected and dataset.slice_number[dataset.lesion.index("right, 6 mm2")] == 3
+    expected = [None] * 7 + ["none", "none", "right, 9 mm2", "none", "none", "none", "none"]
+    assert dataset.lesion == expected and dataset.slice_number[dataset.lesion.index("right, 9 mm2")] == 3
 
 
 def test_label_maps_lie_on_the_images_and_are_kept_only_if_all_have_one(tmp_path):

@@ -350,9 +350,9 @@ def test_ixi_as_downloaded(tmp_path, in_one_folder):
     lines = []
     assert check(folder, say=lines.append)
     rows = [line.split()[:5] for line in lines if line.startswith("IXI002")]
-    assert rows == [["IXI002-Guys-0828", "t2", "14x18x9", "2.00x3.00x4.00", "RAS"],
-                    ["IXI002-Guys-0828", "pd", "14x18x9", "2.00x3.00x4.00", "RAS"],
-                    ["IXI002-Guys-0828", "t1", "14x18x17", "2.00x3.00x2.00", "PSR"]]
+    assert rows == [["IXI002-Guys-0828", "t2", "14x18x9", "2.88x3.00x4.00", "RAS"],
+                    ["IXI002-Guys-0828", "pd", "14x18x9", "2.88x3.00x4.00", "RAS"],
+                    ["IXI002-Guys-0828", "t1", "14x18x17", "2.88x3.00x2.00", "PSR"]]
 
 
 def test_ixi_names_must_be_all_there_is(tmp_path):
@@ -440,9 +440,9 @@ def test_adni_as_downloaded(tmp_path):
     assert check(folder, say=lines.append)
     assert "4 complete subjects of 3 persons" in lines[-1]
     rows = {tuple(line.split()[:2]): line.split()[2:5] for line in lines if line.startswith("002_S_0413_2007")}
-    assert rows == {(ADNI_NAMES[1], "t2"): ["14x18x9", "2.00x3.00x4.00", "RAS"],
-                    (ADNI_NAMES[1], "pd"): ["14x18x9", "2.00x3.00x4.00", "RAS"],
-                    (ADNI_NAMES[1], "t1"): ["14x18x17", "2.00x3.00x2.00", "PSR"]}
+    assert rows == {(ADNI_NAMES[1], "t2"): ["14x18x9", "2.88x3.00x4.00", "RAS"],
+                    (ADNI_NAMES[1], "pd"): ["14x18x9", "2.88x3.00x4.00", "RAS"],
+                    (ADNI_NAMES[1], "t1"): ["14x18x17", "2.88x3.00x2.00", "PSR"]}
 
 
 @pytest.mark.parametrize(("ends", "roles"), [

@@ -275,7 +275,7 @@ def scan_in(folder, name, array, ending="mhd", **changes):
     size = " ".join(str(n) for n in array.shape)
     voxels = array.astype("<i2").tobytes(order="F")
     return metaimage(folder, voxels, f"{name}.{ending}", ElementDataFile=f"{name.rsplit('/')[-1]}.raw", DimSize=size,
-                     ElementSpacing="2 3 4", TransformMatrix="1 0 0 0 1 0 0 0 1", **changes)
+                     ElementSpacing="3 3 4", TransformMatrix="1 0 0 0 1 0 0 0 1", **changes)
 
 
 def make_livers(folder, count=4):

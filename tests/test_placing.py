@@ -10,7 +10,7 @@ from data.layouts import Subject
 from data.placing import unequal_pixels
 from scans import AFFINE, head, make_set, opened, save, shifted
 
-PLACE = np.array([[-2.0, 0, 0, 21], [0, -3, 0, 30], [0, 0, 4, -11], [0, 0, 0, 1]])
+PLACE = np.array([[-2.875, 0, 0, 21], [0, -3, 0, 30], [0, 0, 4, -11], [0, 0, 0, 1]])
 
 
 def textured(shape, seed=0):
@@ -42,7 +42,7 @@ def test_voxels_are_trusted_without_a_place(tmp_path, bare, contrasts):
     scan = subject(tmp_path, {"t1": (head(), PLACE), "t2": (head(), bare)})
     slices = load_subject(scan, contrasts, 20)
     np.testing.assert_array_equal(slices.images[:, 0], slices.images[:, 1])
-    np.testing.assert_array_equal(slices.reference.affine[:3, 3], [-5, -21, -11])  # that of the t1 in RAS
+    np.testing.assert_array_equal(slices.reference.affine[:3, 3], [-16.375, -21, -11])  # that of the t1 in RAS
     assert [file for file, note in slices.notes if note.endswith(TRUSTED)] == ["t2.nii"]
 
 
@@ -68,12 +68,12 @@ def test_other_shapes_are_not_trusted(tmp_path):
 
 
 def test_places_that_contradict_each_other(tmp_path):
-    """A head of 22 mm along x: 2 mm apart is fine, 6 mm is noted, and 14 mm is refused with the distance."""
+    """A head of 32 mm along x: 3 mm apart is fine, 9 mm is noted, and 20 mm is refused with the distance."""
     wide = np.pad(head(), ((9, 9), (0, 0), (0, 0)))
     for voxels, words in ((1, []), (3, ["overlaps t1 less"]), (7, None)):
         scan = subject(tmp_path, {"t1": (wide, PLACE), "t2": (wide, shifted(PLACE, (voxels, 0, 0)))})
         if words is None:
-            with pytest.raises(DataError, match=r"overlap by \d+ %, and their centres are 14 mm apart; register"):
+            with pytest.raises(DataError, match=r"overlap by \d+ %, and their centres are 20 mm apart; register"):
                 load_subject(scan, ("t1", "t2"), 40)
             continue
         notes = [note for _, note in load_subject(scan, ("t1", "t2"), 40).notes]
@@ -87,7 +87,7 @@ def test_check_and_start_refuse_the_same(tmp_path):
     lines = []
     assert not check(folder, say=lines.append)
     errors = [line for line in lines if line.startswith("error")]
-    with pytest.raises(DataError, match="their centres are 16 mm apart") as caught:
+    with pytest.raises(DataError, match="their centres are 23 mm apart") as caught:
         opened(folder)
     assert errors == [f"error: {caught.value}"]
 
@@ -127,9 +127,9 @@ def test_a_volume_that_is_turned_around_is_told(tmp_path, axis, ends):
     assert notes == ([f"fits t1 better when mirrored; are {ends} swapped?"] if ends else [])
 
 
-@pytest.mark.parametrize(("step", "grid", "first"), [(1, (), "flair"), (2, (), "flair"), (4, (), "t1"), (4, ("flair",), "flair")])
+@pytest.mark.parametrize(("step", "grid", "first"), [(1, (), "flair"), (1.5, (), "flair"), (4, (), "t1"), (4, ("flair",), "flair")])
 def test_the_finest_pixels_give_the_grid(tmp_path, step, grid, first):
-    """The FLAIR has pixels of 2 mm times step along x, and 3 mm along y."""
+    """The FLAIR has pixels of 2.875 mm times step along x, and 3 mm along y."""
     step_count = int(24 / step)
     thick = head((step_count, 18, 9))
     place = shifted(PLACE, ((step - 1) / 2, 0, 0)) @ np.diag([step, 1, 1, 1])
@@ -137,7 +137,7 @@ def test_the_finest_pixels_give_the_grid(tmp_path, step, grid, first):
                    grid=grid)
     slices = load_subject(scan, ("flair", "t1", "t2"), 32)
     assert slices.reference.path.name == f"{first}.nii"
-    said = ("t1.nii", "gives the grid of all, because its axial pixels of 3.00 mm are the finest; those of flair have 8.00 mm")
+    said = ("t1.nii", "gives the grid of all, because its axial pixels of 3.00 mm are the finest; those of flair have 11.50 mm")
     assert (said in slices.notes) == (first == "t1")
 
 
@@ -146,7 +146,7 @@ def test_pixels_of_unequal_size_are_said(tmp_path):
     for seed, name in enumerate(("BraTS2021_00001", "BraTS2021_00003")):
         for contrast in ("flair", "t1"):
             save(folder / name / f"{name}_{contrast}.nii.gz", head(seed=70 + seed + len(contrast)), AFFINE @ np.diag([0.5, 0.5, 1, 1]))
-    said = "pixels of unequal size, from 1.25 mm (BraTS2021_00001) to 2.50 mm (BraTS2021_00000)"
+    said = "pixels of unequal size, from 1.47 mm (BraTS2021_00001) to 2.94 mm (BraTS2021_00000)"
     lines = []
     assert check(folder, say=lines.append, size=20) and any(said in line for line in lines)
     assert said in opened(folder)[1]

@@ -21,7 +21,7 @@ def test_caption_text():
 @pytest.mark.parametrize(("sign", "side"), [(-1, "left"), (1, "right")])
 @pytest.mark.parametrize("codes", ["RAS", "LPS"])
 def test_lesion_side_is_the_patients(tmp_path, sign, side, codes):
-    """A lesion at world x < 0 is on the patient's left; 6 voxels of 2 x 3 mm are 36 mm2. The head is off the middle."""
+    """A lesion at world x < 0 is on the patient's left; 6 voxels of 2 x 3 mm are 52 mm2. The head is off the middle."""
     array = np.pad(head(), ((6, 0), (0, 0), (0, 0)))
     labels = np.zeros(array.shape, np.uint8)
     middle = 6 + SHAPE[0] // 2
@@ -32,7 +32,7 @@ def test_lesion_side_is_the_patients(tmp_path, sign, side, codes):
         affine = AFFINE @ np.array([[-1, 0, 0, 19], [0, -1, 0, 17], [0, 0, 1, 0], [0, 0, 0, 1]])
     image, seg = save(tmp_path / "p" / "t1.nii", array, affine), save(tmp_path / "p" / "seg.nii", labels, affine)
     slices = load_subject(Subject("p", "p", {"t1": image}, seg), ("t1",), 32)
-    assert slices.lesion[4] == f"{side}, 36 mm2" and slices.lesion[3] == "none"
+    assert slices.lesion[4] == f"{side}, 52 mm2" and slices.lesion[3] == "none"
 
 
 def test_lesion_on_both_sides():

@@ -395,7 +395,7 @@ def test_manifest_with_pictures_and_reports(tmp_path):
     assert b.files == {"text": sheet, "xray": tmp_path / "b.png"}
     assert (a.report, b.report) == ("Clear.", "Large heart.") and a.records["xray"]["age"] == 61
     assert data.scan_prompt("xray", data.record_of(a, "xray")) == "Modality: X-ray; Age: 61 y; Sex: None; Scanner: None None"
-    assert b.records["t1"]["voxel"] == (2, 3, 4) and "voxel" not in b.records["xray"]
+    assert b.records["t1"]["voxel"] == (2.88, 3, 4) and "voxel" not in b.records["xray"]
 
 
 @pytest.mark.parametrize(("rows", "sentence"), [

@@ -58,6 +58,39 @@ def test_mixed_grids_of_a_subject_meet_in_the_first(tmp_path):  # row 39
     assert slices.notes == [("t2.nii", "is on another grid than the first contrast; resampled by the affines")]
 
 
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    """A ball in a sagittal scan of 2.4 x 1.2 mm is round in the slice, and the volume goes back to the grid of the scan.
+
+    A second scan, without a place, has as many voxels, which correspond.  A third one lies on a grid with square pixels.
+    """
+    size = (26, 52, 6)
+    affine = np.diag([2.4, 1.2, 3.0, 1.0])
+    affine[:3, 3] = (-30, -30, 0)
+    x, y, z = np.meshgrid(*(np.arange(n) for n in size), indexing="ij")
+    ball = (affine[0, 0] * (x - 12)) ** 2 + (affine[1, 1] * (y - 26)) ** 2 < 20 ** 2
+    array = np.where(ball, 500 + 3 * y + 2 * x, 0).astype(np.float32)
+    halves = np.diag([1.2, 1.2, 3.0, 1.0])
+    halves[:3, 3] = (-30.6, -30, 0)                     # the left half of a wide voxel
+    files = {"t1": save(tmp_path / "p" / "t1.nii", array, affine), "t2": save(tmp_path / "p" / "t2.nii", array, np.eye(4)),
+             "pd": save(tmp_path / "p" / "pd.nii", np.repeat(array, 2, 0), halves)}
+    labels = save(tmp_path / "p" / "seg.nii", ball.astype(np.uint8), affine)
+    slices = load_subject(Subject("p", "p", files, segmentation=labels, grid=("t1",)), ("t1", "t2", "pd"), 64)
+    for contrast in range(3):
+        shape = slices.images[3, contrast] > 0.2
+        height, width = (np.ptp(np.nonzero(shape.any(1 - axis))[0]) + 1 for axis in (0, 1))
+        assert abs(height - width) <= 3 and 32 <= min(height, width) <= 34        # it was 33 x 17
+    assert np.abs(slices.images[:, 0] - slices.images[:, 1]).max() < 1e-6
+    assert np.abs(slices.images[:, 0] - slices.images[:, 2]).mean() < 0.02 and slices.pixel == pytest.approx(1.2)
+    assert abs(int(slices.labels[3].sum()) - int((slices.images[3, 0] > 0.2).sum())) < 100
+    said = [sentence for _, sentence in slices.notes]
+    assert said.count("has axial pixels of 2.40 x 1.20 mm; they are resampled to squares of 1.20 mm") == 1
+    slices.write(tmp_path / "made.nii", slices.images[:, 0], "synthetic t1", contrast="t1")
+    made = nib.load(tmp_path / "made.nii")
+    assert made.shape == size and np.allclose(made.affine, affine)
+    inside = ball & (np.hypot(2.4 * (x - 12), 1.2 * (y - 26)) < 15)
+    assert np.corrcoef(made.get_fdata()[inside], array[inside])[0, 1] > 0.99
+
+
 def test_ct_is_air_outside_its_box_and_written_in_hu(tmp_path):
     hu, _ = scan()
     files = {"t2": save(tmp_path / "p" / "T2.nii.gz", head()),
@@ -104,7 +137,7 @@ def test_kept_slices_do_not_depend_on_padding(tmp_path):
 
 
 def test_subject_slices_go_back_onto_the_source(tmp_path):
-    affine = oriented("PSR", SHAPE, 0.2)
+    affine = oriented("PSR", SHAPE, 0.2) @ np.diag([1.5, 1, 0.75, 1])       # 3 mm along P, R and S
     stored = np.ascontiguousarray(head().transpose(1, 2, 0))
     path = save(tmp_path / "p" / "t1.nii.gz", stored, affine)
     slices = load_subject(Subject("p", "p", {"t1": path}), ("t1", "t2"), 24)

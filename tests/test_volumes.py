@@ -281,11 +281,11 @@ def test_grids_equal_within_a_micrometre_are_untouched(tmp_path):  # row 40
     noise = read_volume(save(tmp_path / "b.nii", head(seed=1)))
     noise.affine = noise.affine + 1e-8
     assert same_grid(noise, fixed) and resample_to(noise, fixed) is noise.array
-    noise.affine = shifted(fixed.affine, (0.001, 0, 0))  # 0.002 mm
+    noise.affine = shifted(fixed.affine, (0.0005, 0, 0))  # 0.0014 mm
     assert not same_grid(noise, fixed)
-    noise.affine = shifted(fixed.affine, (0.0004, 0, 0))  # 0.0008 mm
+    noise.affine = shifted(fixed.affine, (0.0003, 0, 0))  # 0.0009 mm
     assert same_grid(noise, fixed)
-    noise.affine = fixed.affine @ np.diag([1.0001, 1, 1, 1])  # 0.0026 mm at the far end
+    noise.affine = fixed.affine @ np.diag([1.0001, 1, 1, 1])  # 0.0037 mm at the far end
     assert not same_grid(noise, fixed)
 
 
@@ -404,7 +404,7 @@ def test_two_echoes_in_one_file(tmp_path, form, pd_first, turned):
         assert volume.notes == ["holds both echoes; with its header's slice distance each covers 36 mm"]
         write_volume(tmp_path / f"{echo}.nii", volume.array, volume, "test")
         written = nib.load(tmp_path / f"{echo}.nii")
-        assert written.shape == SHAPE and written.header.get_zooms() == (2, 3, 4)
+        assert written.shape == SHAPE and written.header.get_zooms() == (2.875, 3, 4)
         np.testing.assert_array_equal(read_volume(tmp_path / f"{echo}.nii").array, truth)
 
 
@@ -502,13 +502,13 @@ def test_geometry_of_bad_files(tmp_path):
 
 
 def test_grid_around_a_volume(tmp_path):
-    """28 x 54 x 36 mm, stored in any order: the grid has its centre and its height."""
+    """40 x 54 x 36 mm, stored in any order: the grid has its centre and its height."""
     volume = read_volume(save(tmp_path / "a.nii", head().transpose(1, 2, 0).copy(), AFFINE[:, [1, 2, 0, 3]]))
     grid = grid_around(volume, (20, 30), (5, 5, 6))
     assert grid.array.shape == (20, 30, 6) and grid.spacing.tolist() == [5, 5, 6] and grid.axes == "RAS"
     for some in (volume, grid):
         ends = nib.affines.apply_affine(some.affine, [[-0.5] * 3, np.array(some.array.shape) - 0.5])
-        np.testing.assert_allclose(ends.mean(0), [0, 0.5, 23])
+        np.testing.assert_allclose(ends.mean(0), [5.6875, 0.5, 23])
     moved = resample_to(volume, grid, fill=0)
     write_volume(tmp_path / "out.nii.gz", moved, grid, "test")
     back = read_volume(tmp_path / "out.nii.gz")
