@@ -121,7 +121,8 @@ def sweep(run, ds, model, target, changes, field, values):
                 true_means = {part: true[k][mask].mean() for part, mask in parts.items()}
                 line.update({f"{part} (truth)": mean for part, mean in true_means.items()})
                 low, high = ("csf", "wm") if target == "flair" else ("gm", "csf")
-                ratios.append((means[low] / means[high], true_means[low] / true_means[high]))
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    ratios.append((means[low] / means[high], true_means[low] / true_means[high]))
             rows_out.append(line)
         # In a tiny phantom, no voxel may hold one tissue alone.
         if truth and np.isfinite(ratios).all():

@@ -37,8 +37,11 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # so a shell starts `pytest tests &`; Ctrl-C is tested
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell starts `pytest tests &` with Ctrl-C ignored, and nohup ignores SIGHUP.  Some tests send these signals.
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import clip as C
+from common import encoder as E
 from common.contrastive import contrastive_loss, groups_of, nearest
 from common.embeddings import embed
 from common.tokenizer import MASK, NONE, NUM, UNK, Tokens
@@ -535,20 +536,20 @@ def test_training_input_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="instance=0"):
         C.train_clip(run, clip, *one, 1, batch=4)
     C.train_clip(run, clip, *one, 1, batch=4, instance=0)
-    assert "slice_to_slice" not in C.report(clip, *one[:2])
+    assert "slice_to_slice" not in E.retrieval(clip, *one[:2])
 
 
 # ---- What it learns -------------------------------------------------------------------------------------------------
 
 def test_contrast_is_recognised_on_unseen_subjects(trained):
-    found = C.report(trained[0], slices(16, 99), captions(16))
+    found = E.retrieval(trained[0], slices(16, 99), captions(16))
     assert found["image_to_text"] >= 0.9 and found["image_to_text_chance"] == 0.25
 
 
 @pytest.mark.slow
 def test_anatomy_is_kept_only_because_of_the_instance_term(trained):
     towers = trained[0], train(instance=0.0)[0], C.build("demo", TEXTS, 32)
-    with_term, without, untrained = (C.report(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)
+    with_term, without, untrained = (E.retrieval(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)
     assert with_term >= 0.9                                     # chance is 1/16
     assert without < untrained - 0.2 < with_term - 0.4          # training without it discards what chance gave
 
@@ -567,7 +568,7 @@ def test_mask_and_none_are_learned_words(trained):
 def test_encoding_in_batches_equals_encoding_at_once(fresh):
     images = slices(5, 2)
     at_once = fresh.encode_image(torch.from_numpy(images.astype(np.float32)).view(20, 1, 32, 32)).pooled.view(5, 4, 128)
-    assert torch.allclose(C.encode_all(fresh, images, batch=2), at_once, atol=1e-5)
+    assert torch.allclose(E.encode_all(fresh, images, batch=2), at_once, atol=1e-5)
 
 
 def test_report_counts_hits_of_known_features():
@@ -588,11 +589,11 @@ def test_report_counts_hits_of_known_features():
     images[:, 1, :, 0] = 1
     images[:, :, 0, 1] = np.array([[-5, -1], [3, 4], [1, 2], [2, -3]])
     texts = [["t1", "t2"], ["t1", "t2"], ["t1", "odd"], ["t2", "t2"]]
-    found = C.report(Known(), images, texts)
+    found = E.retrieval(Known(), images, texts)
     assert found["image_to_text"] == pytest.approx(6 / 8) and found["image_to_text_chance"] == pytest.approx(1 / 3)
     # by the lean, contrast 0 takes 3 1 1 1 for 0 1 2 3 (one right), contrast 1 takes 0 1 1 0 (two right)
     assert found["slice_to_slice"] == pytest.approx((1 / 4 + 2 / 4) / 2) and found["slice_to_slice_chance"] == 0.25
-    assert C.encode_all(Known(), images)[3].tolist() == [[1, 0, 2], [0, 1, -3]]
+    assert E.encode_all(Known(), images)[3].tolist() == [[1, 0, 2], [0, 1, -3]]
 
 
 def test_hidden_values_are_read_from_the_rest():
@@ -600,7 +601,7 @@ def test_hidden_values_are_read_from_the_rest():
     full = [f"Age: 35; Modality: {c}; TE: {te} ms" for c, te in zip(CONTRASTS, ECHO_TIMES)]
     clip, run = C.build("demo", full, 16), StandInRun()
     C.train_clip(run, clip, slices(128, 0, size=16), [full] * 128, subjects(128), 60, 32, instance=0, field_dropout=0.3)
-    z, own = C.encode_all(clip.freeze(), slices(16, 99, size=16)).flatten(0, 1), torch.arange(4).repeat(16)
+    z, own = E.encode_all(clip.freeze(), slices(16, 99, size=16)).flatten(0, 1), torch.arange(4).repeat(16)
     for word in ("[MASK]", "None"):
         texts = [text.replace(f"Modality: {c}", f"Modality: {word}") for text, c in zip(full, CONTRASTS)]
         assert (nearest(z, clip.encode_text(texts).pooled) == own).float().mean() > 0.9
