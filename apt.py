@@ -9,8 +9,8 @@ Missing contrasts are then filled in like holes in a picture, but the holes are 
 Three things make that work well:
   1. An anatomy vector z is trained to stay the same when one contrast is left out.  It enters the
      U-Net through cross-attention.
-  2. Stage 1 of sampling starts from a guess (the prior) with noise: another contrast, changed by
-     an intensity curve.  A codebook, made once in training, says which contrast and curve fit best.
+  2. Stage 1 of sampling starts from a noisy guess.  The guess (the prior) is another contrast,
+     changed by a curve.  A codebook, made once in training, says which contrast and curve fit best.
   3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
      new result is averaged with the one before.  The last two are not averaged.
 
@@ -56,9 +56,9 @@ DEPARTURES FROM THE PAPER, with the reason here or in the code ("the release": t
   [D6]  The paper prints one number per control point.  We take it as x.  Background stays dark.
   [D7]  Contrasts are compared within a slice, as in the release; a gain is a ratio of two means.
   [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
-  [D9]  Paper unclear: stage 1 has S + 1 evaluations, to t_0; N counts stage 2 and its last two.
+  [D9]  Paper unclear: stage 1 has S + 1 evaluations, to t_0; N counts all of stage 2.
   [D10] Small slices are padded (resizing would blur them); those of little tissue are left out.
-  [D11] Paper silent: clamped x0, clipped gradients, losses are means, EMA, weights, U-Net.
+  [D11] Paper silent: clamped x0, clipped gradients, losses are means, EMA, U-Net.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
@@ -99,7 +99,7 @@ class Config:
     contrasts: tuple[str, ...] = ()             # contrasts to use, in this order; empty: all
     size: int = 256                             # height and width of a slice in pixels [D10]
     train_fraction: float = 0.8                 # share of the subjects that train
-    test_subjects: int = 50                     # subjects that are scored; all others validate
+    test_subjects: int = 50                     # subjects that are scored; the rest validates
     test_slices: int = 4                        # slices scored per test subject, evenly spread
     # networks
     encoder: Literal["base", "demo"] = "base"   # size of the image encoder (common/clip.py)
@@ -122,7 +122,7 @@ class Config:
     ema: float = 0.9999                         # decay of the averaged weights (EMA)
     # method, in training
     schedule: Literal["cosine", "linear"] = "cosine"    # noise (linear: the release)
-    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z scaled; one z per contrast
+    context: Literal["pooled", "scaled", "tokens"] = "pooled"   # z; z times sqrt(D); z per contrast
     mif: Literal["trained", "mean", "zero"] = "trained"         # z is fused; mean of features; 0
     # method, in sampling
     missing: tuple[str, ...] = ("each",)        # contrasts to make; each: one by one; all: all sets
@@ -153,9 +153,9 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# A row of --reproduce copies the stages before the first one that lists one of its changed fields.
+# --reproduce trains each further row from the first stage here that lists a field which it changes.
 STAGES = {
-    "encoder": (),          # fields listed nowhere, such as encoder_steps, change all stages
+    "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
     "codebook": (),
     "diffusion": ("base", "mult", "blocks", "attention", "head_dim", "groups", "steps", "batch",
@@ -216,7 +216,7 @@ def make_unet(cfg, C, dim):
     """
     def transformer(site):
         return SpatialTransformer(site.channels, cfg.head_dim, dim, cfg.groups)
-    plug = attention_at(cfg.attention, transformer)         # what to put at a place (site), or None
+    plug = attention_at(cfg.attention, transformer)         # site -> module for this place, or None
     return UNet(C, C, cfg.base, cfg.mult, cfg.blocks, cfg.size, cfg.groups, plug)
 
 
@@ -236,7 +236,7 @@ def condition(cfg, mif, f, known):
     if cfg.context == "pooled":
         return z
     if cfg.context == "scaled":
-        return f.shape[2] ** 0.5 * z                                        # (B, 1, D)
+        return f.shape[2] ** 0.5 * z                # (B, 1, D)  ours: entries of about 1 in size
     tokens = F.normalize(mif.out(mif.tokens(f, known)), dim=2)              # (B, C, D)
     return torch.where(mask, tokens, z)                                     # (B, C, D)  missing: z
 
@@ -281,9 +281,9 @@ def bezier(P, r):
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
 # we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
 # take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# Equal x and y give a straight line.  x must rise, so we reverse y: the same curve from its end.
+# x must rise, so instead of x we reverse y: this draws the same curve from its other end.
 SPACED = (-1, -1 / 3, 1 / 3, 1)
-STEEP = (-1, -1, 1, 1)                          # steep if it is y
+STEEP = (-1, -1, 1, 1)                          # as x and y: the identity
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
     "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
@@ -578,7 +578,7 @@ def train_mif(cfg, run, ds, features):
         # run.update is zero_grad, backward, clipping of the gradient at norm 1, and optimiser.step.
         run.update(loss, optimiser)
         with torch.no_grad():
-            mif.log_scale.clamp_(max=math.log(100))       # else it would have no gradient up there
+            mif.log_scale.clamp_(max=math.log(100))       # beyond it there is no gradient
         nearest = (z_sub @ z_all.T).argmax(1)                               # (B,)
         found = nearest == torch.arange(batch, device=run.device)           # (B,)
         run.log(loss=loss, retrieval=found.float().mean())

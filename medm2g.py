@@ -47,14 +47,14 @@ COMMANDS
   python medm2g.py --data data/ixi --train --evaluate --rounds mri-mri     MR contrasts only
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
-  [D1]  The noise process is that of DDPM; "linear" is latent diffusion's scaled-linear schedule.
+  [D1]  The noise process is DDPM's; the paper's "linear" schedule is latent diffusion's, scaled.
   [D2]  Eq. (4): double sum as in Barlow Twins, over the d outputs of a projector.  L_VI + L_AB is
         minimised in the alignment, and nowhere else.
   [D3]  Eq. (6): C(y) is kept; the partner is clean in two thirds of the steps, and then one loss
         counts.  V itself is not aligned (--ctx-contrast: as in CoDi).
   [D4]  Nothing is pre-trained: no Stable Diffusion, BERT or GPT-2.  ADM's U-Net; the paper's depth
         4 (image) is read as levels, its depth 2 (text) as blocks.  Losses are means.  AdamW with
-        warm-up and cosine, clipping, EMA in the autoencoder only.  Latents have variance 1.
+        warm-up and cosine, clipping; the autoencoder has Adam and EMA.  Latents have variance 1.
   [D5]  Alignment is the chain of Sec. 3.5, text-X-ray, text-CT, CT-MR (or --rounds); Secs. 3.2 and
         4 have others.  Cosines, one temperature per round; equal reports share the target.
   [D6]  Prompts: mean-centred, several tokens from one vector, moved a little in training; several
@@ -63,7 +63,7 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
         places attract each other (or --no-place-bias).
   [D8]  Sampler: times from 999 to 0, clamping; a stream listens only to partners that it was
         trained with; several are averaged.
-  [D9]  Views for Eqs. (3) and (4) suit each modality: no flips, little brightness, sentences moved.
+  [D9]  Views for Eqs. (3) and (4) suit each modality: no flips, small changes of brightness.
   [D10] A contrast token tells the MR diffuser which contrast to make.
 
 NEEDS  data/ and these files of common/:
@@ -148,7 +148,7 @@ class Config(CodecConfig):
     couple_t: bool = False                      # the partner is always at the same t [D3]
     ctx_contrast: float = 0.0                   # weight of a contrastive loss on V, as CoDi [D3]
     schedule: Literal["scaled", "linear"] = "scaled"            # noise schedule [D1]
-    accelerate: int = 1                         # 4: MR from a 16th of k-space (Table 6)
+    accelerate: int = 1                         # 4: MR is a source, of a 16th of k-space (Table 6)
     # method, in sampling
     only: tuple[str, ...] = ()                  # directions to score, such as text:ct, t1+t2:pd
     steps: int = 50                             # DDIM steps
@@ -172,10 +172,10 @@ SAMPLING = ("only", "steps", "eta", "w", "beam", "given", "sample_batch", "test_
 PRESETS = load_presets("medm2g")                            # sizes for phantoms: data/presets.json
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
               test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536), batch_text=(1, 65536),
-              align_batch=(2, 65536), rounds=(0, 0))                # rounds: must not be empty
-# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
+              align_batch=(2, 65536), rounds=(0, 0))      # listed here: must not be empty
+# --reproduce trains each further row from the first stage here that lists a field which it changes.
 STAGES = {
-    "autoencoder": (),
+    "autoencoder": (),      # fields listed nowhere, such as ae_steps, act on all stages
     "text": TEXT_FIELDS,
     "alignment": ("accelerate", "encoder", "align_steps", "align_batch", "align_lr", "projector",
                   "ca", "vi", "rounds"),
@@ -189,7 +189,7 @@ T = 1000                                        # steps of the noise process
 
 # ---- 2. Data -------------------------------------------------------------------------------------
 # A data.Dataset gives slices and reports; Samples (common/rounds.py) makes pairs of them.  With
-# --accelerate, MR is as an accelerated scan gives it (common/kspace.py).
+# --accelerate, all MR is as a fast scan gives it (common/kspace.py), and never a target.
 
 # ---- 3. Model ------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class CrossGuide(nn.Module):
 
 
 class Listener(nn.Module):
-    """The plug of a diffuser's U-Net: attention to the prompt, then to the partners.
+    """In a diffuser's U-Net: attention to the prompt, then to the partners.
 
     cross: which of the CrossGuides in the condition stands here, or None.  They are no part of the
     U-Net, because they are trained later and alone.
@@ -276,12 +276,12 @@ class Listener(nn.Module):
 def make_networks(cfg, modality, shape):
     """The U-Net of a modality, and its CrossGuides.  shape: of its latent, (z, h, w) or (Z,).
 
-    A CrossGuide stands behind the last block of each level, and in the middle [D7].
+    A CrossGuide ends each level, down and up, and one is in the middle [D7].
     """
     text = modality == "text"
     crosses = nn.ModuleList()
 
-    def plug(site):
+    def plug(site):             # the U-Net asks it for each place (common/unet.py)
         middle = site.stage == "mid"
         if site.where != "block" or (middle and site.index == 1):
             return None
@@ -478,7 +478,7 @@ def info_nce(u, v, scale, groups):
 
     Reports of healthy patients are often equal.  Equal ones are all right answers [D5].
     """
-    return 2 * contrastive_loss(scale * cosines(u, v), groups)              # of the mean of both
+    return 2 * contrastive_loss(scale * cosines(u, v), groups)  # contrastive_loss: their mean
 
 
 def roughly(e, noise):
@@ -607,7 +607,7 @@ class Model:
         noise = {}
         for stream in make:
             like = torch.zeros(B, *self.codecs.shape(stream), device=device)
-            _, noise[stream] = self.run.noise([(*key, stream) for key in keys], like)
+            _, noise[stream] = self.run.noise([(*key, stream) for key in keys], like)   # a function
             start[stream] = noise[stream]()
         times = torch.linspace(T - 1, 0, self.cfg.steps).round().long().tolist()
         alpha_bar = alpha_bar_of(self.cfg.schedule)

@@ -27,7 +27,7 @@ PIPELINE (B slices, H x W pixels, D width of an embedding, L words of width K fo
 Training has the stages "encoder" and "bridge".
 
 EQUATIONS
-  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t
+  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t (hard, soft)
   Eq. (2)  x0_hat = G(x_t, t, y, E_text)                       ours: and x_r [D6]
   Eq. (3)  F <- (F - beta_src) / alpha_src * alpha_tgt + beta_tgt
   Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat))      ours: of grids of cells [D4]
@@ -58,11 +58,11 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
   [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the printed betas give noise of std 2.
   [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
-  [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see sem_gain).
+  [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see train_bridge).
   [D5]  Losses are means over images in [-1,1]; D's real and fake pairs share x_t; R1 penalty.
   [D6]  R passes, as in SelfRDB, also in training; learning rates fall; best weights are kept.
   [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) train.
-  [D8]  Some rivals of Table 2 (without text) and that of Table 4 can be trained: --reproduce list.
+  [D8]  Rivals of Table 2 (without text) and 4 (cross-attention) can be trained: --reproduce list.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
@@ -145,7 +145,7 @@ class Config:
     # method, in sampling
     only: tuple[str, ...] = ()                  # the one direction to make: source,target
     eta: float = 1.0                            # fresh noise: 1 as a Markov chain, 0 least (Bridge)
-    noise: float = 0.0                          # sigma of noise on test slices, of 255 (Fig. 5)
+    noise: float = 0.0                          # sigma of noise on test slices, 0..255 (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
     sample_batch: int = 24                      # slices sampled at once; changes rounding only
@@ -174,9 +174,9 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# A row of --reproduce copies the stages before the first one that lists one of its changed fields.
+# --reproduce trains each further row from the first stage here that lists a field which it changes.
 STAGES = {
-    "encoder": (),          # fields listed nowhere, such as encoder_steps, change all stages
+    "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
                "batch", "lr", "lr_d", "bridge", "N", "R", "conditioning", "prompts", "share",
                "fields", "lambda_adv", "lambda_sem", "pool", "sem_real"),
@@ -250,7 +250,7 @@ class TANorm(nn.Module):
         h = norm2(h) * (1 + scale(time)) + shift(time)
         h = TANorm(h)
         output = skip(x) + conv2(silu(h))
-    Each prompt has its own affine map.  Without a description (rows of Table 5) both prompts may be
+    Each prompt has its own affine map.  Without Description (rows of Table 5) both prompts may be
     equal, and one shared map would undo itself.  With --prompts both it starts as the identity.
     """
 
@@ -298,10 +298,10 @@ class Generator(nn.Module):
         super().__init__()
         self.N = cfg.N
         self.R = cfg.R
-        self_attention = attention_at(                      # a plug: place (site) -> module or None
+        self_attention = attention_at(     # a plug (common/unet.py): site (place) -> module
             cfg.attention, lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups))
 
-        def plug(site):     # the U-Net asks twice for a block: behind norm2, and at its end
+        def plug(site):     # for a block, behind norm2 and at its end; called as module(h, text)
             if site.where == "norm":
                 ours = cfg.conditioning == "ta" and site.stage != "mid"
                 return TANorm(site.channels, dim, cfg.prompts, cfg.share) if ours else None
@@ -329,8 +329,8 @@ class Generator(nn.Module):
 class SRNet(nn.Module):
     """Sec. 3.2.2: the embedding of the whole prompt from the masked one and the picture.
 
-    No skip connection leads from E_mask to the output.  E_mask and E_tgt are almost equal, so with
-    such a connection the cosine would begin at almost 1.
+    No skip connection leads from E_mask to the output.  E_mask and E_tgt share most words, so
+    with such a connection the cosine could begin near 1.
     """
 
     def __init__(self, dim, pool):
@@ -344,7 +344,7 @@ class SRNet(nn.Module):
         """Eq. (4).  x0_hat: (B, 1, H, W) in [-1,1].  Returns F_p (B, 2 sum k^2).
 
         As printed, F_p is two numbers, and the maximum of a normalised image is always about 1.  We
-        pool to k x k squares for several k; --pool 1 is the printed equation [D4].
+        pool to grids of k x k cells, for several k; --pool 1 is the printed equation [D4].
         """
         u = (x0_hat + 1) / 2                                                # (B, 1, H, W)
         parts = []
@@ -512,7 +512,7 @@ class Model:
         """Make every contrast that is missing and can be made from a known one.
 
         common/trained.py calls this.  u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: see
-        translate; watch: see sample.  Returns u with what was made, and no further images.
+        translate; watch: see sample.  Returns u with what was made, and a dict of extras: none.
         ValueError if a contrast could be made from two of the known ones.
         """
         names = [name for name, _ in keys]
@@ -646,7 +646,7 @@ def train_bridge(cfg, run, ds, encoder):
             # Every loss is a mean, not a sum; lambda_1 and lambda_2 assume this [D5].
             loss = loss + cfg.lambda_sem * sem                              # Eq. (9)
             if cfg.sem_real:
-                # R_M learns from real images of both contrasts, so that it must read pictures [D4].
+                # SR-Net learns from real images of both contrasts, to make it read pictures [D4].
                 back = prompts(subject[pick], tgt, src)         # as if y were the target
                 of_x0 = semantic_loss(text.e_tgt, sr(text.e_mask, sr.pooled(x0)))
                 of_y = semantic_loss(back.e_tgt, sr(back.e_mask, sr.pooled(y)))
@@ -665,7 +665,7 @@ def train_bridge(cfg, run, ds, encoder):
 
 
 def validation(cfg, run, ds, prompts, bridge):
-    """A function G -> mean squared error of 16 sampled validation slices, with fixed noise."""
+    """A function G -> mean squared error of up to 16 validation slices, with fixed noise."""
     rows = ds.rows("val", 16)
     if len(rows) == 0:
         run.say("no validation subjects: the last weights are kept")

@@ -53,7 +53,7 @@ COMMANDS
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  The source is at the largest t, as in the prose; the paper's formulas have it at t = 0.
   [D2]  m_t runs from .001 to .999, as in BBDM's code; sampling starts at x itself, without noise.
-  [D3]  The loss is L1, unweighted, as in BBDM's code (--loss l2: squared, c_t over its mean).
+  [D3]  The loss is L1, unweighted, as in BBDM's code (--loss l2: squared, see bridge_loss).
   [D4]  CMA adds its result to F_d (--cma-out literal: replaces it); it has norms and heads.
   [D5]  Both branches are trained together; their noise is independent.
   [D6]  The residual image is (B - A) / 2, so that it lies in [-1,1] like A and B.
@@ -165,9 +165,9 @@ SAMPLING = ("S", "samples", "select", "value", "sample_batch", "test_slices")
 PRESETS = load_presets("rlbcd")                              # sizes for phantoms: data/presets.json
 LIMITS = dict(S=(1, T), samples=(1, 100), lcs=(0, 1e3), disc_weight=(0, 1e3), ema=(0, 0.99999),
               ae_mult=(1, 16), test_subjects=(0.01, 10 ** 9))
-# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
+# --reproduce trains each further row from the first stage here that lists a field which it changes.
 STAGES = {
-    "autoencoder": (),
+    "autoencoder": (),      # fields listed nowhere, such as ae_steps, act on all stages
     "evaluator": ("evaluator_steps",),
     "bridges": ("base", "mult", "blocks", "head_dim", "groups", "steps", "batch", "lr", "ema",
                 "sam", "cma", "cma_out", "rdb", "edb", "lcs", "loss"),
@@ -218,7 +218,7 @@ def make_picture(cfg, run, slices, contrasts):
 
 
 def make_latents(cfg, run, ds, part, ae):
-    """x, y, r of all slices of a part, scaled to variance 1 together; so is the noise [D8]."""
+    """x, y, r of all slices of a part, of variance 1, like eps; kept on disk [D8]."""
     name = seed_of(ds.fingerprint, part, *ds.split[part], *pair_of(cfg, ds.contrasts))
     picture = make_picture(cfg, run, ds.part(part), ds.contrasts)
     return Latents(run, ae, picture, KINDS, len(ds.rows(part)), f"{name:x}")
@@ -316,11 +316,11 @@ class CoDiffusion(nn.Module):
 
     def __init__(self, cfg, z, size):
         super().__init__()
-        middle = attention_at(
+        middle = attention_at(          # (): only between the two mid blocks
             (), lambda site: SelfAttention(site.channels, cfg.head_dim, cfg.groups, bias=True))
 
         def fusion(site):
-            """For a place: SAM ends a level on the way down, CMA on the way up [D9]."""
+            """The module for a place of the U-Net: SAM ends a level down, CMA a level up [D9]."""
             if site.where == "block" and site.last and site.stage == "down":
                 return SAM(site) if cfg.sam else Mean(site)
             if site.where == "block" and site.last and site.stage == "up":
@@ -430,7 +430,7 @@ def sample(gradients, x, times, noise, watch=None):
 
     gradients(states, t) -> {branch: prediction}.  times: falling, from common/schedules.py.
     noise: {branch: function () -> fresh N(0,1) like x}, independent of each other [D5].
-    watch: a list that gets each (time, state, estimate of x0) of the last branch.
+    watch: a list that gets (title, state, estimate of x0) of each step, last branch.
     """
     states = {branch: x for branch in noise}
     for i, time in enumerate(times):
@@ -491,8 +491,8 @@ class Model:
 
         u: (B, C, H, W) in [0,1]; known: (B, C) bool; keys: (subject, slice number) of each slice;
         watch: a list for the states of the sampler, or None.
-        Returns u with B in place, and a dict: "notes" with "samples" (B, K, H, W) and, from both
-        branches, "lcs" (B, K), "inconsistency" (B, K, h, w); then "A + residual" (B, C, H, W).
+        Returns u with B in place, and a dict: "notes" with "samples" (B, K, H, W).  Two branches
+        add "lcs" (B, K) and "inconsistency" (B, K, h, w) to them, and "A + residual" to the dict.
         ValueError if A is unknown in a slice, or if B is known.
         """
         src, tgt = channels(self.cfg, self.contrasts)
@@ -728,8 +728,9 @@ def outline(cfg, ds):
              f"{tuple(x.shape)}, t (1,) -> gradients {tuple(x.shape)}"]
     named = {"autoencoder": ae, "both U-Nets": networks, "H_E": Evaluator(ae.z)}
     states = {"residual": x, "enhanced": x}
-    return Outline(named, lambda: networks(states, torch.zeros(1)), cfg.batch * cfg.steps, lines,
-                   {"ae_batch": (False, lambda: ae(torch.zeros(1, 1, cfg.size, cfg.size)))})
+    before = {"ae_batch": (False, lambda: ae(torch.zeros(1, 1, cfg.size, cfg.size)))}
+    return Outline(named, lambda: networks(states, torch.zeros(1)), lines=lines, before=before,
+                   slices=cfg.batch * cfg.steps)
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  Image encoder: order of a block, its small step, a long skip, a last convolution.
   [D2]  Mapper: its layers; alpha is bounded, its geometric mean is 1 (or --alpha literal).
   [D3]  Eq. (1) compares f_0 (or --feat-loss encoded: f_s); losses are means, not sums.
-  [D4]  NeuroCLIP is 2-D, learns from the training subjects alone, in steps; classes of our own.
+  [D4]  NeuroCLIP is 2-D, learns from training subjects alone; counted in steps; classes are ours.
   [D5]  First weights, clipping, what an epoch is: the paper is silent.  The best weights stay.
   [D6]  Sentences are ours, because the paper shows them in a picture; some values are hidden.
   [D7]  Draw of pairs, places, mirroring; tiles and mask in sampling: the paper is silent.
@@ -99,7 +99,7 @@ class Config:
     size: int = 256                             # height and width of a slice in pixels
     train_fraction: float = 0.7                 # share of the subjects that train
     test_subjects: float = 0.2                  # share that is scored (or number, from 1 on)
-    test_slices: int = 1000                     # slices scored per subject: all that show enough
+    test_slices: int = 1000                     # at most so many slices of a subject are scored
     # networks
     encoder: Literal["neuro", "demo"] = "neuro"     # size of NeuroCLIP (common/clip.py) [D4]
     width: int = 1024                           # channels of the image encoder
@@ -146,9 +146,9 @@ class Config:
 SAMPLING = ("only", "target", "sweep", "overlap", "full_slice", "sample_batch", "test_slices")
 PRESETS = load_presets("unisyn")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(lambda_f=(0, 1e3), overlap=(0, 0.95), slices=(1, 64), test_subjects=(0.01, 10 ** 6))
-# A field acts on its stage and on later ones; one that is neither here nor in SAMPLING, on all.
+# --reproduce trains each further row from the first stage here that lists a field which it changes.
 STAGES = {
-    "encoder": (),
+    "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "synthesis": ("width", "blocks", "features", "decoder", "epochs", "batch", "lr", "decay",
                   "slices", "patch", "tasks", "fusion", "prompts", "alpha", "feat_loss",
                   "lambda_f", "lambda_s"),
@@ -181,7 +181,7 @@ class ResBlock(nn.Module):
 
     The paper writes conv, conv, ReLU.  Two convolutions without a ReLU between them are no more
     than one, so the ReLU stands between.  There is no normalisation.  With full steps, each of the
-    24 blocks would multiply the variance of the maps by about 3, as GFM starts [D1].
+    24 blocks would multiply the variance of the maps by about 3, with Kaiming's weights [D1].
     """
 
     def __init__(self, width):
@@ -530,7 +530,8 @@ def train_neuroclip(cfg, run, ds):
             without = sentences.hidden_field(contrast, record, 0.1, g)
             texts.append(scan_prompt(contrast, record, without))
         return np.array(numbers), torch.tensor(channels), texts
-    # captions give the words and tell which sentences are equal; draw is what the towers get.
+    # captions: the words, and whose sentences are equal (positives in the loss); draw: the batch;
+    # instance=0: no loss between two contrasts of a slice.
     return train_encoder(run, ds, captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                          cfg.encoder_batch, cfg.encoder_lr, instance=0, draw=draw)
 
@@ -678,8 +679,8 @@ def outline(cfg, ds):
         named["mapper"] = network.mapper
     if network.attention is not None:
         named["attention"] = network.attention
-    return Outline(named, lambda: network(x, text, text), 4 * cfg.epochs * len(ds.split["train"]),
-                   lines, encoder_at_work(cfg), depth=cfg.slices)
+    return Outline(named, lambda: network(x, text, text), lines=lines, depth=cfg.slices,
+                   slices=4 * cfg.epochs * len(ds.split["train"]), before=encoder_at_work(cfg))
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class Loop(Machine):
         self.stop = None                                    # the signal that arrived
         self.sums = {}                                      # {name: (sum, count)} of logged numbers
         self.bad_steps = collections.Counter()              # bad steps in a row, of each optimiser
+        self.told = set()                                   # (purpose, batch) of notices
         self.open_line = False                              # True if the last line is a bar
         self.seconds = None
         self.measured = {}
@@ -127,6 +128,10 @@ class Loop(Machine):
 
         The steps walk through the n samples in shuffled passes.  Every sample comes once per pass.
         """
+        if batch > n and (purpose, batch) not in self.told:
+            self.told.add((purpose, batch))
+            self.say(f"notice: {purpose}: a batch of {batch} is larger than the {n} training "
+                     "samples, so one step sees some of them more than once")
         position = np.arange(step * batch, (step + 1) * batch)
         rows = np.empty(batch, dtype=np.int64)
         for turn in np.unique(position // n):

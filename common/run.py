@@ -69,6 +69,9 @@ class Run(Loop):
         self.fell_back = False              # True if last_prev.pt is used, as last.pt was damaged
         self.used = set()                   # (stage, name) of the states that sampling needs
         writes = any(getattr(args, work, False) for work in ("train", "evaluate", "synthesize"))
+        if writes and not getattr(args, "train", False) and not self.out.exists():
+            raise RunError(f"{self.out} does not exist, so it holds no trained model; add --train, "
+                           "or name the folder of a run with --out")
         if self.rank == 0 and writes:
             self.lock = lock(self.out)
             remove_unfinished(self.out, locked=True)

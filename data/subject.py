@@ -45,6 +45,7 @@ from data.volumes import (
 KEEP = 1 / 3
 # In sets that show bodies, it is kept if its foreground is this share of the field of view.
 KEEP_BODY = 0.02
+CLIPPED = 0.01          # a larger share of the body above the window of CT or PET is said
 
 
 @dataclass
@@ -319,7 +320,12 @@ def _read_normalised(subject, contrast, scales):
     except DataError as error:
         raise DataError(f"subject {subject.name}, {contrast} ({volume.path}) {error}; "
                         "remove or replace it") from None
-    return volume, u, foreground(volume.array, background, contrast), scale
+    mask = foreground(volume.array, background, contrast)
+    beyond = np.mean(volume.array[mask] > scale.high) if contrast in WINDOWS and mask.any() else 0
+    if beyond > CLIPPED:
+        volume.notes.append(f"{100 * beyond:.1f} % of its body is above {scale.high:g} "
+                            f"{UNITS[contrast]}, where the window ends")
+    return volume, u, mask, scale
 
 
 def require_pre(subject, contrast, scales):

@@ -68,6 +68,23 @@ def test_a_finished_stage_keeps_its_optimiser_only_if_it_can_be_trained_further(
     assert "optimiser" in torch.load(tmp_path / "unfinished" / "last.pt", weights_only=True)["stages"]["fit"]["parts"]
 
 
+def test_a_batch_larger_than_the_training_set_is_said_once(tmp_path):
+    run = start(tmp_path)
+    for step in range(3):
+        assert sorted(np.unique(run.order("fit", 3, 7, step))) == [0, 1, 2]
+    run.order("fit", 7, 7, 0)
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("notice: fit: a batch of 7 is larger than the 3 training samples") == 1 and text.count("notice") == 1
+
+
+def test_a_wrong_folder_is_not_made(tmp_path):
+    """A typing error in --out of an evaluation leaves nothing behind."""
+    args = SimpleNamespace(out=tmp_path / "rnus", seed=0, device="cpu", precision="auto", train=False, evaluate=True, synthesize=False, typed={})
+    with pytest.raises(RunError, match="rnus does not exist, so it holds no trained model"):
+        Run("test", Config(lr=0.1), args)
+    assert not (tmp_path / "rnus").exists()
+
+
 def test_order_passes_over_everything_and_is_shuffled_and_stateless(tmp_path):
     run = start(tmp_path)
     rows = np.concatenate([run.order("a", 10, 4, step) for step in range(5)])            # two passes over ten samples

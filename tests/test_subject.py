@@ -420,3 +420,17 @@ def test_a_neck_is_kept_in_bodies_but_not_by_the_rule_for_brains(tmp_path):
     for contrasts in (("ct",), ("t2", "ct")):
         slices = load_subject(Subject("p", "p", dict(files)), contrasts, 60)
         assert slices.kept.tolist() == [False, False, False, False, True, True], contrasts
+
+
+def test_what_a_window_clips_is_said(tmp_path):
+    """A metal plate of 3000 HU, and a tumour of SUV 20; small ones are not worth a word."""
+    for contrast, base, bright, words in (("ct", 40, 3000, "of its body is above 1500 HU, where the window ends"),
+                                          ("pet", 2, 20, "of its body is above 10 SUV, where the window ends")):
+        for width, said in ((1, False), (4, True)):
+            array = np.full((20, 20, 6), -1000 if contrast == "ct" else 0.0, np.float32)
+            array[2:18, 2:18] = base
+            array[5:5 + width, 5:5 + width] = bright
+            path = save(tmp_path / contrast / f"{contrast}{width}.nii", array, np.diag([2.0, 2, 3, 1]))
+            notes = [note for _, note in load_subject(Subject("p", "p", {contrast: path}), (contrast,), 20).notes]
+            assert any(note.endswith(words) for note in notes) == said
+    assert "6.2 % of its body is above 10 SUV, where the window ends" in notes
