@@ -15,7 +15,7 @@ Three things make that work well:
      new result is averaged with the one before.  The last two are not averaged.
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
-  u (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,L,D)
+  u (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,D), as context (B,L,D)
   training slices --encoder--> likeness of contrast c and curve(contrast c') --> codebook (C,C,K)
   x_t (B,C,H,W), t, z --U-Net--> noise estimate (B,C,H,W)
   u, known --codebook--> prior --noise of step M--> S + 1 evaluations (stage 1) --> N (stage 2)
@@ -153,7 +153,7 @@ SAMPLING = ("missing", "prior", "curves", "M", "S", "N", "alpha", "w", "stage2",
 PRESETS = load_presets("apt")                                # sizes for phantoms: data/presets.json
 LIMITS = dict(mif_epochs=(0, 10 ** 9), mif_batch=(2, 65536), ema=(0, 0.99999), M=(1, T), S=(2, T),
               N=(3, 10_000), alpha=(0, 1e4), w=(0, 1))
-# --reproduce trains each further row from the first stage here that lists a field which it changes.
+# --reproduce: a row of a table takes over all stages before the first one whose fields it changes.
 STAGES = {
     "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "mif": ("mif_epochs", "mif_batch", "mif_lr"),
@@ -279,15 +279,15 @@ def bezier(P, r):
 
 # Sec. 4.1 names two increasing and two decreasing curves: (-1, -1, 1, 1), (-1, -.5, .5, 1) and both
 # reversed.  A control point needs an x and a y, but the paper prints one number [D6].  By default
-# we take it as x, with the y of Zhou et al. (Dual-Normalization, 2022).  With --curves scalar we
-# take it as y, with equally spaced x.  A curve is written here as its four x and its four y.
-# x must rise, so instead of x we reverse y: this draws the same curve from its other end.
+# it is x, with the y of Zhou et al. (Dual-Normalization, 2022).  If x falls, both are reversed.
+# With --curves scalar it is y, with equally spaced x.  Each curve is (its four x, its four y).
 SPACED = (-1, -1 / 3, 1 / 3, 1)
-STEEP = (-1, -1, 1, 1)                          # as x and y: the identity
+STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
-    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),                  # identity, flat middle
-               (STEEP, STEEP[::-1]), (SOFT, (1, -0.5, 0.5, -1))],           # both, bright to dark
+    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),      # straight line; flat in the middle
+               (STEEP, STEEP[::-1]),                            # the line, falling
+               (SOFT, (1, -0.5, 0.5, -1))],                     # the flat one, falling
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the release
@@ -624,7 +624,7 @@ def train_diffusion(cfg, run, ds, slices, encoder, mif, features):
         t = torch.randint(T, (cfg.batch,), generator=g, device=run.device)[mine]  # (B,)
         eps = torch.randn(cfg.batch, *x0.shape[1:], generator=g, device=run.device)[mine]
         z = context[torch.from_numpy(pick).to(run.device)]                  # (B, L, D)
-        def loss_of(part):                              # part: a slice of the batch (--micro-batch)
+        def loss_of(part):                              # part: a range of the batch (--micro-batch)
             with run.autocast():
                 return diffusion_loss(network, x0[part], t[part], eps[part], z[part], alpha_bar)
         loss = run.update(loss_of, optimiser, samples=len(x0))

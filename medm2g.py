@@ -173,7 +173,7 @@ PRESETS = load_presets("medm2g")                            # sizes for phantoms
 LIMITS = dict(eta=(0, 1), w=(0, 100), ctx_contrast=(0, 100), guides=(1, 64), steps=(1, 1000),
               test_subjects=(0.01, 10 ** 6), text_batch=(1, 65536), batch_text=(1, 65536),
               align_batch=(2, 65536), rounds=(0, 0))      # listed here: must not be empty
-# --reproduce trains each further row from the first stage here that lists a field which it changes.
+# --reproduce: a row of a table takes over all stages before the first one whose fields it changes.
 STAGES = {
     "autoencoder": (),      # fields listed nowhere, such as ae_steps, act on all stages
     "text": TEXT_FIELDS,

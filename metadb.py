@@ -27,7 +27,7 @@ PIPELINE (B slices, H x W pixels, D width of an embedding, L words of width K fo
 Training has the stages "encoder" and "bridge".
 
 EQUATIONS
-  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t (hard, soft)
+  Eq. (1)  q(x_t | x0, y) = N(a_t x0 + m_t y, delta_t^2),  a_t = 1 - m_t (bridges hard, soft)
   Eq. (2)  x0_hat = G(x_t, t, y, E_text)                       ours: and x_r [D6]
   Eq. (3)  F <- (F - beta_src) / alpha_src * alpha_tgt + beta_tgt
   Eq. (4)  F_p = concat(AvgPool(x0_hat), MaxPool(x0_hat))      ours: of grids of cells [D4]
@@ -51,17 +51,17 @@ SYMBOLS
 
 COMMANDS
   python metadb.py --data data/ixi --train --evaluate      makes phantoms on first use; CPU, minutes
-  python metadb.py --data FOLDER --source t1 --target ct --train --evaluate    your own scans
+  python metadb.py --data FOLDER --source t1 --target ct --train --evaluate    see data/README.md
   python metadb.py --data NEW --synthesize --out runs/metadb-FOLDER     new patients, as NIfTI
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
   [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the printed betas give noise of std 2.
-  [D3]  TA-Norm: its place in the blocks, a floor of 0.1 under gains, one map for each prompt.
+  [D3]  TA-Norm: behind norm2, which would undo it; a floor of 0.1 under gains; a map per prompt.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see train_bridge).
-  [D5]  Losses are means over images in [-1,1]; D's real and fake pairs share x_t; R1 penalty.
-  [D6]  R passes, as in SelfRDB, also in training; learning rates fall; best weights are kept.
-  [D7]  Slices are padded; CT has a fixed window; all slices with enough tissue (paper: 100) train.
+  [D5]  Losses are means over images in [-1,1].  As in SelfRDB: pairs of D share x_t; R1 penalty.
+  [D6]  R passes are SelfRDB's.  Paper silent: R in training, falling rates, best weights kept.
+  [D7]  Slices are padded (resizing would blur them), CT windows fixed, all slices with tissue used.
   [D8]  Rivals of Table 2 (without text) and 4 (cross-attention) can be trained: --reproduce list.
 
 NEEDS  data/ and these files of common/:
@@ -144,7 +144,7 @@ class Config:
     sem_real: bool = False                      # SR-Net learns from real images, too [D4]
     # method, in sampling
     only: tuple[str, ...] = ()                  # the one direction to make: source,target
-    eta: float = 1.0                            # fresh noise: 1 as a Markov chain, 0 least (Bridge)
+    eta: float = 1.0                            # fresh noise in a step: 1 as in training, 0 least
     noise: float = 0.0                          # sigma of noise on test slices, 0..255 (Fig. 5)
     segment: bool = False                       # a segmenter judges the results: Dice (Fig. 6)
     segment_steps: int = 10_000                 # of the segmenter
@@ -174,7 +174,7 @@ SAMPLING = ("only", "eta", "noise", "segment", "segment_steps", "sample_batch", 
 PRESETS = load_presets("metadb")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(N=(1, 1000), R=(1, 10), lambda_adv=(0, 1e3), lambda_sem=(0, 1e3), pool=(1, 64),
               eta=(0, 1), noise=(0, 255))
-# --reproduce trains each further row from the first stage here that lists a field which it changes.
+# --reproduce: a row of a table takes over all stages before the first one whose fields it changes.
 STAGES = {
     "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "bridge": ("base", "mult", "blocks", "attention", "head_dim", "groups", "disc_base", "epochs",
@@ -417,12 +417,12 @@ def bridge_tables(name, N):
     sbar2_t the sum from t on; both contain beta_t, so s2_t + sbar2_t = total + beta_t.
     hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
     soft is SelfRDB's q(x_t).  Its delta is almost sqrt(s2), because beta_t is small beside total.
-    The betas are scaled so that their total is that of N = 10.  So N does not change the noise.
+    The betas are scaled so that their total is that of N = 10.
     """
     if name in RIVALS:
         return RIVALS[name](N)
     total = mirrored_betas(10).sum()
-    if N == 1:                                              # there is no step between the two ends
+    if N == 1:                          # no state between the ends: all betas are 0, not to scale
         m = torch.tensor([0.0, 1.0], dtype=torch.float64)
         s2 = total * m
         sbar2 = total * (1 - m)
@@ -571,7 +571,7 @@ def train_bridge(cfg, run, ds, encoder):
     slices = ds.part("train")
     device = run.device
     prompts = make_prompts(cfg, encoder, ds.complete, contrasts, device)
-    first = ds.complete[0].name                            # can the encoder tell its prompts apart?
+    first = ds.complete[0].name                            # are the prompts of one person told apart?
     prompts.report(run, first)
     one = prompts([first], [0], [0])
     dim = one.e_src.shape[1]
@@ -733,7 +733,7 @@ def outline(cfg, ds):
     lines += [f"prompt: {prompt(c, ds.subjects[0].meta, cfg.fields)}" for c in ds.contrasts]
     return Outline(networks, lambda: G(image, torch.ones(1), image, text), lines=lines,
                    slices=cfg.epochs * len(ds.part("train")),
-                   before={} if cfg.text_file else encoder_at_work(cfg))
+                   before={} if cfg.text_file else encoder_at_work(cfg))  # memory of its stage
 
 
 # ---- 8. Main -------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ SAMPLING = ("S", "samples", "select", "value", "sample_batch", "test_slices")
 PRESETS = load_presets("rlbcd")                              # sizes for phantoms: data/presets.json
 LIMITS = dict(S=(1, T), samples=(1, 100), lcs=(0, 1e3), disc_weight=(0, 1e3), ema=(0, 0.99999),
               ae_mult=(1, 16), test_subjects=(0.01, 10 ** 9))
-# --reproduce trains each further row from the first stage here that lists a field which it changes.
+# --reproduce: a row of a table takes over all stages before the first one whose fields it changes.
 STAGES = {
     "autoencoder": (),      # fields listed nowhere, such as ae_steps, act on all stages
     "evaluator": ("evaluator_steps",),

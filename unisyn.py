@@ -146,7 +146,7 @@ class Config:
 SAMPLING = ("only", "target", "sweep", "overlap", "full_slice", "sample_batch", "test_slices")
 PRESETS = load_presets("unisyn")                             # sizes for phantoms: data/presets.json
 LIMITS = dict(lambda_f=(0, 1e3), overlap=(0, 0.95), slices=(1, 64), test_subjects=(0.01, 10 ** 6))
-# --reproduce trains each further row from the first stage here that lists a field which it changes.
+# --reproduce: a row of a table takes over all stages before the first one whose fields it changes.
 STAGES = {
     "encoder": (),          # fields listed nowhere, such as encoder_steps, act on all stages
     "synthesis": ("width", "blocks", "features", "decoder", "epochs", "batch", "lr", "decay",
