@@ -571,7 +571,7 @@ def train_bridge(cfg, run, ds, encoder):
     slices = ds.part("train")
     device = run.device
     prompts = make_prompts(cfg, encoder, ds.complete, contrasts, device)
-    first = ds.complete[0].name                            # are the prompts of one person told apart?
+    first = ds.complete[0].name                    # are the prompts of one person told apart?
     prompts.report(run, first)
     one = prompts([first], [0], [0])
     dim = one.e_src.shape[1]
