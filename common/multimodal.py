@@ -7,11 +7,12 @@ overall        all that is scored beside the images themselves:
 report_rows    reports made from images: BLEU, ROUGE-L, beside standing answers
 finding_rows   does an image show what the report says?  Read by a classifier of real images
 realism_rows   are images made from reports like real ones, as a set?
+diversity_rows are several images made from one report alike?
 joint_rows     all streams made together from nothing: do they speak of one patient?
 draw_joint     a picture of streams made together from a report
 
-Findings are known for the phantoms cxr only, from findings.csv.  On other data, only report_rows
-and realism_rows have something to say.  All this is done by the first process.
+Findings are known for the phantoms cxr only, from findings.csv.  On other data, the rows of
+findings and joint_rows have nothing to say.  All this is done by the first process.
 """
 import csv
 import math
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from common import metrics, pictures
-from common.realism import frechet_distance, pooled_pixels
+from common.realism import diversity, frechet_distance, niqe, niqe_statistics, pooled_pixels
 from common.report_scores import bleu, rouge_l
 from common.tasks import named_directions
 from data import TEXT, clean_report
@@ -103,6 +104,7 @@ def overall(cfg, run, ds, model, tasks):
     rows = report_rows(cfg, run, ds, model, sources)
     rows += finding_rows(run, ds, tasks)
     rows += realism_rows(run, ds, tasks)
+    rows += diversity_rows(cfg, run, ds, model, tasks)
     return rows if cfg.only else rows + joint_rows(cfg, run, ds, model)
 
 
@@ -299,27 +301,85 @@ def finding_rows(run, ds, tasks):
 
 
 def realism_rows(run, ds, tasks):
-    """The Frechet distance between made and true images of each task that starts from a report.
+    """Rows that ask of each task from a report: do its images look like real ones, as a set?
 
-    Its features are 8 x 8 means of pixels, because no trained network for medical images is at
-    hand.  It is no FID, and says little of details.  "real images" is the distance between as many
-    training images and the true ones: what a perfect method would reach.
+    fd is the Frechet distance between made and true images.  Its features are 8 x 8 means of
+    pixels, because no trained network for medical images is at hand.  It is no FID, and says little
+    of details.  niqe is a distance of textures, to those of the training images (see
+    common/realism.py).
+    "real images" are as many training images for fd, and the true ones for niqe: what a perfect
+    method would reach.
     """
     rows = []
-    lines = ["Frechet distance of coarse pixels (lower is better; not FID)", "",
-             "| task | method | distance | n |", "| --- | --- | --- | --- |"]
+    lines = ["Frechet distance of coarse pixels (not FID), and NIQE to our own training images; "
+             "lower is better", "", "| task | method | distance | NIQE | n |",
+             "| --- | --- | --- | --- | --- |"]
     for task in tasks:
         if TEXT not in task.sources or len(task.truth) < 2:
             continue
-        own = ds.having(ds.rows("train"), [task.target])[:len(task.truth)]
-        real = np.asarray(ds.images[own], np.float32)[:, ds.contrasts.index(task.target)]
+        own = ds.having(ds.rows("train"), [task.target])
+        trained = np.asarray(ds.images[own], np.float32)[:, ds.contrasts.index(task.target)]
+        texture = texture_of(run, trained, task.target)
         truth = pooled_pixels(task.truth)                                   # (n, 64)
-        for method, images in {**task.results, "real images": real}.items():
+        compared = {name: (images, images) for name, images in task.results.items()}
+        compared["real images"] = (trained[:len(task.truth)], task.truth)
+        for method, (images, others) in compared.items():
             if len(images) < 2:
                 continue
-            value = frechet_distance(truth, pooled_pixels(images))
-            rows.append(metrics.row(task.name, method, "fd", {"all images": value}, unit="set"))
-            lines.append(f"| {task.name} | {method} | {value:.3f} | {len(images)} |")
+            found = {"fd": frechet_distance(truth, pooled_pixels(images))}
+            if texture is not None:
+                found["niqe"] = float(np.nanmean(niqe(others.clip(0, 1), texture)))
+            for metric, value in found.items():
+                rows.append(metrics.row(task.name, method, metric, {"all images": value},
+                                        unit="set"))
+            texts = [f"{found['fd']:.3f}", f"{found['niqe']:.2f}" if "niqe" in found else "–"]
+            lines.append(f"| {task.name} | {method} | {' | '.join(texts)} | {len(images)} |")
+    if rows:
+        run.say("\n" + "\n".join(lines) + "\n")
+    return rows
+
+
+def texture_of(run, images, target):
+    """NiqeStatistics of up to 200 training images; None, and a sentence, if NIQE cannot be had."""
+    if min(images.shape[1:]) < 64:
+        run.say(f"no NIQE of {target}: the images have fewer than 64 pixels")
+        return None
+    try:
+        return niqe_statistics(images[:200])
+    except ValueError as error:
+        run.say(f"no NIQE of {target}: {error}")
+        return None
+
+
+def diversity_rows(cfg, run, ds, model, tasks):
+    """Rows "msssim": how alike are four images that are made from one report (as in Table 5)?
+
+    The mean MS-SSIM over their pairs, for four reports; lower means more varied.  "real images" are
+    true images of different patients.
+    """
+    rows = []
+    lines = ["MS-SSIM of four images from one report (lower: more varied), mean over four reports",
+             "", "| task | made | real images of different patients |", "| --- | --- | --- |"]
+    for task in tasks:
+        chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, task.target])[:4]
+        if list(task.sources) != [TEXT] or len(chosen) < 2:
+            continue
+        keys = [(*key, number) for key in ds.keys(chosen) for number in range(4)]
+        given = [report for report in ds.reports(chosen) for _ in range(4)]
+        parts = []
+        for part in run.batches(f"{task.name}, four of each", range(len(keys)), cfg.sample_batch):
+            parts.append(model.generate({TEXT: [given[i] for i in part]}, [task.target],
+                                        [keys[i] for i in part]))
+        made = together(parts, [task.target])[task.target].clip(0, 1)           # (4 k, H, W)
+        if min(made.shape[1:]) < 11:
+            continue                                            # MS-SSIM has a window of 11 pixels
+        values = {str(ds.subject[r]): diversity(made[4 * i:4 * i + 4])
+                  for i, r in enumerate(chosen)}
+        real = diversity(np.asarray(task.truth[:8]))
+        rows.append(metrics.row(task.name, "MedM2G", "msssim", values))
+        rows.append(metrics.row(task.name, "real images", "msssim", {"all images": real},
+                                unit="set"))
+        lines.append(f"| {task.name} | {np.mean(list(values.values())):.3f} | {real:.3f} |")
     if rows:
         run.say("\n" + "\n".join(lines) + "\n")
     return rows

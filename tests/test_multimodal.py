@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from test_rounds import begin, dataset
 
 from common import multimodal
 from common.multimodal import Reader
+from common.realism import diversity, ms_ssim, niqe, niqe_statistics
 
 STREAMS = ("text", "xray", "ct")
 LEFT = "a mass is in the left lung . there is a right pleural effusion . the heart is enlarged ."
@@ -220,6 +222,57 @@ def test_realism_rows_by_hand(tmp_path):
     distance = ((first.mean(0) - own.mean(0)) ** 2).sum() + np.trace(np.cov(first.T)) + np.trace(np.cov(own.T)) - 2 * root.real.sum()
     assert found["real images"] == pytest.approx(distance, abs=1e-3)
     assert multimodal.realism_rows(None, ds, tasks[1:]) == []
+    assert "no NIQE of xray: the images have fewer than 64 pixels" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_niqe_tells_a_texture_of_its_own(tmp_path):
+    """The rows are means over images, of distances to training images alone; blurred images are farther away."""
+    rng = np.random.default_rng(0)
+    images = ndimage.gaussian_filter(rng.random((60, 1, 64, 64)), (0, 0, 1, 1)).astype(np.float32)
+    images = (images - images.min()) / (images.max() - images.min())
+    ds = SimpleNamespace(images=images, contrasts=["xray"], rows=lambda part: np.arange(40), having=lambda rows, streams: rows)
+    truth = images[40:, 0]
+    smooth = ndimage.gaussian_filter(truth, (0, 1, 1))
+    task = SimpleNamespace(name="text->xray", target="xray", sources={"text": None}, truth=truth, results={"same": truth, "smooth": smooth})
+    rows = multimodal.realism_rows(begin(tmp_path / "run"), ds, [task])
+    found = {row["method"]: row["values"]["all images"] for row in rows if row["metric"] == "niqe"}
+    statistics = niqe_statistics(images[:40, 0])
+    assert found["same"] == found["real images"] == pytest.approx(niqe(truth, statistics).mean())
+    assert found["smooth"] == pytest.approx(niqe(smooth, statistics).mean()) and found["smooth"] > 1.5 * found["same"]
+
+
+class Painter:
+    """Paints for each report noise on the grey of its number; the noise is of the key."""
+
+    def __init__(self, strength):
+        self.strength, self.calls = strength, []
+
+    def generate(self, given, make, keys):
+        self.calls.append((given["text"], list(keys)))
+        noise = [np.random.default_rng([int(name[1:]), number, k]).random((16, 16)) for name, number, k in keys]
+        return {make[0]: torch.from_numpy(0.2 + self.strength * np.stack(noise))[:, None]}
+
+
+def test_four_images_of_each_report_are_compared(tmp_path):
+    """Four reports have four images each, of keys of their own.  The mean MS-SSIM is over the six pairs of one report."""
+    ds = phantoms(tmp_path, reports=[f"report {i} ." for i in range(120)])
+    task = SimpleNamespace(name="text->xray", target="xray", sources={"text": None}, truth=ds.images[100:, 1].astype(np.float32))
+    for strength in (0.0, 0.7):
+        model = Painter(strength)
+        rows = multimodal.diversity_rows(CFG, begin(tmp_path / f"run{strength}"), ds, model, [task])
+        given = [text for texts, _ in model.calls for text in texts]
+        keys = [key for _, part in model.calls for key in part]
+        assert len(set(keys)) == 16 and [key[2] for key in keys] == [0, 1, 2, 3] * 4
+        assert given == [f"report {name[1:]} ." for name, _, _ in keys] and len(set(given)) == 4
+        values = values_of(rows, task="text->xray", method="MedM2G")
+        for name, value in values.items():
+            images = [0.2 + strength * np.random.default_rng([int(name[1:]), key[1], key[2]]).random((16, 16)) for key in keys if key[0] == name]
+            wanted = np.mean([ms_ssim(images[a], images[b]) for a in range(4) for b in range(a)])
+            assert value == pytest.approx(wanted, abs=1e-4) and (wanted == 1 if strength == 0 else wanted < 0.5)
+    real = values_of(rows, task="text->xray", method="real images")["all images"]
+    assert real == pytest.approx(diversity(task.truth[:8].astype(np.float32)), rel=1e-5)
+    other = SimpleNamespace(name="ct->xray", target="xray", sources={"ct": None}, truth=task.truth)
+    assert multimodal.diversity_rows(CFG, None, ds, model, [other]) == []
 
 
 # ---- Streams made together -----------------------------------------------------------------------
