@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 
 from common.files import tell
+from data.layouts import folders_of, name_of
 
 # Fields that several scripts have: (lowest, highest).
 LIMITS = dict(size=(16, 1024), train_fraction=(0.01, 0.99), mult=(1, 16), groups=(1, 64),
@@ -80,7 +81,7 @@ def parse(config_class, presets, tables, limits, choose_preset, doc, argv=None, 
     args.typed = {name: value for name, value in values.items() if value is not None}
     preset_typed = args.preset is not None
     args.preset = args.preset or choose_preset(args.data)
-    args.out = args.out or Path("runs") / f"{script}-{args.data.resolve().name}"
+    args.out = args.out or Path("runs") / f"{script}-{name_of(args.data)}"
     # The cache holds decoded slices. All runs beside this one share it.
     args.cache = args.cache or args.out.parent / "cache"
     check_run_flags(parser, args)
@@ -137,11 +138,11 @@ def check_run_flags(parser, args):
         if name in typed and not typed.intersection(others):
             parser.error(f"--{name} needs {' or '.join('--' + other for other in others)}")
     # Volumes that are written into the data folder would be taken for scans the next time.
-    home = args.data.resolve()
+    homes = [one.resolve() for one in folders_of(args.data)]
     writes = typed.intersection(("train", "evaluate", "synthesize", "export", "reproduce"))
-    for name in ("out", "cache", "export") if writes and home.is_dir() else ():
+    for name in ("out", "cache", "export") if writes else ():
         path = getattr(args, name)
-        if path and path.resolve().is_relative_to(home):
+        if path and any(home.is_dir() and path.resolve().is_relative_to(home) for home in homes):
             parser.error(f"--{name} {path} lies in the data folder {args.data}; "
                          "choose a folder outside of it")
 
@@ -159,7 +160,8 @@ def add_run_flags(parser, script, presets, tables):
         "run (the same for every script; --train, --evaluate, --synthesize run in that order, "
         "none of them is a dry run)")
     run.add_argument("--data", type=folder,
-                     help="data folder; data/<phantom name> is made on first use")
+                     help="data folder, or several, separated by commas; data/<phantom name> is "
+                          "made on first use")
     run.add_argument("--out", type=folder, help=f"run folder [runs/{script}-<data>]")
     run.add_argument("--cache", type=folder,
                      help="folder for decoded slices [cache beside the run folder]")

@@ -15,6 +15,7 @@ import numpy as np
 from common import metrics
 from common.files import RunError, read_arrays, replace
 from data import TEXT
+from data.layouts import name_of
 from data.layouts.words import few
 
 FILE = "baselines.npz"
@@ -150,7 +151,7 @@ def other_cohort(run, ds, split_typed):
         raise RunError(f"{len(wrong)} test subjects served the training ({few(wrong)}); "
                        "give the same --split as in the training")
     if other:
-        run.out = home / f"on-{ds.folder.resolve().name}"
+        run.out = home / f"on-{name_of(ds.folder)}"
         run.out.mkdir(parents=True, exist_ok=True)
         run.say(f"{ds.folder} is another cohort: {len(ds.split['test'])} subjects are scored; "
                 f"results go to {run.out}")

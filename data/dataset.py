@@ -11,7 +11,7 @@ from data.cache import cached_slices
 from data.files import DataError
 from data.identity import Memory, digests_of, files_of_subjects, fingerprint_of, subject_key
 from data.intensities import WINDOWS, Scale
-from data.layouts import TEXT, find_layout
+from data.layouts import TEXT, find_layout, folders_of
 from data.placing import picture_of, unequal_pixels
 from data.prompts import caption
 from data.reports import clean_report
@@ -258,7 +258,7 @@ def undecoded(folder, layout, size, split_file, seed, train_fraction, test_subje
     nothing = np.zeros(0)
     return Dataset(
         folder=folder, layout=layout.name, contrasts=layout.contrasts, size=size,
-        phantom=(folder / "phantom.json").exists(), fingerprint="", subjects=layout.subjects,
+        phantom=is_phantom(folder), fingerprint="", subjects=layout.subjects,
         incomplete=incomplete, split=split,
         images=np.zeros((0, len(layout.contrasts), size, size), np.float16),
         subject=nothing.astype(str), slice_number=nothing.astype(int), position=nothing,
@@ -324,8 +324,7 @@ def _require_two(folder, layout, complete):
 
 def is_phantom(folder):
     """True for a folder of digital phantoms, and for one that open_dataset would make."""
-    folder = Path(folder)
-    return (folder / "phantom.json").exists() or _can_be_made(folder)
+    return all((one / "phantom.json").exists() or _can_be_made(one) for one in folders_of(folder))
 
 
 def _can_be_made(folder):
@@ -339,11 +338,12 @@ def _can_be_made(folder):
 
 
 def make_phantom(folder, say):
-    """Make the phantoms of a folder that does not exist, if it is the place of a set."""
-    if _can_be_made(folder):
-        say(f"*** {folder} does not exist: making DIGITAL PHANTOMS there "
-            "(synthetic images, no patients) ***")
-        phantom.make(folder.name, folder)
+    """Make the phantoms of folders that do not exist, if they are places of sets."""
+    for one in folders_of(folder):
+        if _can_be_made(one):
+            say(f"*** {one} does not exist: making DIGITAL PHANTOMS there "
+                "(synthetic images, no patients) ***")
+            phantom.make(one.name, one)
 
 
 # ---- Notes ---------------------------------------------------------------------------------------

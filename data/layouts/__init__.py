@@ -62,7 +62,7 @@ from data.metaimage import is_metaimage
 from data.reports import prepare_reports
 
 __all__ = ["CONTRASTS", "TEXT", "Layout", "Subject", "canonical_contrast", "find_layout",
-           "person_of", "role_of"]
+           "folders_of", "name_of", "person_of", "role_of"]
 
 # The names of layouts that have sheets of their own about the patients, or none.
 OWN_FACTS = ("IXI", "ADNI", "manifest.csv", "BIDS", "BIDS derivative")
@@ -107,12 +107,16 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         understood. By default we use the contrasts that at least half of the subjects have. If no
         subject has a wanted contrast, this is noted only; it may be the one to synthesise.
     every: True if by default all contrasts are used that at least two subjects have.
+    folder: It may be several, separated by commas; see _find_several.
     texts: True if reports count as a contrast, which is called "text". By default it is then the
         first of the contrasts, if at least two subjects have a report. Otherwise no subject has it.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
     raised if two subjects have one name or a name that cannot be a path, if all subjects lie in one
     folder, if a wanted name is no contrast, or if none of the wanted contrasts is there.
     """
+    folders = folders_of(folder)
+    if len(folders) > 1:
+        return _find_several(folders, contrasts, every, texts)
     folder = Path(folder)
     _require_folder(folder)
     notes = []
@@ -148,6 +152,58 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         images_of = [contrast for contrast in chosen if contrast != TEXT]
         layout.ignored = take_tumour_masks(layout.subjects, images_of, ignored, notes)
     return layout
+
+
+def folders_of(folder):
+    """The folders that a name stands for: one, or several that are separated by commas."""
+    if Path(folder).exists():
+        return [Path(folder)]
+    return [Path(part.strip()) for part in str(folder).split(",") if part.strip()] or [Path(folder)]
+
+
+def name_of(folder):
+    """What results from a folder, or from several, are named by."""
+    return "+".join(one.resolve().name for one in folders_of(folder))
+
+
+def _find_several(folders, contrasts, every, texts):
+    """The Layout of several folders together; arguments and errors as of find_layout.
+
+    A subject has the name of its folder before its own, so that the same number in two folders is
+    not one person. DataError if two folders have one name.
+    """
+    names = [one.resolve().name for one in folders]
+    if len(set(names)) < len(names):
+        raise DataError(f"{', '.join(map(str, folders))}: two folders have one name; rename one")
+    notes = []
+    layouts = []
+    subjects = []
+    for name, one in zip(names, folders):
+        layout = find_layout(one, None, True, texts)
+        notes += [f"{name}: {note}" for note in layout.notes]
+        layout.skipped = [(f"{name}/{left_out}", why) for left_out, why in layout.skipped]
+        for subject in layout.subjects:
+            subject.name = f"{name}/{subject.name}"
+            subject.person = f"{name}/{subject.person}"
+        if layout.split:
+            layout.split = {part: [f"{name}/{own}" for own in layout.split[part]]
+                            for part in layout.split}
+        subjects += layout.subjects
+        layouts.append(layout)
+    all_names = ", ".join(map(str, folders))
+    chosen = _choose_contrasts(all_names, subjects, contrasts, every, notes, texts)
+    ignored = [path for layout in layouts for path in layout.ignored]
+    kind = " + ".join(layout.name for layout in layouts)
+    joined = _with_contrasts(kind, subjects, chosen, ignored, every, notes)
+    joined.skipped += [pair for layout in layouts for pair in layout.skipped]
+    splits = [layout.split for layout in layouts if layout.split]
+    if splits and len(splits) < len(layouts):
+        notes.append("some of the folders have a split of their own and others have none, so all "
+                     "subjects are split anew; --split gives another split")
+    elif splits:
+        joined.split = {part: [own for split in splits for own in split[part]]
+                        for part in splits[0]}
+    return joined
 
 
 def _read_subjects(folder, files, images, notes):
