@@ -18,6 +18,7 @@ from data.layouts.acdc import collect_acdc, is_acdc
 from data.layouts.adni import ADNI_FILE, collect_adni
 from data.layouts.autopet import AUTOPET_FILE, collect_autopet
 from data.layouts.bids import collect_bids, is_bids
+from data.layouts.by_name import collect_by_name, is_by_name
 from data.layouts.chestxray14 import collect_chestxray14, is_chestxray14
 from data.layouts.chexpert import (
     collect_chexpert,
@@ -242,6 +243,8 @@ def _read_volumes(folder, files, images, notes):
         return "nnU-Net", *collect_nnunet(folder, images, notes)
     if any(AUTOPET_FILE.search(path.as_posix()) for path in images):
         return "autoPET", *collect_autopet(folder, images, notes)
+    if is_by_name(images):
+        return "files named by subject", *collect_by_name(images, notes)
     subjects, ignored = collect_subjects(folder, images, notes)
     return edition_of(subjects), subjects, ignored
 
