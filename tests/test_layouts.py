@@ -126,8 +126,11 @@ def test_two_files_for_one_contrast(tmp_path):  # row 19
 
 
 def test_all_subjects_in_one_folder(tmp_path):
+    """Their names tell them apart (test_by_name.py), but not if one has two files of a contrast."""
     for s, contrast in itertools.product(range(3), ("t1", "t2")):
         save(tmp_path / f"p{s}_{contrast}.nii.gz", head())
+    assert len(find_layout(tmp_path).subjects) == 3
+    save(tmp_path / "p0_T1w.nii.gz", head(seed=1))
     with pytest.raises(DataError, match="3 files of each contrast; put every subject into a folder"):
         find_layout(tmp_path)
 
