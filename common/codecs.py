@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from common.autoencoder import load_autoencoder, train_autoencoder
+from common.encoder import encoder_at_work
 from common.textvae import TextVAE, Words, load_textvae, train_textvae
 from common.vqae import VQAE
 from data import TEXT
 
+VOCABULARY = 4000       # words of reports, about as many as MIMIC-CXR has
 # The fields that matter to the stage "text".
 TEXT_FIELDS = ("text_width", "text_depth", "text_heads", "text_z", "text_length", "text_least",
                "text_steps", "text_batch", "text_lr")
@@ -89,11 +91,25 @@ def make_autoencoder(cfg):
 
 
 def at_work(cfg):
-    """For an Outline: the image autoencoder, the shape of its latents, and what `before` tells."""
+    """For an Outline: the image autoencoder, the shape of its latents, and what `before` tells.
+
+    The words of the reports are not known yet.  We count with as many as MIMIC-CXR has.
+    """
     ae = make_autoencoder(cfg)
     image = torch.zeros(1, 1, cfg.size, cfg.size)
     side = cfg.size // ae.f
-    return ae, (ae.z, side, side), {"ae_batch": (False, lambda: ae(image))}
+    before = {"ae_batch": (False, lambda: ae(image))}
+    if any("text" in pair for pair in cfg.rounds):
+        vae = make_textvae(cfg, Words([str(i) for i in range(VOCABULARY)], cfg.text_length))
+        ids = torch.zeros(1, cfg.text_length + 2, dtype=torch.long)
+
+        def through_text():
+            return vae.encode(ids), vae.decode(torch.zeros(1, cfg.text_z), ids)
+        before["text_batch"] = (True, through_text)
+    # A pair of the alignment has at most two images, with two views of each.
+    tower = encoder_at_work(cfg)["encoder_batch"][1]
+    before["align_batch"] = (False, lambda: [tower() for _ in range(4)])
+    return ae, (ae.z, side, side), before
 
 
 def make_textvae(cfg, words):

@@ -108,3 +108,16 @@ def test_without_reports_there_is_no_text_vae(tmp_path, streams, reports):
     assert codecs.train_codecs(settings(), run, ds).textvae is None
     assert run.finished(["autoencoder", "text"]) and "words" not in run.about
     assert codecs.load_codecs(settings(), run).textvae is None
+
+
+def test_what_runs_before_the_diffusers_is_counted():
+    """Each function runs the networks of its stage: twice the images, twice the memory; without reports no text VAE."""
+    cfg = settings(rounds=("text-ct",), encoder="demo", size=32)
+    with torch.device("meta"):
+        ae, shape, before = codecs.at_work(cfg)
+        assert shape == (ae.z, 32 // ae.f, 32 // ae.f) and set(before) == {"ae_batch", "text_batch", "align_batch"}
+        (mean, logvar), logits = before["text_batch"][1]()
+        assert mean.shape == logvar.shape == (1, cfg.text_z) and logits.shape == (1, cfg.text_length + 2, codecs.VOCABULARY + 4)
+        towers = before["align_batch"][1]()
+        assert len(towers) == 4 and towers[0].pooled.shape == (1, 128)
+        assert set(codecs.at_work(settings(rounds=("ct-mri",), encoder="demo", size=32))[2]) == {"ae_batch", "align_batch"}
