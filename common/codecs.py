@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from common.autoencoder import load_autoencoder, train_autoencoder
-from common.encoder import encoder_at_work
+from common.clip import SIZES, ImageEncoder
+from common.rounds import fresh_of
 from common.textvae import TextVAE, Words, load_textvae, train_textvae
 from common.vqae import VQAE
 from data import TEXT
@@ -105,10 +106,15 @@ def at_work(cfg):
 
         def through_text():
             return vae.encode(ids), vae.decode(torch.zeros(1, cfg.text_z), ids)
-        before["text_batch"] = (True, through_text)
-    # A pair of the alignment has at most two images, with two views of each.
-    tower = encoder_at_work(cfg)["encoder_batch"][1]
-    before["align_batch"] = (False, lambda: [tower() for _ in range(4)])
+        before["text_batch"] = (False, through_text)
+    # In a round of the alignment, only fresh towers have gradients.  Each sees its images, and with
+    # the visual invariant a second view of them.
+    learning = max(sum(m != "text" and m in fresh for m in pair.split("-"))
+                   for pair, fresh in zip(cfg.rounds, fresh_of(cfg.rounds)))
+    size = SIZES[cfg.encoder]
+    tower = ImageEncoder(2, 1, cfg.size, embed=size["embed"], **size["image"])
+    views = learning * (1 + cfg.vi)
+    before["align_batch"] = (False, lambda: [tower(image) for _ in range(views)])
     return ae, (ae.z, side, side), before
 
 

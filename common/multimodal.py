@@ -34,6 +34,7 @@ NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
 FINDINGS = {"lesion": ("left", "right"), "effusion": ("left", "right"),
             "heart": ("enlarged", "normal")}
 TOGETHER = 64           # patients that joint_rows invents
+TEXTURES = 200          # training images, at most, that NIQE learns from
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge regression; the best on held-out images
 
 
@@ -317,7 +318,7 @@ def realism_rows(run, ds, tasks):
     for task in tasks:
         if TEXT not in task.sources or len(task.truth) < 2:
             continue
-        own = ds.having(ds.rows("train"), [task.target])
+        own = ds.having(ds.rows("train"), [task.target])[:max(TEXTURES, len(task.truth))]
         trained = np.asarray(ds.images[own], np.float32)[:, ds.contrasts.index(task.target)]
         texture = texture_of(run, trained, task.target)
         truth = pooled_pixels(task.truth)                                   # (n, 64)
@@ -340,12 +341,12 @@ def realism_rows(run, ds, tasks):
 
 
 def texture_of(run, images, target):
-    """NiqeStatistics of up to 200 training images; None, and a sentence, if NIQE cannot be had."""
+    """NiqeStatistics of some training images; None, and a sentence, if NIQE cannot be had."""
     if min(images.shape[1:]) < 64:
         run.say(f"no NIQE of {target}: the images have fewer than 64 pixels")
         return None
     try:
-        return niqe_statistics(images[:200])
+        return niqe_statistics(images[:TEXTURES])
     except ValueError as error:
         run.say(f"no NIQE of {target}: {error}")
         return None
@@ -363,7 +364,7 @@ def diversity_rows(cfg, run, ds, model, tasks):
     for task in tasks:
         if list(task.sources) != [TEXT]:
             continue
-        chosen = ds.having(ds.spread("test", cfg.test_slices), [TEXT, task.target])[:4]
+        chosen = ds.having(ds.spread("test", 1), [TEXT, task.target])[:4]
         if len(chosen) < 2:
             continue
         keys = [(*key, number) for key in ds.keys(chosen) for number in range(4)]
@@ -377,7 +378,8 @@ def diversity_rows(cfg, run, ds, model, tasks):
             continue                                            # MS-SSIM has a window of 11 pixels
         values = {str(ds.subject[r]): diversity(made[4 * i:4 * i + 4])
                   for i, r in enumerate(chosen)}
-        real = diversity(np.asarray(task.truth[:8]))
+        first = np.unique(task.subjects, return_index=True)[1]  # one image of each patient
+        real = diversity(np.asarray(task.truth[first[:8]]))
         rows.append(metrics.row(task.name, "MedM2G", "msssim", values))
         rows.append(metrics.row(task.name, "real images", "msssim", {"all images": real},
                                 unit="set"))

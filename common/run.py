@@ -64,6 +64,7 @@ class Run(Loop):
         self.about = {}
         self.facts = {}
         self.stages = {}
+        self.trained_fields = {}            # of the config that the checkpoint was made with
         self.lock = None
         self.extensible = ()                # fields that may be raised to train further
         self.fell_back = False              # True if last_prev.pt is used, as last.pt was damaged
@@ -148,7 +149,9 @@ class Run(Loop):
             if raised:
                 changes = [f"{k} {theirs[k]} -> {v}" for k, v in raised.items()]
                 self.say("this run is trained further: " + ", ".join(changes))
-                self.stages[list(self.stages)[-1]]["finished"] = False
+            # config.json is written now, and the checkpoint later.  It tells how far we are.
+            if any(mine[f] > self.trained_fields.get(f, mine[f]) for f in extensible):
+                self.stages.get(self.last_stage or list(self.stages)[-1], {})["finished"] = False
             if raised or "command" not in stored:           # config.json was lost
                 self.write_json("config.json", {"command": None, **stored,
                                                 "identity": {**theirs, **raised},
@@ -249,6 +252,7 @@ class Run(Loop):
                            f"not to {self.script}.py; choose another --out")
         self.about = content["about"]
         self.stages = content["stages"]
+        self.trained_fields = content["config"]
         return True
 
     def trained(self, part, stage, *names):

@@ -235,9 +235,9 @@ def work_in(run, method, cfg, args, figure):
     elif args.synthesize:
         asked(method, cfg, run.about["contrasts"])
     if args.train:
+        run.last_stage = list(method.stages)[-1]
         run.claim_for(ds, method.sampling, method.extensible)
         run.preview = lambda: preview(method, cfg, run, ds)
-        run.last_stage = list(method.stages)[-1]
         if run.finished(method.stages):
             run.say("training: finished")
         else:

@@ -6,12 +6,12 @@ columns of the CSV file of a table.
 import csv
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 
 from common import metrics, pictures
 from common.cli import flags
+from data.layouts import name_of
 
 WIDEST = 6                  # with more tasks than this, a table has one line per task
 SHOWN = 0.3                 # error at which an error map is white
@@ -73,7 +73,7 @@ def _facts(ours, contents, seed, free):
     content = contents[0]
     n = max(line["n"] for line in ours)
     phantoms = ", digital phantoms" if content["phantom"] else ""
-    text = f"Data: {Path(content['data']).resolve().name}{phantoms}; {n} test subjects"
+    text = f"Data: {name_of(content['data'])}{phantoms}; {n} test subjects"
     if seed is not None and len(contents) > 1:
         text += (f"; {len(contents)} training seeds (from {seed}), a subject's value is its mean "
                  "over them")

@@ -353,7 +353,8 @@ def compare(table, found, paper, method):
     lines. The number stands there like the value of a single subject, so it is not tested.
     """
     reference = table["against"]
-    of_sets = {line["metric"] for line in found[reference][0]["rows"] if line.get("unit") == "set"}
+    of_sets = {line["metric"] for line in found[reference][0]["rows"]
+               if line.get("unit") == "set" and line["method"] == method}
     scores = {}
     for row, contents in found.items():
         scores[row, "ours"] = subject_values(contents, method)

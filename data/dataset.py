@@ -142,10 +142,10 @@ class Dataset:
         Whoever stores it with a trained model can show CTs of another folder at the same size; see
         data.subject.load_subject.
         """
-        first = self.complete[0]
-        if first.grid != ("pet",) or first.in_slices:
-            return None
-        return picture_of(first.files["pet"])
+        for subject in self.complete:
+            if subject.grid == ("pet",) and "pet" in subject.files and not subject.in_slices:
+                return picture_of(subject.files["pet"])
+        return None
 
     def spread(self, part, per_subject):
         """Some rows of each subject of a part, spread evenly over its kept slices.

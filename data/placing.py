@@ -16,6 +16,7 @@ from data.files import DataError
 from data.volumes import (
     CANONICAL,
     COARSER,
+    MAX_VOXELS,
     grid_around,
     read_geometry,
     read_volume,
@@ -94,6 +95,9 @@ def with_square_pixels(volume, notes):
                   f"resampled to squares of {edge:.2f} mm"))
     smaller = np.array([edge / across, edge / down, 1.0])
     shape = tuple(np.ceil(volume.array.shape / smaller - 1e-6).astype(int))
+    if np.prod(shape, dtype=float) > MAX_VOXELS:
+        raise DataError(f"{volume.path}: has axial pixels of {across:.2f} x {down:.2f} mm; as "
+                        f"squares they would be {shape}; repair its header")
     affine = volume.affine @ np.diag([*smaller, 1.0])
     affine[:3, 3] = apply_affine(volume.affine, (smaller - 1) / 2)      # the corner stays in place
     return replace(volume, array=np.broadcast_to(np.float32(0), shape), affine=affine)

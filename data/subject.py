@@ -162,7 +162,7 @@ def _load_volumes(subject, contrasts, size, wanted, picture):
         read, why = finest_first(subject, read)
         notes += [(subject.files[read[0]].name, why)] if why else []
     anchor = anchor_name(read, contrasts) if reference is None else "pet"
-    grid = reference
+    grid = None if reference is None else with_square_pixels(reference, notes)
     images = None
     first = None                                        # of the contrasts that are read: Placed
     areas = []                                          # per contrast: (Z,) pixels of foreground

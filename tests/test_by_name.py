@@ -70,3 +70,25 @@ def test_what_is_left_as_it_was(tmp_path):
     save(alone / "T1.nii.gz", np.ones(SHAPE, np.float32), AFFINE)
     save(alone / "T2.nii.gz", head())
     assert [subject.name for subject in find_layout(alone).subjects] == ["alone"]
+
+
+def test_masks_and_versions_are_no_subjects(tmp_path):
+    """A mask in the folder of a contrast is no scan; a second version of a file is no second patient."""
+    names = [f"{c}/p{p}.nii.gz" for p in (1, 2) for c in ("T1", "T2")]
+    folder = put(tmp_path / "masks", [*names, "T1/p1_mask.nii.gz", "T1/p2_mask.nii.gz", "T2/p1_mask.nii.gz", "T2/p2_mask.nii.gz"])
+    layout, files = seen(folder)
+    assert sorted(files) == ["p1", "p2"] and all(path.endswith(f"{name}.nii.gz") for name, own in files.items() for _, path in own)
+    one = put(tmp_path / "one", [f"sub01_{c}{v}.nii.gz" for c in ("T1", "T2") for v in ("", "_bet", "_n4")])
+    for folder in (put(tmp_path / "versions", [f"p{p}_{v}{c}.nii.gz" for p in (1, 2, 3) for c in ("T1", "T2") for v in ("", "bet_")]), one):
+        try:
+            found = [subject.name for subject in find_layout(folder).subjects]
+        except DataError as error:
+            assert "files of each contrast" in str(error)
+        else:
+            assert len(found) == 1 and folder == one
+
+
+def test_a_contrast_before_the_number(tmp_path):
+    layout, files = seen(put(tmp_path / "set", [f"brats_{c}_00{p}.nii.gz" for p in (1, 2, 3) for c in ("t1", "t2")]))
+    assert sorted(files) == ["brats_001", "brats_002", "brats_003"]
+    assert all(path.endswith(f"{name[-3:]}.nii.gz") for name, own in files.items() for _, path in own)

@@ -112,12 +112,15 @@ def test_without_reports_there_is_no_text_vae(tmp_path, streams, reports):
 
 def test_what_runs_before_the_diffusers_is_counted():
     """Each function runs the networks of its stage: twice the images, twice the memory; without reports no text VAE."""
-    cfg = settings(rounds=("text-ct",), encoder="demo", size=32)
+    cfg = settings(rounds=("text-ct", "ct-mri"), encoder="demo", size=32, vi=True)
     with torch.device("meta"):
         ae, shape, before = codecs.at_work(cfg)
         assert shape == (ae.z, 32 // ae.f, 32 // ae.f) and set(before) == {"ae_batch", "text_batch", "align_batch"}
         (mean, logvar), logits = before["text_batch"][1]()
         assert mean.shape == logvar.shape == (1, cfg.text_z) and logits.shape == (1, cfg.text_length + 2, codecs.VOCABULARY + 4)
         towers = before["align_batch"][1]()
-        assert len(towers) == 4 and towers[0].pooled.shape == (1, 128)
-        assert set(codecs.at_work(settings(rounds=("ct-mri",), encoder="demo", size=32))[2]) == {"ae_batch", "align_batch"}
+        assert len(towers) == 2 and towers[0].pooled.shape == (1, 128)
+        assert set(codecs.at_work(settings(rounds=("ct-mri",), encoder="demo", size=32, vi=True))[2]) == {"ae_batch", "align_batch"}
+        for names, vi, count in ((("mri-mri",), True, 4), (("ct-mri",), False, 2), (("text-ct", "ct-mri"), False, 1)):
+            cfg = settings(rounds=names, encoder="demo", size=32, vi=vi)
+            assert len(codecs.at_work(cfg)[2]["align_batch"][1]()) == count

@@ -446,6 +446,19 @@ def test_samples_do_not_depend_on_batch_mates_or_order(loaded):
     assert not torch.allclose(translated(loaded, ("x", "y", "z")), together, atol=1e-2)
 
 
+def test_each_slice_has_its_own_prompts_and_noise_where_another_one_is_not_made(loaded):
+    """The first of two slices knows its target, so only the second is made: with its own key."""
+    cfg, run, model, ds = loaded
+    u = run.fetch(ds.images, np.array([0, 5]))
+    keys = [(ds.complete[0].name, 0), (ds.complete[1].name, 5)]
+    known = torch.tensor([[True, True], [True, False]])
+    both, _ = model.fill(u, known, keys)
+    alone, _ = model.fill(u[1:], known[1:], keys[1:])
+    assert torch.equal(both[0], u[0]) and torch.allclose(both[1], alone[0], atol=1e-5)
+    other, _ = model.fill(u[1:], known[1:], keys[:1])
+    assert not torch.allclose(other, alone, atol=1e-3)
+
+
 def test_source_and_target_get_their_own_prompts_and_the_target_the_masked_one(loaded):
     cfg, run, model, ds = loaded
     name, meta = ds.complete[2].name, ds.complete[2].meta

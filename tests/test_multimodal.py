@@ -256,7 +256,7 @@ class Painter:
 def test_four_images_of_each_report_are_compared(tmp_path):
     """Four reports have four images each, of keys of their own.  The mean MS-SSIM is over the six pairs of one report."""
     ds = phantoms(tmp_path, reports=[f"report {i} ." for i in range(120)])
-    task = SimpleNamespace(name="text->xray", target="xray", sources={"text": None}, truth=ds.images[100:, 1].astype(np.float32))
+    task = SimpleNamespace(name="text->xray", target="xray", sources={"text": None}, truth=ds.images[100:, 1].astype(np.float32), subjects=ds.subject[100:])
     for strength in (0.0, 0.7):
         model = Painter(strength)
         rows = multimodal.diversity_rows(CFG, begin(tmp_path / f"run{strength}"), ds, model, [task])

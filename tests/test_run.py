@@ -68,6 +68,30 @@ def test_a_finished_stage_keeps_its_optimiser_only_if_it_can_be_trained_further(
     assert "optimiser" in torch.load(tmp_path / "unfinished" / "last.pt", weights_only=True)["stages"]["fit"]["parts"]
 
 
+def test_a_run_that_ends_before_its_first_further_step_is_still_trained_further(tmp_path):
+    """config.json holds the new number at once.  The checkpoint holds the old one, and counts."""
+    run = start(tmp_path)
+    run.last_stage = "fit"
+    run.claim(["lr"], {}, ("lr",))
+    train(run, 3)
+    run.close()
+    for _ in range(2):                                  # the first time, nothing is trained: the process ends
+        again = start(tmp_path)
+        again.config = Config(lr=0.2)
+        again.load()
+        again.last_stage = "fit"
+        again.claim(["lr"], {}, ("lr",))
+        assert not again.finished(["fit"]) and json.loads((tmp_path / "config.json").read_text())["identity"]["lr"] == 0.2
+        again.close()
+    train(again, 5)
+    assert again.finished(["fit"])
+    last = start(tmp_path)
+    last.config = Config(lr=0.2)
+    last.load()
+    last.claim(["lr"], {}, ("lr",))
+    assert last.finished(["fit"]) and last.stages["fit"]["step"] == 5
+
+
 def test_a_batch_larger_than_the_training_set_is_said_once(tmp_path):
     run = start(tmp_path)
     for step in range(3):

@@ -17,8 +17,8 @@ def two(tmp_path):
     """Two hospitals that count their patients alike: FLAIR and T1 here, T1 and T2 there."""
     here = make_set(tmp_path / "here", 4, ("flair", "t1"))
     there = make_set(tmp_path / "there", 4, ("t1", "t2"))
-    for path in there.rglob("*.nii.gz"):
-        save(path, head(seed=500 + hash(path.name) % 400))
+    for number, path in enumerate(sorted(there.rglob("*.nii.gz"))):
+        save(path, head(seed=500 + number))
     return Path(f"{here},{there}")
 
 
@@ -91,3 +91,12 @@ def test_the_run_is_named_by_all_and_lies_in_none(two, capsys):
         parse("--out", str(folders_of(two)[1] / "run"), "--train")
     assert "lies in the data folder" in capsys.readouterr().err
     assert not is_phantom(two) and is_phantom("data/cxr,data/ixi")
+
+
+def test_the_order_of_folders_does_not_matter_and_wishes_reach_them(two, tmp_path):
+    here, there = folders_of(two)
+    names = [[subject.name for subject in find_layout(f"{a},{b}", every=True).subjects] for a, b in ((here, there), (there, here))]
+    assert names[0] == names[1] == sorted(names[0])
+    save(there / "BraTS2021_00002" / "BraTS2021_00002_flair.nii.gz", head(seed=9))          # the only one of its folder
+    counts = [sum("flair" in subject.files for subject in find_layout(two, wish, every=True).subjects) for wish in (None, ("flair", "t1"))]
+    assert counts == [4, 5]

@@ -113,7 +113,8 @@ def find_layout(folder, contrasts=None, every=False, texts=False):
         first of the contrasts, if at least two subjects have a report. Otherwise no subject has it.
     DataError if the folder is missing, is a file, is empty, or holds other formats only. It is also
     raised if two subjects have one name or a name that cannot be a path, if all subjects lie in one
-    folder, if a wanted name is no contrast, or if none of the wanted contrasts is there.
+    folder and file names do not tell them apart, if a wanted name is no contrast, or if none of the
+    wanted contrasts is there.
     """
     folders = folders_of(folder)
     if len(folders) > 1:
@@ -180,7 +181,12 @@ def _find_several(folders, contrasts, every, texts):
     layouts = []
     subjects = []
     for name, one in zip(names, folders):
-        layout = find_layout(one, None, True, texts)
+        try:
+            layout = find_layout(one, contrasts, True, texts)
+        except DataError as error:
+            if error.status != 2:                   # 2: it has none of the wanted contrasts
+                raise
+            layout = find_layout(one, None, True, texts)
         notes += [f"{name}: {note}" for note in layout.notes]
         layout.skipped = [(f"{name}/{left_out}", why) for left_out, why in layout.skipped]
         for subject in layout.subjects:
@@ -191,6 +197,7 @@ def _find_several(folders, contrasts, every, texts):
                             for part in layout.split}
         subjects += layout.subjects
         layouts.append(layout)
+    subjects.sort(key=lambda subject: subject.name)
     all_names = ", ".join(map(str, folders))
     chosen = _choose_contrasts(all_names, subjects, contrasts, every, notes, texts)
     ignored = [path for layout in layouts for path in layout.ignored]
@@ -244,7 +251,9 @@ def _read_volumes(folder, files, images, notes):
     if any(AUTOPET_FILE.search(path.as_posix()) for path in images):
         return "autoPET", *collect_autopet(folder, images, notes)
     if is_by_name(images):
-        return "files named by subject", *collect_by_name(images, notes)
+        subjects, ignored = collect_by_name(images, notes)
+        edition_of(subjects)
+        return "files named by subject", subjects, ignored
     subjects, ignored = collect_subjects(folder, images, notes)
     return edition_of(subjects), subjects, ignored
 

@@ -8,6 +8,7 @@ A subject is what remains of a file's name without the words of its contrast.
 
 import re
 
+from data.layouts.choice import is_series
 from data.layouts.people import tell_persons
 from data.layouts.words import (
     CONTRASTS,
@@ -36,6 +37,9 @@ def is_by_name(images):
     found = _subjects_of(images)
     if len(found) < (2 if apart else FEWEST) or () in found:
         return False
+    # p01_bet beside p01 is no second subject, but another version of its file.
+    if any(words[:end] in found for words in found for end in range(1, len(words))):
+        return False
     doubled = any(len(files) > 1 for roles in found.values() for files in roles.values())
     several = sum(len(roles.keys() - {"seg"}) > 1 for roles in found.values())
     return not doubled and several >= len(found) / 2
@@ -44,9 +48,14 @@ def is_by_name(images):
 def collect_by_name(images, notes):
     """Read such folders -> (subjects sorted by name, ignored files)."""
     subjects = []
-    for roles in _subjects_of(images).values():
+    found = _subjects_of(images)
+    names = {words: _name_of([paths[0] for paths in roles.values()])
+             for words, roles in found.items()}
+    if len({name.casefold() for name in names.values()}) < len(names):      # brats_t1_001
+        names = {words: "_".join(words) for words in found}
+    for words, roles in found.items():
         files = {role: paths[0] for role, paths in roles.items()}
-        name = _name_of(list(files.values()))
+        name = names[words]
         segmentation = files.pop("seg", None)
         if files:
             subjects.append(Subject(name, name, files, segmentation))
@@ -63,10 +72,10 @@ def _subjects_of(images):
     found = {}
     for path in images:
         role = role_of(path.name, "")
-        if role is None:
-            role = canonical_contrast(path.parent.name)
-            if role not in CONTRASTS:
-                continue
+        if role is None and canonical_contrast(path.parent.name) in CONTRASTS:
+            role = role_of(f"{path.parent.name}_{path.name}", "")
+        if role is None or role == "dwi" and is_series(path):
+            continue
         found.setdefault(_own_words(path, role), {}).setdefault(role, []).append(path)
     return found
 
@@ -84,10 +93,7 @@ def _name_of(paths):
         if len(set(same)) > 1:
             break
         common.append(same[0])
-    contrast = role_of(common[-1], "") if common and len(paths) == 1 else None
-    if contrast in CONTRASTS:
-        common.pop()
+    if len(paths) == 1:                                     # nothing tells where the name ends
+        common = []
     name = re.sub(r"[\W_]+$", "", "".join(common))
-    if name:
-        return name
-    return "_".join(_own_words(paths[0], role_of(paths[0].name, "")))
+    return name or "_".join(_own_words(paths[0], role_of(paths[0].name, "")))
