@@ -12,7 +12,7 @@ Three things make that work well:
   2. Stage 1 of sampling starts from a noisy guess.  The guess (the prior) is another contrast,
      changed by a curve.  A codebook, made once in training, says which contrast and curve fit best.
   3. Stage 2 refines the result of stage 1.  It adds a little noise and denoises, many times.  Each
-     new result is averaged with the one before.  The last two are not averaged.
+     new result is averaged with the one before.  The last two are not averaged [D9].
 
 PIPELINE (B slices, C contrasts, H x W pixels, D feature width, K curves, L context tokens)
   u (B,C,H,W) --image encoder, frozen--> (B,C,D) --fusion module--> z (B,D), as context (B,L,D)
@@ -49,16 +49,16 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER, with the reason here or in the code ("the release": the authors' code)
   [D1]  A small CLIP of ours, pooled, replaces BiomedCLIP, which needs more packages.
-  [D2]  Eq. (1) has both directions, as in CLIP, and negatives of other subjects; z has length 1.
+  [D2]  Eq. (1) is used in both directions, as in CLIP; z has length 1; tau starts at 0.07.
   [D3]  Eq. (4): one norm per sample, not squared; alpha scaled; no guidance if alpha_bar < 0.01.
   [D4]  Known contrasts are pasted in stage 1 (--paste both: in both); stage 2 is guided too.
   [D5]  The next x_t is x0_hat with fresh noise, not a draw from the posterior of DDPM.
   [D6]  The paper prints one number per control point.  We take it as x.  Background stays dark.
-  [D7]  Contrasts are compared within a slice, as in the release; a gain is a ratio of two means.
-  [D8]  Table 3 does not explain its start images: our "zero" is mid-grey, "noise" pure noise.
-  [D9]  Paper unclear: stage 1 has S + 1 evaluations, to t_0; N counts all of stage 2.
+  [D7]  Cosines within a slice, as in the release, not attention maps; votes, gains of all slices.
+  [D8]  Table 3 explains no start images: "zero" is mid-grey, "noise" all noise, "random" any pair.
+  [D9]  Paper unclear: stage 1 has S + 1 evaluations; of N, all but the last two are at t_2.
   [D10] Small slices are padded (resizing would blur them); those of little tissue are left out.
-  [D11] Paper silent: clamped x0, clipped gradients, losses are means, EMA, U-Net.
+  [D11] Paper silent: clamped x0, clipped gradients, losses are means, EMA, best weights.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py downstream.py embeddings.py
@@ -169,7 +169,7 @@ STAGES = {
 
 
 class MutualInformationFusion(nn.Module):
-    """Sec. 3.1, Fig. 1a: one transformer block over the contrasts of a slice, then a unit vector z.
+    """Sec. 3.1, Fig. 1a: a transformer block over the contrasts, mean, linear layer, unit vector z.
 
     It takes any subset of contrasts, in any order, because there is no position code.
     """
@@ -285,9 +285,9 @@ SPACED = (-1, -1 / 3, 1 / 3, 1)
 STEEP = (-1, -1, 1, 1)
 SOFT = (-1, -0.5, 0.5, 1)
 CURVES = {
-    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),      # straight line; flat in the middle
+    "points": [(STEEP, STEEP), (SOFT, (-1, 0.5, -0.5, 1)),      # straight; flatter in the middle
                (STEEP, STEEP[::-1]),                            # the line, falling
-               (SOFT, (1, -0.5, 0.5, -1))],                     # the flat one, falling
+               (SOFT, (1, -0.5, 0.5, -1))],                     # the other one, falling
     "scalar": [(SPACED, STEEP), (SPACED, SOFT), (SPACED, STEEP[::-1]), (SPACED, SOFT[::-1])],
 }
 FOREGROUND = 0.04                               # of the intensity range, as in the release
@@ -317,8 +317,8 @@ def warp(u, points):
 class Codebook(nn.Module):
     """Sec. 3.3: which curve of which other contrast looks most like a target, and its gain.
 
-    The paper compares attention maps of any two images.  As in the release, we compare features of
-    two contrasts of the same slice, by their cosine, in at most 2,000 training slices [D7].
+    The paper compares attention maps of any two images.  As in the release, two contrasts of each
+    of at most 2,000 training slices are compared, by cosines.  Their votes count for all [D7].
     votes        (C, C, K) [target, source, curve]: in how many slices this pair was the most alike
     similarity   (C, C, K): the sum of the cosines over the slices
     level        (C,): the sum of the mean intensities of each contrast over the slices

@@ -56,13 +56,13 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
-  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); the printed betas give noise of std 2.
-  [D3]  TA-Norm: behind norm2, which would undo it; a floor of 0.1 under gains; a map per prompt.
+  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); printed linear ones give noise of std 2.
+  [D3]  TA-Norm stands behind norm2, which would undo a part of it; gains are 0.1 at least.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see train_bridge).
   [D5]  Losses are means over images in [-1,1].  As in SelfRDB: pairs of D share x_t; R1 penalty.
-  [D6]  R passes are SelfRDB's.  Paper silent: R in training, falling rates, best weights kept.
-  [D7]  Slices are padded (resizing would blur them), CT windows fixed, all slices with tissue used.
-  [D8]  Rivals of Table 2 (without text) and 4 (cross-attention) can be trained: --reproduce list.
+  [D6]  The R passes of inference are made in training, too.  Ours: falling rates, best weights.
+  [D7]  Small slices are padded, not resized; CT windows are fixed; all slices with much tissue.
+  [D8]  Some rivals of Tables 2 and 4 are switches of this same model: see --reproduce list.
 
 NEEDS  data/ and these files of common/:
   benchmark.py cli.py clip.py cohort.py contrastive.py device.py discriminator.py downstream.py
@@ -343,7 +343,7 @@ class SRNet(nn.Module):
     def pooled(self, x0_hat):
         """Eq. (4).  x0_hat: (B, 1, H, W) in [-1,1].  Returns F_p (B, 2 sum k^2).
 
-        As printed, F_p is two numbers, and the maximum of a normalised image is always about 1.  We
+        As printed, F_p is two numbers, and the maximum of a normalised MR image is about 1.  We
         pool to grids of k x k cells, for several k; --pool 1 is the printed equation [D4].
         """
         u = (x0_hat + 1) / 2                                                # (B, 1, H, W)
@@ -416,7 +416,7 @@ def bridge_tables(name, N):
     hard and soft use SelfRDB's betas (mirrored_betas).  s2_t is the sum of the betas up to t, and
     sbar2_t the sum from t on; both contain beta_t, so s2_t + sbar2_t = total + beta_t.
     hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
-    soft is SelfRDB's q(x_t).  Its delta is almost sqrt(s2), because beta_t is small beside total.
+    soft is SelfRDB's q(x_t).  Its delta is near sqrt(s2), as beta_t is at most a seventh of total.
     The betas are scaled so that their total is that of N = 10.
     """
     if name in RIVALS:

@@ -177,8 +177,10 @@ class Prompts:
                 self.table, _ = load_embeddings(file)
             except ValueError as error:
                 raise RunError(str(error)) from error
-            found = self.features(self.every())             # this tells now what the file lacks
-            if words and found.tokens is None:
+            sentences = self.every()                        # there are none without subjects
+            # This tells now what the file lacks.
+            found = self.features(sentences) if sentences else None
+            if words and found and found.tokens is None:
                 raise RunError(f"--text-file {file}: holds no tokens, which --conditioning xattn "
                                "needs; add them")
 

@@ -106,8 +106,8 @@ class Loop(Machine):
 
     seconds     None, or the time after which every stage ends (for --benchmark)
     measured    {stage: facts of its pace}, filled where `seconds` is given
-    preview     None, or a function that draws what the last stage makes so far; a training calls
-                it three times
+    preview     None, or a function that draws what the last stage makes so far; a long training
+                calls it three times, a short one once
     last_stage  None, or the name of the last stage
     """
 
@@ -182,8 +182,9 @@ class Loop(Machine):
                     self.diverged(f"{stage}: the last steps had no finite loss")
                 # A save may take 5 % of the time, and comes every minute at most.
                 due = time.monotonic() - last_save > max(60, 20 * save_cost)
-                quarters = (total // 4, total // 2, 3 * total // 4)
-                look = self.shows_previews(stage) and done in quarters
+                # A preview takes seconds, so a short training has one only.
+                looks = (total // 4, total // 2, 3 * total // 4) if total >= 1000 else (total // 2,)
+                look = self.shows_previews(stage) and done in looks
                 if stop or done == total or due or look:
                     before = time.monotonic()
                     self.draw_training(stage)               # first: a kill in between loses nothing

@@ -20,6 +20,7 @@ from toys import weights
 import data
 import metadb
 from common import clip, embeddings, encoder, script
+from common.files import RunError
 from common.loop import cosine_rate
 from common.run import Run
 from data import phantom
@@ -613,6 +614,14 @@ def test_a_dry_run_and_a_benchmark_say_sizes_and_rates(ixi, tmp_path, monkeypatc
     assert all(f"{name}: " in text for name in ("generator", "discriminator", "SR-Net")) and not (tmp_path / "run").exists()
     status, text = call(monkeypatch, capsys, *base, "--benchmark")
     assert status == 0 and "bridge: " in text and "sampling: " in text and "GFLOP/s" in text
+
+
+def test_own_embeddings_are_opened_without_subjects(tmp_path):
+    """So load and --export open them.  What the file lacks is told when a prompt is asked for."""
+    np.savez(tmp_path / "own.npz", prompts=np.array(["a prompt"]), pooled=np.ones((1, 20), np.float32))
+    prompts = encoder.Prompts(None, [], ["t1", "t2"], file=tmp_path / "own.npz", words=True)
+    with pytest.raises(RunError, match="have no embedding"):
+        prompts(["somebody"], [0], [1])
 
 
 @pytest.mark.slow

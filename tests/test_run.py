@@ -92,6 +92,15 @@ def test_a_run_that_ends_before_its_first_further_step_is_still_trained_further(
     assert last.finished(["fit"]) and last.stages["fit"]["step"] == 5
 
 
+@pytest.mark.parametrize("total, seen", [(1000, [250, 500, 750]), (999, [499])])
+def test_a_long_training_is_looked_at_three_times_and_a_short_one_once(tmp_path, total, seen):
+    run = start(tmp_path)
+    looked = []
+    run.last_stage, run.preview = "fit", lambda: looked.append(run.stages["fit"]["step"])
+    train(run, total)
+    assert looked == seen
+
+
 def test_a_batch_larger_than_the_training_set_is_said_once(tmp_path):
     run = start(tmp_path)
     for step in range(3):
