@@ -416,13 +416,13 @@ def bridge_tables(name, N):
     hard and soft use SelfRDB's betas (mirrored_betas).  s2_t is the sum of the betas up to t, and
     sbar2_t the sum from t on; both contain beta_t, so s2_t + sbar2_t = total + beta_t.
     hard, our default, has no noise at either end, because the paper says "x_T = y" (T is our N).
-    soft is SelfRDB's q(x_t).  Its delta is near sqrt(s2), as beta_t is at most a seventh of total.
+    soft is SelfRDB's q(x_t).  Its delta is near sqrt(s2): for N = 10, beta_t is .167 at most.
     The betas are scaled so that their total is that of N = 10.
     """
     if name in RIVALS:
         return RIVALS[name](N)
     total = mirrored_betas(10).sum()
-    if N == 1:                          # no state between the ends: all betas are 0, not to scale
+    if N == 1:                          # no state lies between the ends, so all betas are 0
         m = torch.tensor([0.0, 1.0], dtype=torch.float64)
         s2 = total * m
         sbar2 = total * (1 - m)

@@ -84,6 +84,9 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     assert abs(int(slices.labels[3].sum()) - int((slices.images[3, 0] > 0.2).sum())) < 100
     said = [sentence for _, sentence in slices.notes]
     assert said.count("has axial pixels of 2.40 x 1.20 mm; they are resampled to squares of 1.20 mm") == 1
+    ends = [nib.affines.apply_affine(volume.affine, [[-0.5] * 3, np.array(volume.array.shape) - 0.5])
+            for volume in (slices.reference, slices.grid)]
+    np.testing.assert_allclose(*ends, atol=1e-5)            # both boxes are the same in space
     slices.write(tmp_path / "made.nii", slices.images[:, 0], "synthetic t1", contrast="t1")
     made = nib.load(tmp_path / "made.nii")
     assert made.shape == size and np.allclose(made.affine, affine)
