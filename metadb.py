@@ -56,7 +56,7 @@ COMMANDS
 
 DEPARTURES FROM THE PAPER (the reason stands here, or where the code departs)
   [D1]  A small CLIP of ours, then LayerNorm, replaces BiomedCLIP, which needs more packages.
-  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024); printed linear ones give noise of std 2.
+  [D2]  Betas and m_t are SelfRDB's (Arslan et al., 2024).  The printed betas give noise of std 2.
   [D3]  TA-Norm stands behind norm2, which would undo a part of it; gains are 0.1 at least.
   [D4]  L_sem is 1 - cosine; Eq. (4) pools to grids of cells; --sem-real is ours (see train_bridge).
   [D5]  Losses are means over images in [-1,1].  As in SelfRDB: pairs of D share x_t; R1 penalty.

@@ -530,8 +530,8 @@ def train_neuroclip(cfg, run, ds):
             without = sentences.hidden_field(contrast, record, 0.1, g)
             texts.append(scan_prompt(contrast, record, without))
         return np.array(numbers), torch.tensor(channels), texts
-    # captions: the words, and whose sentences are equal (positives in the loss); draw: the batch;
-    # instance=0: no loss between two contrasts of a slice.
+    # captions give the words, and tell which sentences are equal and so positives in the loss.
+    # draw makes the batches.  With instance=0, no loss compares two contrasts of a slice.
     return train_encoder(run, ds, captions, cfg.encoder, cfg.size, cfg.encoder_steps,
                          cfg.encoder_batch, cfg.encoder_lr, instance=0, draw=draw)
 

@@ -49,27 +49,23 @@ def train_encoder(run, ds, captions, size_name, image_size, steps, batch, lr, **
     encoder.freeze()
     unseen = ds.rows("val", 64)
     if len(unseen):
-        scores = retrieval(encoder, ds.images[unseen], captions(unseen))
+        scores = measure(encoder, ds.images[unseen], captions(unseen))
         words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items()]
         run.say(f"encoder on validation slices: {', '.join(words)}")
     return encoder
 
 
-@torch.no_grad()
-def encode_all(clip, images, batch=32):
+def encode_all(encoder, images, batch=32):
     """Encode images, any array (n, C, H, W) in [0,1].  Returns pooled (n, C, D) on the CPU."""
-    n, contrasts = images.shape[:2]
     pooled = []
-    for start in range(0, n, batch):
-        part = np.asarray(images[start:start + batch], dtype=np.float32)
-        x = torch.from_numpy(part).flatten(0, 1)[:, None]               # (B*C, 1, H, W)
-        features = clip.encode_image(x.to(clip.logit_scale.device))
-        pooled.append(features.pooled.float().cpu())                    # (B*C, D)
-    return torch.cat(pooled).unflatten(0, (n, contrasts))               # (n, C, D)
+    for start in range(0, len(images), batch):
+        u = torch.from_numpy(np.asarray(images[start:start + batch], dtype=np.float32))
+        pooled.append(encode(encoder, u.to(encoder.logit_scale.device)).cpu())      # (B, C, D)
+    return torch.cat(pooled)                                            # (n, C, D)
 
 
 @torch.no_grad()
-def retrieval(clip, images, captions):
+def measure(encoder, images, captions):
     """Measure what the encoder can do on slices, which should come from validation subjects.
 
     images: (n, C, H, W) in [0,1].  captions: n lists of C str, None for a missing contrast.
@@ -79,15 +75,15 @@ def retrieval(clip, images, captions):
                           mean over ordered pairs of contrasts; only if C > 1 and none is missing
         image_to_text_chance, slice_to_slice_chance    what guessing scores
     """
-    z = encode_all(clip, images)                                        # (n, C, D)
+    z = encode_all(encoder, images)                                        # (n, C, D)
     every = list(itertools.chain.from_iterable(captions))
     there = torch.tensor([text is not None for text in every])          # (n*C,)
     own = [text for text in every if text is not None]
     texts = list(dict.fromkeys(own))
     e = []
     for start in range(0, len(texts), 256):
-        tokens = clip.tokenizer(texts[start:start + 256])
-        e.append(clip.encode_tokens(tokens).pooled.float().cpu())       # (256, D)
+        tokens = encoder.tokenizer(texts[start:start + 256])
+        e.append(encoder.encode_tokens(tokens).pooled.float().cpu())    # (256, D)
     found = contrastive.nearest(z.flatten(0, 1)[there], torch.cat(e))   # (k,)
     hits = found == contrastive.groups_of(own)                          # (k,)
     result = {"image_to_text": hits.float().mean().item(), "image_to_text_chance": 1 / len(texts)}

@@ -536,20 +536,20 @@ def test_training_input_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="instance=0"):
         C.train_clip(run, clip, *one, 1, batch=4)
     C.train_clip(run, clip, *one, 1, batch=4, instance=0)
-    assert "slice_to_slice" not in E.retrieval(clip, *one[:2])
+    assert "slice_to_slice" not in E.measure(clip, *one[:2])
 
 
 # ---- What it learns -------------------------------------------------------------------------------------------------
 
 def test_contrast_is_recognised_on_unseen_subjects(trained):
-    found = E.retrieval(trained[0], slices(16, 99), captions(16))
+    found = E.measure(trained[0], slices(16, 99), captions(16))
     assert found["image_to_text"] >= 0.9 and found["image_to_text_chance"] == 0.25
 
 
 @pytest.mark.slow
 def test_anatomy_is_kept_only_because_of_the_instance_term(trained):
     towers = trained[0], train(instance=0.0)[0], C.build("demo", TEXTS, 32)
-    with_term, without, untrained = (E.retrieval(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)
+    with_term, without, untrained = (E.measure(clip, slices(16, 99), captions(16))["slice_to_slice"] for clip in towers)
     assert with_term >= 0.9                                     # chance is 1/16
     assert without < untrained - 0.2 < with_term - 0.4          # training without it discards what chance gave
 
@@ -589,7 +589,7 @@ def test_report_counts_hits_of_known_features():
     images[:, 1, :, 0] = 1
     images[:, :, 0, 1] = np.array([[-5, -1], [3, 4], [1, 2], [2, -3]])
     texts = [["t1", "t2"], ["t1", "t2"], ["t1", "odd"], ["t2", "t2"]]
-    found = E.retrieval(Known(), images, texts)
+    found = E.measure(Known(), images, texts)
     assert found["image_to_text"] == pytest.approx(6 / 8) and found["image_to_text_chance"] == pytest.approx(1 / 3)
     # by the lean, contrast 0 takes 3 1 1 1 for 0 1 2 3 (one right), contrast 1 takes 0 1 1 0 (two right)
     assert found["slice_to_slice"] == pytest.approx((1 / 4 + 2 / 4) / 2) and found["slice_to_slice_chance"] == 0.25
